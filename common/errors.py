@@ -1,0 +1,14 @@
+"""The two ways a run ends badly: the user's mistake (exit code 2) and a failure of the machine (exit code 1).
+
+Our own mistakes are plain ``assert`` statements and never one of these.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one sentence with the key, the value and the cure."""
+
+
+class RunFailure(RuntimeError):
+    """Something broke while running: one sentence naming the side that failed and what it was doing."""

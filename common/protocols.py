@@ -1,0 +1,167 @@
+"""The contracts between the parts. The docstrings are the contract; ``sampler/contract.py`` runs the sampler's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from common.types import Completion, Group, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+Split = Literal["train", "test"]
+RewardFunction = Callable[[Prompt, Completion], float]
+
+
+class WeightHandle(Protocol):
+    """An offer of one version of the weights. Opening it any number of times gives the same tensors."""
+
+    @property
+    def kind(self) -> Literal["full", "adapter"]:
+        """``full``: every weight by its Hugging Face name; ``adapter``: peft's LoRA tensors by peft's names."""
+        ...
+
+    @property
+    def adapter_config(self) -> Mapping[str, Any] | None:
+        """peft's adapter configuration when ``kind`` is ``adapter``."""
+        ...
+
+    def open(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields ``(name, tensor)``, a tensor at a time. A tensor is lent until ``load_weights`` returns; copy what is
+        kept beyond."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Writes completions. Calls take effect in the order made: ``load_weights`` never touches an earlier ``generate``.
+
+    A back end is any callable ``make(setup: SamplerSetup, **options) -> Sampler``. Bad options raise ``UserError``.
+    """
+
+    takes_adapters: bool
+    """Whether ``load_weights`` accepts a handle of kind ``adapter``; if not, the learner sends merged weights."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        """One group of ``params.n`` completions for each prompt, in the order of ``prompts``.
+
+        Raises ``UserError`` at once for a prompt that leaves no room for ``params.max_tokens`` in the context.
+        """
+        ...
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Teacher-forced natural-log probabilities at temperature 1, no top-p or top-k, under the weights served now.
+
+        The answer for a sequence of T tokens has T - 1 numbers: entry t is log p(token t+1 | tokens 0..t).
+        """
+        ...
+
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        """Serve these weights from the next call on, and forget every cache that the old ones filled.
+
+        Returns ``common.weights.fingerprint`` of the tensors as they **arrived** here.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory back, where the platform can. Weights may be lost: ``load_weights`` follows."""
+        ...
+
+    def wake(self, part: Literal["weights", "cache", "all"] = "all") -> None:
+        """Undo ``sleep``: first ``weights`` (for a sync), then ``cache`` (for sampling), or both."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. Closing twice is allowed."""
+        ...
+
+
+class Learner(Protocol):
+    """Turns groups into weight updates."""
+
+    version: int
+    """Optimizer steps done; stamped on what it publishes."""
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """One step on these groups (advantages assigned). Returns metrics under their documented keys.
+
+        Raises ``RunFailure`` before stepping if the loss or a gradient is not finite.
+        """
+        ...
+
+    def publish_weights(self, merged: bool = False) -> WeightHandle:
+        """The current weights: the adapter alone under LoRA, unless ``merged``."""
+        ...
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As ``Sampler.logprobs``, under the learner's weights."""
+        ...
+
+    def perturbed(self, seed: int) -> AbstractContextManager[None]:
+        """Inside, every published weight carries seeded noise large enough to move the log-probs; outside, none does.
+
+        The challenge of the sync's proof: a sampler that drops any part of a hand-over cannot follow it.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Everything needed to go on exactly, into an existing empty folder."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Undo of ``save``."""
+        ...
+
+    def export(self, folder: Path, merged: bool = False) -> None:
+        """A Hugging Face folder: the model, or under LoRA the adapter (the merged model with ``merged``)."""
+        ...
+
+
+class Task(Protocol):
+    """Prompts and rewards. A back end is any callable ``make(**options) -> Task``; it must be cheap to make,
+    because every reward worker process makes its own."""
+
+    reward_weights: Mapping[str, float]
+    """The weight of each named reward."""
+    rewards: Mapping[str, RewardFunction]
+    """``(prompt, completion) -> number``; runs in a worker process under a time limit."""
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """The split's questions, always the same ones in the same order. Train and test share none."""
+        ...
+
+    def is_correct(self, prompt: Prompt, completion: Completion) -> bool:
+        """Whether the answer is right: what accuracy and pass@k count."""
+        ...
+
+
+class Placement(Protocol):
+    """Who holds the device when. On a shared device each phase puts the other side to sleep; else nothing happens."""
+
+    def sampling(self) -> AbstractContextManager[None]: ...
+
+    def learning(self) -> AbstractContextManager[None]: ...
+
+    def syncing(self) -> AbstractContextManager[None]: ...
+
+
+class Tracker(Protocol):
+    """Takes the run's numbers and completions."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One step's metrics."""
+        ...
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """Every completion of one step."""
+        ...
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """One evaluation (``learner.evaluate.Evaluation.as_dict``)."""
+        ...
+
+    def close(self) -> None: ...

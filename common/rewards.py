@@ -1,0 +1,370 @@
+"""Scores groups of completions in worker processes, under a time limit for each completion.
+
+A reward is somebody's code that reads whatever a model came to write, so it may raise, hang or take its process down.
+Each worker makes its own task and scores a group a completion at a time; one that is late is killed and replaced.
+No score is ever made up: a completion that could not be scored stops the run or leaves its whole group out.
+
+The workers are plain ``python -c`` processes with a pipe, not ``multiprocessing`` ones. A fork would copy a parent with
+torch's threads in it; spawn and forkserver would run the parent's main script again in every worker. Here a worker
+imports the task and what the task imports, and what it prints goes to the log rather than across the console.
+
+Left out: advantages (``learner/advantages.py``). Used by the training loop and by evaluation.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import faulthandler
+import json
+import logging
+import math
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
+
+from common.errors import RunFailure, UserError
+from common.plugins import make_task
+from common.types import Completion, Group, Prompt
+
+if TYPE_CHECKING:
+    from common.config import TaskConfig
+    from common.protocols import Task
+
+START_TIMEOUT_S = 120.0
+"""Seconds that a worker may take to import and make its task."""
+_SHOWN_CHARACTERS = 2000
+"""How much of a completion that could not be scored is written to the log."""
+
+Job = Literal["rewards", "is_correct"]
+
+
+@dataclass(frozen=True)
+class RewardError:
+    """A completion that could not be scored."""
+
+    group: Group
+    index: int
+    """Of the completion in its group."""
+    reward: str
+    """The reward that failed, or ``is_correct``."""
+    error: str
+    """What it did, in a few words."""
+
+    def __str__(self) -> str:
+        return f"{self.reward!r} failed on completion {self.index} of prompt {self.group.prompt.id!r}: {self.error}"
+
+
+class Scorer:
+    """Adds rewards to groups. Workers start with it and end with ``close``; use it as a context manager."""
+
+    def __init__(self, task_config: TaskConfig, log: logging.Logger | None = None) -> None:
+        self._config = task_config
+        self._log = log or logging.getLogger("nanogrpo.rewards")
+        # Made here as well, so that a task that cannot be made is a clear error now and not a dead worker later.
+        self.task: Task = make_task(task_config.name, task_config.options)
+        self.weights = _weights(self.task, task_config.reward_weights)
+        """The weight of each named reward in this run."""
+        self._workers = [_Worker(task_config, self._log) for _ in range(task_config.reward_workers)]
+        self._threads = ThreadPoolExecutor(len(self._workers), thread_name_prefix="rewards")
+        self._lock = threading.Lock()  # a worker answers one caller at a time
+
+    def score(self, groups: Sequence[Group]) -> tuple[list[Group], list[RewardError]]:
+        """The groups with every completion's ``rewards`` and weighted ``reward``, in order; and what failed.
+
+        With ``task.on_reward_error`` ``stop`` a failure raises ``RunFailure``; with ``skip`` its group is left out.
+        """
+        answers, errors = self._run("rewards", groups)
+        scored = []
+        for group, answer in zip(groups, answers, strict=True):
+            if answer is not None:
+                pairs = zip(group.completions, answer, strict=True)
+                completions = tuple(replace(c, rewards=values, reward=self._total(values)) for c, values in pairs)
+                scored.append(replace(group, completions=completions))
+        return scored, errors
+
+    def correct(self, groups: Sequence[Group]) -> list[list[bool]]:
+        """``task.is_correct`` of every completion, in order.
+
+        A failure raises ``RunFailure``, or with ``task.on_reward_error`` ``skip`` leaves that group's list empty: it
+        was not judged, and must not be counted.
+        """
+        answers, _ = self._run("is_correct", groups)
+        return [[] if answer is None else answer for answer in answers]
+
+    def close(self) -> None:
+        """Ends the workers. Closing twice is allowed."""
+        for worker in self._workers:
+            worker.interrupt()
+        self._threads.shutdown()
+        for worker in self._workers:
+            worker.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _total(self, rewards: dict[str, float]) -> float:
+        return math.fsum(self.weights[name] * value for name, value in rewards.items())
+
+    def _run(self, job: Job, groups: Sequence[Group]) -> tuple[list[list[Any] | None], list[RewardError]]:
+        """Each group's answers, or None where one failed; the groups go to whichever worker is free."""
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in range(len(groups)):
+            waiting.put(number)
+        answers: list[list[Any] | None] = [None] * len(groups)
+        failed: dict[int, RewardError] = {}
+        stop = threading.Event()
+
+        def work(worker: _Worker) -> None:
+            try:
+                while not stop.is_set():
+                    try:
+                        number = waiting.get_nowait()
+                    except queue.Empty:
+                        return
+                    answer = worker.ask(job, groups[number])
+                    if isinstance(answer, RewardError):
+                        failed[number] = answer
+                        if self._config.on_reward_error == "stop":
+                            stop.set()
+                    else:
+                        answers[number] = answer
+            except BaseException:
+                stop.set()
+                raise
+
+        with self._lock:
+            futures = [self._threads.submit(work, worker) for worker in self._workers[: len(groups)]]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:  # Ctrl-C here must not leave a thread waiting for a worker that hangs
+                stop.set()
+                for worker in self._workers:
+                    worker.interrupt()
+                wait(futures)
+                raise
+        errors = [failed[number] for number in sorted(failed)]
+        for error in errors:
+            text = error.group.completions[error.index].text
+            self._log.warning("%s; the completion: %r", error, _shortened(text))
+        if errors and self._config.on_reward_error == "stop":
+            raise RunFailure(
+                f"reward {errors[0]}; mend it in task {self._config.name!r}, or set task.on_reward_error=skip "
+                "to leave such groups out"
+            )
+        return answers, errors
+
+
+class _Worker:
+    """One worker process, as one thread of the parent sees it. Restarted at the next question after it was killed."""
+
+    def __init__(self, config: TaskConfig, log: logging.Logger) -> None:
+        self._config = config
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+        self._said: collections.deque[str] = collections.deque(maxlen=5)
+        self._ready = False
+        self._doomed = False  # told to die, though it may not have yet
+        self._start()
+
+    def ask(self, job: Job, group: Group) -> list[Any] | RewardError:
+        """One answer for each completion of the group, or the first failure; at it, the rest is not asked."""
+        if self._doomed or self._process is None or self._process.poll() is not None:
+            self.kill()  # interrupted, killed, or dead since the last question: nothing that this group did
+            self._start()
+        if not self._ready:
+            self._wait_until_ready()
+        limit_s = self._config.reward_timeout_s
+        answers: list[Any] = []
+        reward: str = job
+        try:
+            self._pipe.send((job, group))
+            for index in range(len(group.completions)):
+                reward, deadline = job, time.monotonic() + limit_s
+                while True:
+                    # Asked even when the time is up: an answer that has arrived counts, however busy this process was.
+                    if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
+                        self.kill()
+                        return RewardError(group, index, reward, f"ran past task.reward_timeout_s={limit_s:g}")
+                    what, value = self._pipe.recv()
+                    if what == "began":
+                        reward = value
+                    elif what == "failed":
+                        return RewardError(group, index, reward, value)
+                    else:
+                        answers.append(value)
+                        break
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            name = self._config.name
+            raise UserError(
+                f"task.name={name!r} gives prompt {group.prompt.id!r} data that no reward worker can get ({error}); "
+                "use JSON values"
+            ) from error
+        except (EOFError, OSError):
+            return RewardError(group, len(answers), reward, f"its worker process died ({self._end()})")
+        return answers
+
+    def interrupt(self) -> None:
+        """From any thread: the process dies, and the thread that waits for it finds its pipe at the end."""
+        process, self._doomed = self._process, True
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: whatever a reward started dies with it
+
+    def kill(self) -> None:
+        """From the thread that asks, or when none does."""
+        self.interrupt()
+        process, self._process, self._ready = self._process, None, False
+        if process is None:
+            return
+        process.wait()
+        self._pipe.close()
+        self._reader.join(timeout=1.0)
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        # The worker must find `common` and the user's modules wherever this process found them.
+        code = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from common.rewards import _serve; _serve()"
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-c", code, str(theirs.fileno()), json.dumps(sys.path)],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, errors="replace", start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise RunFailure(f"a reward worker process cannot be started: {error}; free memory or processes") from error
+        theirs.close()
+        self._pipe = Connection(ours.detach())
+        self._doomed = False
+        self._said.clear()
+        self._reader = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
+        self._reader.start()
+        config = self._config
+        with contextlib.suppress(OSError):  # it died at once; whoever waits for it to be ready will say so
+            self._pipe.send((config.name, config.options, config.reward_timeout_s))
+
+    def _wait_until_ready(self) -> None:
+        try:
+            if not self._pipe.poll(START_TIMEOUT_S):
+                self.kill()
+                raise RunFailure(f"a reward worker did not make task {self._config.name!r} in {START_TIMEOUT_S:g} s")
+            failure = self._pipe.recv()
+        except (EOFError, OSError):
+            raise RunFailure(f"a reward worker died while making task {self._config.name!r} ({self._end()})") from None
+        if failure is not None:
+            self.kill()
+            raise RunFailure(f"a reward worker cannot make its task: {failure}")
+        self._ready = True
+
+    def _end(self) -> str:
+        """How the process ended and what it last said."""
+        process = self._process
+        assert process is not None
+        try:
+            code = process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            code = None  # it closed its pipe and lives on
+        self.kill()
+        if code is not None and code < 0:
+            how = f"killed by signal {-code}"
+        else:
+            how = "it closed its pipe" if code is None else f"exit code {code}"
+        return f"{how}; it last said: {' / '.join(self._said)}" if self._said else how
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        """What rewards print is for whoever wrote them: a line of the log each."""
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                self._said.append(line.rstrip())
+                self._log.info("a reward printed: %s", line.rstrip())
+
+
+def _serve() -> None:
+    """The worker's life: make the task, then answer groups until the parent goes away."""
+    fd = int(sys.argv[1])
+    os.set_inheritable(fd, False)  # a process that a reward starts must not keep the pipe open
+    pipe = Connection(fd)
+    name, options, limit_s = pipe.recv()
+    try:
+        task = make_task(name, options)
+    except UserError as error:
+        pipe.send(str(error))
+        return
+    pipe.send(None)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    while True:
+        try:
+            job, group = pipe.recv()
+        except EOFError:
+            return
+        for completion in group.completions:
+            # The parent kills a late worker long before this; it is for a parent that died itself. Unlike a signal or
+            # a thread of ours, this timer also ends code that never gives up the interpreter (a hopeless regex).
+            faulthandler.dump_traceback_later(2 * limit_s + 60, exit=True, file=nowhere)
+            answered = _answer(pipe, task, job, group.prompt, completion)
+            faulthandler.cancel_dump_traceback_later()
+            if not answered:
+                break
+
+
+def _answer(pipe: Connection, task: Task, job: Job, prompt: Prompt, completion: Completion) -> bool:
+    """Sends this completion's answer, or what went wrong; says which."""
+    answer: Any
+    try:
+        if job == "is_correct":
+            pipe.send(("began", job))
+            answer = task.is_correct(prompt, completion)
+            if answer not in (True, False):
+                raise TypeError(f"returned {answer!r}, which is neither True nor False")
+            answer = bool(answer)
+        else:
+            answer = {}
+            for name, function in task.rewards.items():
+                pipe.send(("began", name))
+                answer[name] = _number(function, prompt, completion)
+    except (Exception, SystemExit) as error:  # reported, and never taken for a score
+        pipe.send(("failed", f"{type(error).__name__}: {_shortened(' '.join(str(error).split()))}"))
+        return False
+    pipe.send(("answer", answer))
+    return True
+
+
+def _number(function: Callable[[Prompt, Completion], Any], prompt: Prompt, completion: Completion) -> float:
+    value = function(prompt, completion)
+    if not isinstance(value, SupportsFloat):
+        raise TypeError(f"returned {value!r}, which is not a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"returned {number}, which is not finite")
+    return number
+
+
+def _weights(task: Task, overrides: dict[str, float]) -> dict[str, float]:
+    for name, weight in overrides.items():
+        if name not in task.rewards:
+            names = ", ".join(task.rewards)
+            raise UserError(f"task.reward_weights.{name}={weight}: the task has no such reward; it has {names}")
+        if not math.isfinite(weight):
+            raise UserError(f"task.reward_weights.{name}={weight} is not finite; give a number")
+    return {name: float(overrides.get(name, weight)) for name, weight in task.reward_weights.items()}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}… ({len(text)} characters)"

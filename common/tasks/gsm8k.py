@@ -1,0 +1,284 @@
+"""GSM8K: grade-school word problems (arXiv 2110.14168), reasoning in ``<thinking>``, the number in ``<answer>``.
+
+The answer is compared by math-verify, so ``70,000``, ``$70000.00`` and ``\\frac{140000}{2}`` are the same; two smaller
+rewards lead a model that has never seen the tags to them. Rows come from the hub or from local files, through
+``datasets``; nothing is read before the first prompt is asked for, since reward workers need none of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import math_verify
+
+from common.errors import UserError
+from common.protocols import RewardFunction, Split
+from common.tasks import Prompts, answer_in
+from common.types import Completion, Message, Prompt
+
+SYSTEM_PROMPT = (
+    "Solve the problem. Respond in the following format: "
+    "<thinking>step by step reasoning</thinking><answer>number</answer>"
+)
+_TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
+_WHOLE = re.compile(r"\s*<thinking>(.*?)</thinking>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\d[\d,.]*\s*/\s*\d[\d,.]*")
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
+_COMMANDS = {"frac", "dfrac", "tfrac", "text", "mathrm", "boxed"}
+_HUB_TIMEOUT_S = 10.0
+
+# It warns at every call that its own time limit is off. The limit of the reward worker is the one that holds:
+# math-verify's works by a signal, in the main thread only.
+logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
+logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class _Row:
+    question: str
+    solution: str
+    answer: str
+
+
+class Gsm8k:
+    """GSM8K word problems (or your own, in its columns), answered in <thinking> and <answer> tags.
+
+    Options: ``source`` is a hub id, a folder with ``train`` and ``test`` files (JSONL, JSON or Parquet, columns
+    ``question`` and ``answer``, the answer ending in ``#### NUMBER``), or one such file, of which a tenth is held out
+    for the test; ``shots`` puts that many worked examples before each question (the first training rows, which are
+    then not asked); ``max_train`` and ``max_test`` keep that many questions (0: all).
+    """
+
+    def __init__(self, source: str = "openai/gsm8k", shots: int = 0, max_train: int = 0, max_test: int = 0) -> None:
+        for key, value in (("shots", shots), ("max_train", max_train), ("max_test", max_test)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise UserError(f"task.options.{key}={value!r} must be a whole number of at least 0")
+        if not isinstance(source, str) or not source:
+            raise UserError(f"task.options.source={source!r} must be a hub id, a folder or a file")
+        self._source, self._shots = source, shots
+        self._most: dict[Split, int] = {"train": max_train, "test": max_test}
+        self._rows: dict[Split, list[_Row]] = {}
+        self._examples: list[_Row] = []
+        self.reward_weights: Mapping[str, float] = {"correct": 1.0, "tags": 0.2, "format": 0.2}
+        self.rewards: Mapping[str, RewardFunction] = {
+            "correct": self._correct,
+            "tags": _tags_reward,
+            "format": _format_reward,
+        }
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """The rows in the order of the source, without the training rows that ask a test question."""
+        if not self._rows:
+            self._load()
+        rows = self._rows[split]
+        return Prompts(len(rows), lambda index: self._prompt(split, index))
+
+    def is_correct(self, prompt: Prompt, completion: Completion) -> bool:
+        """The one number in the ``<answer>`` tags equals the reference. See ``common.tasks.answer_in``."""
+        answer = answer_in(completion.text)
+        return answer is not None and same_number(prompt.data["answer"], answer)
+
+    def _correct(self, prompt: Prompt, completion: Completion) -> float:
+        return float(self.is_correct(prompt, completion))
+
+    def _prompt(self, split: Split, index: int) -> Prompt:
+        row = self._rows[split][index]
+        messages: list[Message] = [{"role": "system", "content": SYSTEM_PROMPT}]
+        for example in self._examples:
+            worked = f"<thinking>{example.solution}</thinking><answer>{example.answer}</answer>"
+            messages.append({"role": "user", "content": example.question})
+            messages.append({"role": "assistant", "content": worked})
+        messages.append({"role": "user", "content": row.question})
+        data = {"question": row.question, "answer": row.answer}
+        return Prompt(id=f"{split}-{index}", messages=tuple(messages), data=data)
+
+    def _load(self) -> None:
+        rows = {split: [_row(self._source, split, i, raw) for i, raw in enumerate(table)]
+                for split, table in _read(self._source).items()}  # fmt: skip
+        asked_in_test = {_key(row.question) for row in rows["test"]}
+        rows["train"] = [row for row in rows["train"] if _key(row.question) not in asked_in_test]
+        if self._shots >= len(rows["train"]):
+            raise UserError(
+                f"task.options.shots={self._shots} leaves none of the {len(rows['train'])} training rows of "
+                f"task.options.source={self._source!r} to ask; use fewer"
+            )
+        self._examples, rows["train"] = rows["train"][: self._shots], rows["train"][self._shots :]
+        for split, most in self._most.items():
+            rows[split] = rows[split][: most or None]
+        self._rows = rows
+
+
+def same_number(reference: str, answer: str) -> bool:
+    """Whether an answer, as a model writes it, is the reference number.
+
+    One number, in words and units if it likes (``$18 per day``, ``x = 18``), a decimal or a fraction. A list of numbers
+    is no answer, and neither is a power or factorial, whose value might take forever to compute.
+    """
+    gold, value = _value(reference), _value(answer)
+    if gold is None:
+        raise ValueError(f"the reference answer {reference!r} is not a number")
+    return value is not None and bool(math_verify.verify(_parse(gold), _parse(value), timeout_seconds=None))
+
+
+def _value(text: str) -> str | None:
+    """The part that holds the value, if it is short, holds one number, and does nothing with it."""
+    value = text.rsplit("=", 1)[-1].strip(" \n*").removeprefix("+").replace("\\$", "$")
+    if len(value) > 100 or re.search(r"\^|\*|!|²|³", value) or set(_COMMAND.findall(value)) - _COMMANDS:
+        return None
+    return value if len(_NUMBER.findall(_FRACTION.sub("1", value))) == 1 else None
+
+
+def _parse(text: str) -> list[Any]:
+    parsed: list[Any] = math_verify.parse(text, parsing_timeout=None)
+    return parsed
+
+
+def _tags_reward(prompt: Prompt, completion: Completion) -> float:
+    """A quarter for each of the four tags that is there exactly once and after the one before it."""
+    found, end = 0, 0
+    for tag in _TAGS:
+        place = completion.text.find(tag)
+        if completion.text.count(tag) == 1 and place >= end:
+            found, end = found + 1, place + len(tag)
+    return found / len(_TAGS)
+
+
+def _format_reward(prompt: Prompt, completion: Completion) -> float:
+    """1 where the completion is the two blocks, filled, each tag once, and nothing around them."""
+    match = _WHOLE.fullmatch(completion.text)
+    filled = match is not None and match[1].strip() != "" and match[2].strip() != ""
+    return float(filled and all(completion.text.count(tag) == 1 for tag in _TAGS))
+
+
+def _key(question: str) -> str:
+    return " ".join(question.split()).lower()
+
+
+def _row(source: str, split: Split, index: int, raw: Mapping[str, Any]) -> _Row:
+    question, text = raw["question"], raw["answer"]
+    where = f"row {index + 1} of the {split} split of task.options.source={source!r}"
+    if not isinstance(question, str) or not question.strip() or not isinstance(text, str | int | float):
+        raise UserError(f"{where} has no question or no answer; both must be text")
+    solution, mark, answer = str(text).rpartition("####")
+    answer = answer.strip().replace(",", "")
+    if _value(answer) is None:
+        raise UserError(f"{where} has an answer that does not end in a number: {answer[-60:]!r}; write '#### NUMBER'")
+    # The calculator notes (<<48/2=24>>) are no part of the reasoning.
+    solution = re.sub(r"<<.*?>>", "", solution).strip() if mark else f"The answer is {answer}."
+    return _Row(question.strip(), solution, answer)
+
+
+def _read(source: str) -> dict[Split, Any]:
+    """The source's two splits as tables with a question and an answer column."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        tables = _read_folder(source, path)
+    elif path.is_file():
+        tables = _read_file(source, path)
+    elif path.suffix in _READERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UserError(
+            f"task.options.source={source!r}: there is no such file or folder; paths start at {os.getcwd()!r}"
+        )
+    else:
+        tables = _read_hub(source)
+    for split, table in tables.items():
+        missing = [column for column in ("question", "answer") if column not in table.column_names]
+        if missing:
+            raise UserError(
+                f"the {split} split of task.options.source={source!r} has no column {missing[0]!r}, only "
+                f"{', '.join(table.column_names)}; name them question and answer"
+            )
+        if not len(table):
+            raise UserError(f"the {split} split of task.options.source={source!r} is empty; give it rows")
+    return tables
+
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def _read_folder(source: str, folder: Path) -> dict[Split, Any]:
+    tables: dict[Split, Any] = {}
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
+        # Shards (train-00000-of-00002.parquet) too; the hub's copy keeps them in main/.
+        files = [
+            file
+            for place in (folder, folder / "data", folder / "main")
+            for file in sorted(place.glob(f"{split}*"))
+            if file.suffix in _READERS and re.fullmatch(rf"{split}(-\d+-of-\d+)?", file.stem)
+        ]
+        if not files:
+            raise UserError(
+                f"task.options.source={source!r} has no {split}.jsonl, {split}.json or {split}.parquet; "
+                "add it, or give one file, of which a tenth is held out for the test"
+            )
+        if len({(file.parent, file.suffix) for file in files}) > 1:
+            listed = ", ".join(str(file.relative_to(folder)) for file in files)
+            raise UserError(f"task.options.source={source!r} has more than one {split} split: {listed}; keep one")
+        tables[split] = _load_files(source, files)
+    return tables
+
+
+def _read_file(source: str, file: Path) -> dict[Split, Any]:
+    if file.suffix not in _READERS:
+        raise UserError(f"task.options.source={source!r} is no JSONL, JSON or Parquet file; give one that is")
+    rows = _load_files(source, [file])
+    if "question" not in rows.column_names:
+        return {"train": rows}  # what is wrong with it is said in one place, by the caller
+    # By the question, not by chance or place: it stays on its side when rows are added, and its copies go along.
+    held_out = [
+        int(hashlib.sha256(_key(str(question)).encode()).hexdigest(), 16) % 10 == 0 for question in rows["question"]
+    ]
+    if len(set(held_out)) < 2:
+        raise UserError(
+            f"task.options.source={source!r} has too few rows ({len(rows)}) to hold a tenth out for the test; "
+            "give a folder with train.jsonl and test.jsonl"
+        )
+    return {
+        "train": rows.select([i for i, out in enumerate(held_out) if not out]),
+        "test": rows.select([i for i, out in enumerate(held_out) if out]),
+    }
+
+
+def _load_files(source: str, files: list[Path]) -> Any:
+    import datasets
+
+    kind = _READERS[files[0].suffix]
+    bars = datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # local files take a moment
+    try:
+        return datasets.load_dataset(kind, data_files={"train": [str(file) for file in files]}, split="train")
+    except Exception as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        listed = ", ".join(str(file) for file in files)
+        raise UserError(f"task.options.source={source!r}: {listed} cannot be read ({cause}); mend the file") from error
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _read_hub(source: str) -> dict[Split, Any]:
+    import datasets
+    import huggingface_hub
+
+    cure = 'give a local folder or file: task.options.source="path"'
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        if not offline:  # one question with a time limit first: ``load_dataset`` would try again for half a minute
+            huggingface_hub.HfApi().dataset_info(source, timeout=_HUB_TIMEOUT_S)
+        name = "main" if source == "openai/gsm8k" else None
+        return {"train": datasets.load_dataset(source, name, split="train"),
+                "test": datasets.load_dataset(source, name, split="test")}  # fmt: skip
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if not offline:
+            cure += ", or set HF_HUB_OFFLINE=1 where it was downloaded before"
+        raise UserError(f"task.options.source={source!r} cannot be loaded from the hub ({why}); {cure}") from error

@@ -1,0 +1,111 @@
+"""The values that travel between sampler, task and learner: frozen, plain, picklable, importable without torch.
+
+Left out on purpose: tensors (the learner makes its own) and anything that belongs to one back end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question of a task, and what the model is shown of it.
+
+    A task fills ``id``, ``messages`` and ``data``; ``common.tokenizer.render`` adds ``text`` and ``token_ids``.
+    """
+
+    id: str
+    """Unique and stable within a split: ``train-17``."""
+    messages: tuple[Message, ...]
+    """The conversation up to the turn that the model writes."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What the task needs to score an answer (JSON values only: it is written to the rollouts)."""
+    text: str = ""
+    """The prompt as the model sees it, after the chat template."""
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer to a prompt, stamped by the sampler that wrote it, then scored."""
+
+    token_ids: tuple[int, ...]
+    """What was generated, with the end-of-sequence token where the model wrote one."""
+    text: str
+    """The decoded tokens, special tokens left out."""
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each token under the distribution it was **drawn from**
+    (after temperature, top-p and top-k); same length as ``token_ids``."""
+    finish_reason: FinishReason
+    """``stop``: the model ended it (EOS or a stop string); ``length``: it was cut at ``max_tokens``."""
+    policy_version: int
+    """Version of the weights that wrote it, as the sampler knows it."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Each named reward, before its weight."""
+    reward: float | None = None
+    """The weighted sum of ``rewards``; None until scored."""
+    advantage: float | None = None
+    """How much better than its group; None until assigned."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and the completions sampled for it."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. The same words and meanings as vLLM's."""
+
+    n: int = 1
+    """Completions per prompt."""
+    max_tokens: int = 128
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; the text is cut before them, the tokens are kept."""
+    seed: int | None = None
+    """Fixes the request: same weights, prompts and seed give the same completions. None draws freely."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The LoRA adapter a sampler must be ready to serve."""
+
+    rank: int
+    config: Mapping[str, Any]
+    """The contents of peft's ``adapter_config.json``."""
+
+
+@dataclass(frozen=True)
+class SamplerSetup:
+    """What every sampler back end is given when it is made, besides its own ``[sampler.options]``."""
+
+    model_folder: str
+    """A local Hugging Face folder (safetensors, config, tokenizer)."""
+    dtype: str
+    """``bfloat16``, ``float16`` or ``float32``."""
+    max_model_tokens: int
+    """The longest prompt plus completion that will be asked for."""
+    max_sequences: int
+    """The most completions that will be asked for at once."""
+    device: str = "cpu"
+    seed: int = 0
+    shares_device: bool = True
+    """The learner lives on the same device, so memory must be left for it."""
+    adapter: AdapterSpec | None = None
+    trust_remote_code: bool = False
+    threads: int = 0
+    """CPU threads; 0 leaves the library's choice."""

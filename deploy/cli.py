@@ -1,0 +1,243 @@
+"""The ``nanogrpo`` command. Exit codes: 0 done, 1 something failed, 2 the user's mistake, 130 stopped and saved."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import RunFailure, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models with Group Relative Policy Optimization.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="settings that win")]
+Model = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN_DIR", help="run folder, model folder, hub id or .gguf")]
+
+
+@contextmanager
+def _in_sentences() -> Iterator[None]:
+    """A user's mistake and a failure end in one sentence; anything else is our mistake and keeps its traceback."""
+    logging.getLogger("nanogrpo").setLevel(logging.INFO)
+    handler = RichHandler(console=err, show_path=False, show_time=False, level=logging.WARNING)
+    logging.getLogger("nanogrpo").addHandler(handler)
+    try:
+        yield
+    except UserError as error:
+        err.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        raise typer.Exit(2) from None
+    except RunFailure as error:
+        err.print(Text(f"failed: {error}", style="red"), soft_wrap=True)
+        raise typer.Exit(1) from None
+    except MemoryError:
+        err.print("failed: out of memory; lower learner.microbatch_tokens or train.prompts_per_step", style="red")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        err.print("stopped at once; the last checkpoint is whole", style="red")
+        raise typer.Exit(130) from None
+    finally:
+        logging.getLogger("nanogrpo").removeHandler(handler)
+
+
+@app.command()
+def train(
+    run_file: Annotated[str | None, typer.Argument(metavar="RUN.toml", help="the run; see deploy/configs")] = None,
+    words: Words = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check configuration, model and data, then stop")] = False,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN_DIR", help="go on with this run")] = None,
+) -> None:
+    """Train: sample, score, learn, sync, every step."""
+    with _in_sentences():
+        from common.config import load
+
+        words = list(words or [])
+        if run_file is not None and resume is not None and "=" in run_file:
+            words.insert(0, run_file)  # `--resume RUN_DIR section.key=value` has no run file
+        elif run_file is not None and resume is not None:
+            raise UserError(f"--resume takes the run's own configuration; leave {run_file!r} out")
+        elif run_file is None and resume is None:
+            raise UserError("which run? Give a RUN.toml (complete ones are in deploy/configs/) or --resume RUN_DIR")
+        if resume is None:
+            assert run_file is not None
+            config = load(Path(run_file), words)
+        _quiet_libraries()
+        from rich.console import Group as Stack
+
+        from deploy import local, report
+
+        if resume is not None:
+            config = local.config_of(resume, words)
+        folder = resume or local.folder_of(config)
+        if dry_run:
+            ready = local.prepare(config)
+            from common.rewards import Scorer
+
+            with Scorer(config.task):
+                pass
+            out.print(
+                f"right: model {ready.folder}, {len(ready.train)} training and {len(ready.test)} test questions, "
+                f"longest prompt {ready.longest_prompt} tokens, device {ready.device}",
+                soft_wrap=True,
+            )
+            return
+        out.print(f"run     {folder}")
+        try:
+            outcome = local.run(config, folder, out, resume=resume is not None)
+        except RunFailure as error:
+            if (folder / "checkpoints").is_dir():
+                raise RunFailure(f"{error}. Go on from the last checkpoint: nanogrpo train --resume {folder}") from None
+            raise
+        if not outcome.finished:
+            out.print(f"saved at step {outcome.step}; go on with: nanogrpo train --resume {folder}", soft_wrap=True)
+            raise typer.Exit(130)
+        if outcome.before is not None and outcome.after is not None:
+            out.print(
+                Stack(report.transcripts(outcome.before, outcome.after), report.table(outcome.before, outcome.after))
+            )
+        out.print(f"done: model in {folder / 'final'}, report in {folder / 'report.html'}", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    words: Words = None,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Measure accuracy on a task's test questions (task.name=..., eval.questions=..., eval.samples=...)."""
+    with _in_sentences():
+        _quiet_libraries()
+        from common.console import evaluation_line
+        from common.files import to_json
+        from common.rewards import Scorer
+        from deploy import local
+
+        config, adapter = local.open_model(model, words or [])
+        if not config.eval.questions:
+            raise UserError("eval.questions=0 asks nothing; set it to at least 1")
+        ready = local.prepare(config, need_train=False)
+        with Scorer(config.task) as scorer:
+            sampler = local.make_sampler(ready, shares_device=False, adapter_folder=adapter)
+            try:
+                result = local.ask_test_questions(ready, sampler, scorer).as_dict()
+            finally:
+                sampler.close()
+        if json:
+            sys.stdout.write(to_json(result) + "\n")
+            return
+        out.print(evaluation_line(0, result).replace("step 0", model), soft_wrap=True)
+        for kind, part in result["by_kind"].items():
+            out.print(f"  {kind}: {part['accuracy']:.1%} of {part['questions']}")
+        for k, at_k in result["pass_at_k"].items():
+            out.print(f"  pass@{k}: {at_k['value']:.1%} [{at_k['low']:.1%}, {at_k['high']:.1%}]")
+
+
+@app.command()
+def sample(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar='["prompt" | section.key=value]...')] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="completions of each prompt")] = 1,
+    greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token at every place")] = False,
+    questions: Annotated[int, typer.Option(min=0, help="ask so many test questions of the task instead")] = 0,
+) -> None:
+    """Print completions; with task.name=... or --questions also their rewards."""
+    with _in_sentences():
+        _quiet_libraries()
+        from deploy import local
+        from deploy.show import completions
+
+        texts = [word for word in prompts or [] if not _is_setting(word)]
+        words = [word for word in prompts or [] if _is_setting(word)]
+        if bool(texts) == bool(questions):
+            raise UserError('give a prompt, as in: nanogrpo sample MODEL "What is 2 + 2?", or --questions 3')
+        scored = bool(questions) or any(word.startswith("task.name=") for word in words)
+        config, adapter = local.open_model(model, words)
+        completions(config, adapter, texts, questions, 1 if greedy else n, greedy, scored, out)
+
+
+def _is_setting(word: str) -> bool:
+    from common.config import Config
+
+    head, equals, _ = word.partition("=")
+    return bool(equals) and head.split(".")[0] in Config.model_fields and "." in head
+
+
+@app.command()
+def tasks() -> None:
+    """The tasks installed here."""
+    _list("task")
+
+
+@app.command()
+def samplers() -> None:
+    """The sampler back ends installed here."""
+    _list("sampler")
+
+
+def _list(kind: str) -> None:
+    from common import plugins
+
+    with _in_sentences():
+        for name, described in plugins.installed(kind):  # type: ignore[arg-type]
+            out.print(Text.assemble((f"{name:16}", "bold"), described), soft_wrap=True)
+        out.print(Text(f"your own: {kind}.name=module:attr or file.py:attr", style="dim"))
+
+
+@app.command()
+def config(
+    toml: Annotated[Path | None, typer.Option("--toml", metavar="FILE", help="write a commented file")] = None,
+) -> None:
+    """Every setting with its default, unit and effect."""
+    with _in_sentences():
+        from common import files
+        from common.config import commented_toml, fields, type_words
+
+        if toml is not None:
+            if toml.exists():
+                raise UserError(f"--toml {str(toml)!r} exists already; choose another name")
+            files.write_text(toml, commented_toml())
+            out.print(f"wrote {toml}")
+            return
+        table = Table("key", "default", "meaning", show_lines=True)
+        for key, field in fields():
+            described = " ".join((field.description or "").replace("``", "").split())
+            table.add_row(Text(key), Text(repr(field.default)), Text(f"{described} ({type_words(field)})"))
+        out.print(table)
+
+
+def _quiet_libraries() -> None:
+    """The libraries' progress bars and advice would tear the display; what the user has set stays."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        os.environ.setdefault(name, value)
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def main(run: Callable[[], None] = app) -> None:
+    """The console script."""
+    run()
+
+
+if __name__ == "__main__":
+    main()

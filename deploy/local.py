@@ -1,0 +1,377 @@
+"""One process: makes every part of a run, puts sampler and learner on one device, and trains, evaluates or samples.
+
+Everything that can be wrong in a configuration is found in ``prepare``, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import signal
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from common import device as devices
+from common import files, plugins, tracking
+from common.config import Config, build, resolved_toml
+from common.console import ConsoleTracker
+from common.errors import UserError
+from common.prompts import PromptStream
+from common.protocols import Sampler
+from common.rewards import Scorer
+from common.tokenizer import check_lengths, load_tokenizer, render
+from common.types import AdapterSpec, Group, Prompt, SamplerSetup, SamplingParams
+from common.waits import bounded
+from common.weights import FolderWeights
+from deploy import report
+from learner import model as models
+from learner.checkpoint import Checkpoints
+from learner.evaluate import Evaluation, evaluate
+from learner.learner import TorchLearner
+from learner.loop import Loop, train
+from learner.sync import WeightSync, probe_of
+
+log = logging.getLogger("nanogrpo")
+_AT_ONCE = 256  # completions in work at most; vLLM queues what a request holds beyond
+
+
+class Sleeps(Protocol):
+    def sleep(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedDevice:
+    """A ``Placement`` where sampler and learner take turns: the one that does not work gives its memory back."""
+
+    sampler: Sampler
+    learner: Sleeps
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        self.learner.sleep()
+        self.sampler.wake("all")
+        yield
+
+    @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        self.sampler.sleep()
+        yield
+
+    @contextlib.contextmanager
+    def syncing(self) -> Iterator[None]:
+        self.learner.sleep()
+        # The proof's probe needs the cache too; before it the weights alone are back.
+        self.sampler.wake("all")
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A configuration that was found right, and what finding out has made."""
+
+    config: Config
+    folder: Path
+    """The model's."""
+    tokenizer: Any
+    train: list[Prompt]
+    test: list[Prompt]
+    """The questions of an evaluation."""
+    longest_prompt: int
+    device: str
+
+
+def prepare(config: Config, *, need_train: bool = True) -> Prepared:
+    """Checks configuration, sampler, task, model and data. Raises ``UserError`` for the first thing that is wrong."""
+    device = devices.pick(config.train.device)
+    if config.train.max_staleness:
+        raise UserError(
+            f"train.max_staleness={config.train.max_staleness} has no use here: sampler and learner share this process "
+            "and cannot overlap; set it to 0"
+        )
+    if config.optimizer.offload and device == "cpu":
+        raise UserError("optimizer.offload=true has no effect on a CPU, where everything is in host memory; remove it")
+    plugins.find("sampler", config.sampler.name)
+    task = plugins.find_task(config.task)
+    folder = models.prepare(config.model)
+    tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
+    shown = (config.task.prompt_format, config.task.system_prompt)
+    train_prompts = render(tokenizer, task.prompts("train"), *shown) if need_train else []
+    test_prompts = render(tokenizer, list(task.prompts("test"))[: config.eval.questions], *shown)
+    if need_train and not train_prompts:
+        raise UserError(f"task.name={config.task.name!r} has no training questions")
+    context = models.context_tokens(folder)
+    longest = max(
+        check_lengths(prompts, config.sampler.max_tokens, config.sampler.max_prompt_tokens, context)
+        for prompts in (train_prompts, test_prompts)
+    )
+    return Prepared(config, folder, tokenizer, train_prompts, test_prompts, longest, device)
+
+
+def make_sampler(ready: Prepared, *, shares_device: bool = True, adapter_folder: Path | None = None) -> Sampler:
+    """The run's sampler, serving the model's own weights, or the adapter in ``adapter_folder`` over them."""
+    config = ready.config
+    adapter = None
+    if adapter_folder is not None:
+        described = dict(FolderWeights(str(adapter_folder)).adapter_config or {})
+        adapter = AdapterSpec(int(described["r"]), described)
+    elif config.model.lora_rank:
+        described = models.adapter_config(config.model, ready.folder).to_dict()
+        adapter = AdapterSpec(config.model.lora_rank, described)
+    at_once = max(
+        config.train.prompts_per_step * config.train.group_size,
+        len(ready.test) * max(config.eval.samples, 1),
+    )
+    setup = SamplerSetup(
+        model_folder=str(ready.folder),
+        dtype=config.model.dtype,
+        max_model_tokens=ready.longest_prompt + config.sampler.max_tokens,
+        max_sequences=min(at_once, _AT_ONCE),
+        device=ready.device,
+        seed=config.train.seed,
+        shares_device=shares_device,
+        adapter=adapter,
+        trust_remote_code=config.model.trust_remote_code,
+        threads=config.train.threads,
+    )
+    devices.set_threads(config.train.threads)  # before vLLM, which fixes them
+    with bounded("sampler", "loading its model", config.timeouts.load_s):
+        sampler: Sampler = plugins.make("sampler", config.sampler.name, config.sampler.options, setup)
+        if adapter_folder is not None:
+            sampler.load_weights(FolderWeights(str(adapter_folder)), 0)
+    return sampler
+
+
+def ask_test_questions(ready: Prepared, sampler: Sampler, scorer: Scorer) -> Evaluation:
+    """Greedy accuracy on the test questions, and pass@k where asked for."""
+    config = ready.config
+    greedy = SamplingParams(max_tokens=config.sampler.max_tokens, temperature=0.0, stop=config.sampler.stop, seed=0)
+    sampled = None
+    if config.eval.samples:
+        sampled = dataclasses.replace(
+            greedy, n=config.eval.samples, temperature=config.sampler.temperature,
+            top_p=config.sampler.top_p, top_k=config.sampler.top_k,
+        )  # fmt: skip
+    return evaluate(
+        sampler, ready.test, scorer.correct, greedy, sampled, config.eval.k if sampled else (),
+        timeout_s=config.timeouts.generate_s, completions_at_once=_AT_ONCE,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    folder: Path
+    finished: bool
+    """False: it was stopped, and its last checkpoint is the step it reached."""
+    step: int
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+    """Evaluations as ``eval.jsonl`` holds them."""
+
+
+def run(config: Config, folder: Path, console: Console, *, resume: bool = False) -> Outcome:
+    """Trains in this process, writing everything into ``folder``; see the README for what it will hold."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_run_folder(folder, resume))
+        stack.enter_context(_logging_to(folder / "run.log"))
+        files.remove_leftovers(folder)
+        ready = prepare(config)
+        scorer = stack.enter_context(Scorer(config.task))
+        if not resume:
+            files.write_text(folder / "config.toml", resolved_toml(config))
+        stopping = stack.enter_context(_stop_signals(console))
+
+        console.print(f"model   {ready.folder}\ntask    {config.task.name}: {len(ready.train)} training questions")
+        sampler = make_sampler(ready)
+        stack.callback(sampler.close)
+        with bounded("learner", "loading its model", config.timeouts.load_s):
+            learner = TorchLearner(config, ready.folder, ready.device)
+        console.print(
+            f"sampler {config.sampler.name}\nlearner {learner.parameters_trained / 1e6:.1f} M of "
+            f"{learner.parameters_total / 1e6:.1f} M weights, "
+            f"{'packed' if learner.packed else 'padded'}, {ready.device}"
+        )
+        checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
+        stream = PromptStream(ready.train, config.train.seed)
+        state = checkpoints.restore_latest(learner) if resume else None
+        if resume:
+            tracking.rewind(folder, learner.version)
+
+        placement = SharedDevice(sampler, learner)
+        probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
+        sync = WeightSync(learner, sampler, placement, probe, config.sync, config.timeouts.sync_s)
+        trackers: list[Any] = [tracking.JsonlTracker(folder)]
+        if config.run.tensorboard:
+            trackers.append(tracking.TensorBoardTracker(folder, learner.version))
+        shown = ConsoleTracker(config.run.console, config.train.steps, learner.version, console)
+        tracker = tracking.Trackers([*trackers, shown])
+        stack.callback(tracker.close)
+        loop = Loop(
+            config, learner, sampler, placement, scorer, stream, sync, tracker, checkpoints,
+            memory_gib=lambda: devices.peak_memory_gib(ready.device),
+        )  # fmt: skip
+        if state is not None:
+            loop.restore(state)
+
+        tracker.phase("sampler: following perturbed weights (the proof's challenge)")
+        sync.challenge()
+        sync()
+
+        def measure(step: int) -> None:
+            if ready.test:
+                tracker.phase(f"evaluation: {len(ready.test)} test questions at step {step}")
+                with placement.sampling():
+                    tracker.evaluation(step, ask_test_questions(ready, sampler, scorer).as_dict())
+
+        if learner.version == 0 and not files.read_lines(folder / "eval.jsonl"):
+            measure(0)
+        finished = train(loop, measure, stopping)
+        if finished:
+            measure(config.train.steps)
+            tracker.phase("disk: writing the final model")
+            _export(learner, folder, config)
+        tracker.close()
+        report.write(folder)
+        evaluations = report.by_step(files.read_json_lines(folder / "eval.jsonl"))
+        asked = {row["step"]: row for row in evaluations}
+        return Outcome(folder, finished, learner.version, asked.get(0), asked.get(config.train.steps))
+
+
+def _export(learner: TorchLearner, folder: Path, config: Config) -> None:
+    with files.atomic_folder(folder / "final") as final:
+        learner.export(final)
+        if config.model.lora_rank and config.run.export_merged:
+            (final / "merged").mkdir()
+            learner.export(final / "merged", merged=True)
+
+
+# -- a trained model ---------------------------------------------------------------------------------------------------
+
+
+def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
+    """The configuration for asking a model or a finished run's ``final/``, and the folder of its adapter if it has one.
+
+    ``name`` is a run folder, a model folder, a hub id or a GGUF file; ``words`` are ``section.key=value``.
+    """
+    from common.config import load
+
+    folder = Path(name).expanduser()
+    if not (folder / "config.toml").is_file():
+        if (folder / "adapter_config.json").is_file():
+            base = str(dict(FolderWeights(str(folder)).adapter_config or {})["base_model_name_or_path"])
+            return load(None, [f'model.name="{base}"', *words]), folder
+        return load(None, [f'model.name="{name}"', *words]), None
+    final = folder / "final"
+    if not final.is_dir():
+        raise UserError(f"run folder {name!r} has no final/ yet; finish it with `nanogrpo train --resume {name}`")
+    config = load(folder / "config.toml", words)
+    if (final / "adapter_config.json").is_file():
+        return config, final
+    model = {**config.model.model_dump(exclude_unset=True), "name": str(final)}
+    model.pop("revision", None), model.pop("cache_folder", None)
+    return build({**config.model_dump(exclude_unset=True), "model": model}), None
+
+
+def sample(ready: Prepared, sampler: Sampler, prompts: Sequence[Prompt], n: int, greedy: bool) -> list[Group]:
+    """``n`` completions of each prompt, as a training step would draw them, or one greedily."""
+    config = ready.config
+    params = SamplingParams(
+        n=1 if greedy else n,
+        max_tokens=config.sampler.max_tokens,
+        temperature=0.0 if greedy else config.sampler.temperature,
+        top_p=config.sampler.top_p,
+        top_k=config.sampler.top_k,
+        stop=config.sampler.stop,
+        seed=config.train.seed,
+    )
+    return sampler.generate(prompts, params).result(timeout=config.timeouts.generate_s)
+
+
+# -- the run folder, its log and its signals ---------------------------------------------------------------------------
+
+
+def folder_of(config: Config) -> Path:
+    """``run.folder`` with its {task}, {model} and {date} filled in."""
+    words = {
+        "task": Path(config.task.name.split(":")[0]).stem,
+        "model": Path(config.model.name).stem,
+        "date": datetime.datetime.now().strftime("%Y%m%d-%H%M%S"),
+    }
+    try:
+        return Path(config.run.folder.format(**words)).expanduser()
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"run.folder={config.run.folder!r} cannot be filled in ({error}); it knows {{task}}, {{model}} and {{date}}"
+        ) from None
+
+
+def config_of(folder: Path, words: Sequence[str]) -> Config:
+    """The configuration that a run folder was made with, changed by ``words``."""
+    from common.config import load
+
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"--resume {str(folder)!r}: there is no run (no config.toml in it); name a run folder")
+    saved = tomllib.loads((folder / "config.toml").read_text())
+    config = load(folder / "config.toml", words)
+    fixed = ("model", "task", "sampler", "learner", "optimizer", "sync")
+    before = build(saved)
+    for section in fixed:
+        if getattr(before, section) != getattr(config, section):
+            raise UserError(
+                f"[{section}] cannot change when a run is resumed, or it would not be the same run; "
+                "train.steps, eval, run and timeouts can"
+            )
+    return config
+
+
+@contextlib.contextmanager
+def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
+    if not resume and folder.is_dir() and any(path.name != files.LOCK_NAME for path in folder.iterdir()):
+        raise UserError(
+            f"run.folder={str(folder)!r} is in use by an earlier run; go on with it by --resume {folder}, or choose "
+            "another"
+        )
+    with files.lock_folder(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Our own log lines go to the run's log; warnings also to the terminal, through the handlers set up before."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("nanogrpo")
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def _stop_signals(console: Console) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C or SIGTERM asks the run to save and stop after its step; a second Ctrl-C ends it at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one")
+
+    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

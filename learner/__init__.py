@@ -1,0 +1,1 @@
+"""Turns scored groups of completions into weight updates."""

@@ -1,0 +1,76 @@
+"""Checkpoints: a folder a step, whole or not there, with checksums, the last few kept. Safetensors and JSON only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common import files
+from common.errors import UserError
+from common.protocols import Learner
+
+log = logging.getLogger("nanogrpo.checkpoint")
+
+
+class Checkpoints:
+    """``FOLDER/step-000020/``: what ``Learner.save`` wrote, ``state.json`` of the loop and ``manifest.json``."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self._folder, self._keep_last = folder, keep_last
+
+    def save(self, step: int, learner: Learner, state: Mapping[str, Any]) -> Path:
+        """Writes one and removes the oldest. Raises ``RunFailure`` on a full disk; the earlier ones stay."""
+        path = self._folder / f"step-{step:06d}"
+        with files.atomic_folder(path) as folder:
+            learner.save(folder)
+            files.write_json(folder / "state.json", {"step": step, **state})
+            files.write_json(
+                folder / "manifest.json", {file.name: _checksum(file) for file in sorted(folder.iterdir())}
+            )
+        for old in self._all()[: -self._keep_last]:
+            shutil.rmtree(old)
+        return path
+
+    def restore_latest(self, learner: Learner) -> dict[str, Any] | None:
+        """Puts the learner where the newest whole checkpoint has it and returns that checkpoint's state, or None when
+        the run was ended before its first one.
+
+        A damaged one is passed over with a warning. Raises ``UserError`` when none but damaged ones are left.
+        """
+        for path in reversed(self._all()):
+            damage = _damage(path)
+            if damage:
+                log.warning("checkpoint %s is damaged (%s); the one before it is used", path, damage)
+                continue
+            learner.restore(path)
+            return dict(json.loads((path / "state.json").read_text()))
+        if self._all():
+            raise UserError(
+                f"every checkpoint in {str(self._folder)!r} is damaged; start the run anew in another folder"
+            )
+        return None
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self._folder.glob("step-*") if path.is_dir())
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with this checkpoint, or nothing."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, checksum in manifest.items():
+            if _checksum(path / name) != checksum:
+                return f"{name} has another checksum"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return "" if "state.json" in manifest else "state.json is not in its manifest"
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

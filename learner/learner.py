@@ -1,0 +1,312 @@
+"""``TorchLearner``: groups in, one optimizer step and its metrics out.
+
+It owns the model that is trained, its reference, the optimizer and the version. Randomness in a step (dropout) is
+seeded by the run's seed and the version, so there is no random state to keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from common.config import Config
+from common.device import release
+from common.errors import RunFailure, UserError
+from common.types import Group
+from common.weights import InProcessWeights
+from learner import attention, losses
+from learner import model as models
+from learner.logprobs import can_pack, score
+from learner.optim import MasterAdamW, learning_rate
+from learner.packing import Pack, Row, plan
+
+log = logging.getLogger("nanogrpo.learner")
+
+
+@dataclasses.dataclass
+class _Batch:
+    """The step's tensors; B completions, T the longest."""
+
+    rows: list[Row]
+    advantages_B: torch.Tensor
+    mask_BT: torch.Tensor
+    sampler_BT: torch.Tensor
+    coef_BT: torch.Tensor
+
+
+class TorchLearner:
+    """A ``Learner`` in this process, on one device."""
+
+    def __init__(self, config: Config, folder: Path, device: str) -> None:
+        attention.register()
+        self.version = 0
+        self._config, self._folder, self._device = config, folder, device
+        self._model: Any = models.load(folder, config.model, device)
+        self._reference: Any = None
+        self._lora = config.model.lora_rank > 0
+        if self._lora:
+            self._model = models.add_adapter(self._model, config.model, folder, config.train.seed)
+        elif config.learner.kl_coef > 0:
+            self._reference = models.load(folder, config.model, device).requires_grad_(False)
+        self.packed = self._choose_packing()
+        if config.learner.gradient_checkpointing:
+            causal = self._model.get_base_model() if self._lora else self._model
+            causal.gradient_checkpointing_enable({"use_reentrant": False})
+            if self._lora:
+                causal.enable_input_require_grads()
+        trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        self._optimizer = MasterAdamW(trained, config.optimizer)
+        self.parameters_trained = sum(p.numel() for _, p in trained)
+        self.parameters_total = sum(p.numel() for p in self._model.parameters())
+
+    def _choose_packing(self) -> bool:
+        wish = self._config.learner.packing
+        able = can_pack(self._model)
+        # Dropout inside attention is not computed over packs.
+        if wish == "packed" and not able:
+            family = self._model.config.model_type
+            raise UserError(
+                f"learner.packing='packed' but {family!r} models are not known to pack exactly "
+                f"(known: {', '.join(sorted(attention.FAMILIES))}); use learner.packing='auto'"
+            )
+        if wish == "auto" and not able:
+            log.warning("this kind of model is not known to pack exactly: every prompt is repeated (padded path)")
+        return able and wish != "padded"
+
+    # -- learning ----------------------------------------------------------------------------------------------------
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """``inner_updates`` optimizer steps on these groups, whose completions carry advantages; none, and no
+        metrics, when no token of them counts.
+
+        Raises ``RunFailure`` before a step whose loss or gradient is not finite.
+        """
+        learner, sampler = self._config.learner, self._config.sampler
+        batch = self._batch(groups)
+        if not batch.rows or not bool(batch.mask_BT.any()):
+            self.version += 1
+            return {}
+        packs = plan(batch.rows, learner.microbatch_tokens, self.packed)
+        torch.manual_seed(self._config.train.seed * 1_000_003 + self.version)
+        # Dropout, if the adapter has any, belongs to the training pass alone.
+        old_BT = self._no_grad_logprobs(self._model, packs, batch) if learner.inner_updates > 1 else None
+        reference_BT = self._reference_logprobs(packs, batch) if learner.kl_coef > 0 else None
+        num_tokens = float(batch.mask_BT.sum())
+        updates = self._config.train.steps * learner.inner_updates
+        metrics: dict[str, float] = {}
+        self._model.train(self._config.model.lora_dropout > 0 or learner.gradient_checkpointing)
+        try:
+            for inner in range(learner.inner_updates):
+                parts = []
+                for pack in packs:
+                    logprob_K, entropy_K = score(
+                        self._model, pack.to(self._device), sampler.temperature, sampler.top_p, sampler.top_k,
+                        entropy=learner.entropy_coef > 0,
+                    )  # fmt: skip
+                    loss, stats = self._loss(batch, pack, logprob_K, entropy_K, old_BT, reference_BT, num_tokens)
+                    if not math.isfinite(stats["loss"]):
+                        raise RunFailure(self._not_finite("loss", float(stats["loss"])))
+                    loss.backward()
+                    parts.append(stats)
+                norm = self._optimizer.clip()
+                if not math.isfinite(norm):
+                    raise RunFailure(self._not_finite("gradient norm", norm))
+                lr = learning_rate(self._config.optimizer, self.version * learner.inner_updates + inner, updates)
+                self._optimizer.step(lr)
+                metrics = _named(losses.mean_stats(parts)) | {"grad_norm": norm, "lr": lr}
+        finally:
+            self._optimizer.zero_grad()
+            self._model.eval()
+        self.version += 1
+        if learner.inner_updates == 1:  # the ratio was 1 everywhere
+            del metrics["ratio_mean"], metrics["clip_fraction"]
+        if learner.importance == "off":
+            del metrics["importance_mean"], metrics["importance_max"]
+        completion_tokens = float(sum(len(pack.target_K) for pack in packs))
+        return metrics | {
+            "tokens_prompt": float(sum(pack.prompt_tokens for pack in packs)),
+            "tokens_completion": completion_tokens,
+            "tokens_learned": num_tokens,
+            "packed": float(self.packed),
+        }
+
+    def _loss(
+        self, batch: _Batch, pack: Pack, logprob_K: torch.Tensor, entropy_K: torch.Tensor,
+        old_BT: torch.Tensor | None, reference_BT: torch.Tensor | None, num_tokens: float,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+        """This pack's part of the step's loss, on its own rows of the batch."""
+        spec = self._config.learner
+        rows_R, local_K = pack.row_K.unique(return_inverse=True)
+
+        def spread(values_K: torch.Tensor) -> torch.Tensor:
+            empty = torch.zeros(len(rows_R), batch.mask_BT.shape[1], device=self._device)
+            return empty.index_put((local_K.to(self._device), pack.column_K.to(self._device)), values_K)
+
+        def mine(values: torch.Tensor) -> torch.Tensor:
+            return values[rows_R].to(self._device)
+
+        logprobs_RT = spread(logprob_K)
+        return losses.total_loss(
+            spec.loss,
+            logprobs_RT,
+            # On policy the old policy is this one: the ratio is 1 and its gradient is the policy gradient.
+            logprobs_RT.detach() if old_BT is None else mine(old_BT),
+            mine(batch.sampler_BT),
+            mine(batch.advantages_B),
+            mine(batch.mask_BT),
+            mine(batch.coef_BT),
+            ratio=spec.ratio,
+            clip_low=spec.clip_low,
+            clip_high=spec.clip_high,
+            delta=spec.delta,
+            dual_clip=spec.dual_clip,
+            tau_positive=spec.sapo_tau_positive,
+            tau_negative=spec.sapo_tau_negative,
+            importance=spec.importance,
+            importance_level=spec.importance_level,
+            importance_cap=spec.importance_cap,
+            reference_logprobs_BT=None if reference_BT is None else mine(reference_BT),
+            kl_coef=spec.kl_coef,
+            kl_estimator=spec.kl_estimator,
+            entropy_BT=spread(entropy_K),
+            entropy_coef=spec.entropy_coef,
+            num_tokens=num_tokens,
+        )
+
+    def _batch(self, groups: Sequence[Group]) -> _Batch:
+        pairs = [(group.prompt.token_ids, one) for group in groups for one in group.completions]
+        B, T = len(pairs), max((len(one.token_ids) for _, one in pairs), default=0)
+        advantages_B = torch.zeros(B)
+        mask_BT, sampler_BT = torch.zeros(B, T), torch.zeros(B, T)
+        rows: list[Row] = []
+        for index, (prompt, one) in enumerate(pairs):
+            assert one.advantage is not None, "a completion without advantage reached the learner"
+            length = len(one.token_ids)
+            advantages_B[index] = one.advantage
+            sampler_BT[index, :length] = torch.tensor(one.logprobs)
+            if length and not (self._config.learner.truncated == "mask" and one.finish_reason == "length"):
+                mask_BT[index, :length] = 1.0
+                rows.append(Row(index, prompt, one.token_ids))
+        coef_BT = losses.token_coefficients(self._config.learner.loss, mask_BT, self._config.sampler.max_tokens)
+        return _Batch(rows, advantages_B, mask_BT, sampler_BT, coef_BT)
+
+    def _no_grad_logprobs(self, model: Any, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:
+        sampler = self._config.sampler
+        out_BT = torch.zeros_like(batch.mask_BT)
+        with torch.no_grad():
+            for pack in packs:
+                logprob_K, _ = score(model, pack.to(self._device), sampler.temperature, sampler.top_p, sampler.top_k)
+                out_BT[pack.row_K, pack.column_K] = logprob_K.cpu()
+        return out_BT
+
+    def _reference_logprobs(self, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:
+        if not self._lora:
+            assert self._reference is not None
+            return self._no_grad_logprobs(self._reference, packs, batch)
+        with self._model.disable_adapter():
+            return self._no_grad_logprobs(self._model, packs, batch)
+
+    def _not_finite(self, what: str, value: float) -> str:
+        return (
+            f"the learner stopped before step {self.version + 1}: the {what} is {value}; the batch is kept in the "
+            "rollouts. Lower optimizer.lr or optimizer.max_grad_norm, and look at the batch's rewards and log-probs"
+        )
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def publish_weights(self, merged: bool = False) -> InProcessWeights:
+        """Lends the live tensors: the adapter under LoRA, unless ``merged``; every weight else."""
+        if not self._lora:
+            return InProcessWeights("full", lambda: models.full_tensors(self._model))
+        if merged:
+            return InProcessWeights("full", lambda: models.merged_tensors(self._model))
+        described = models.adapter_dict(self._model)
+        return InProcessWeights("adapter", lambda: iter(models.adapter_tensors(self._model).items()), described)
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Teacher-forced log-probs at temperature 1; [T - 1] numbers for a sequence of T tokens."""
+        rows = [Row(i, tuple(one[:1]), tuple(one[1:])) for i, one in enumerate(sequences)]
+        answers = [[0.0] * (len(one) - 1) for one in sequences]
+        with torch.no_grad():
+            for pack in plan(rows, self._config.learner.microbatch_tokens, packed=False):
+                logprob_K, _ = score(self._model, pack.to(self._device))
+                for row, column, value in zip(pack.row_K, pack.column_K, logprob_K.tolist(), strict=True):
+                    answers[int(row)][int(column)] = value
+        return answers
+
+    @contextlib.contextmanager
+    def perturbed(self, seed: int) -> Iterator[None]:
+        """Seeded noise on every trained weight: a tenth of each tensor's own spread, so each layer's part shows in
+        the log-probs; an adapter's zero half gets noise that makes its update as large."""
+        generator = torch.Generator().manual_seed(seed)
+        trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        kept = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                noise = torch.randn(parameter.shape, generator=generator) * self._noise_scale(name, parameter)
+                parameter += noise.to(parameter.device, parameter.dtype)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(kept[name])
+
+    def _noise_scale(self, name: str, parameter: torch.Tensor) -> float:
+        if self._lora and ".lora_B." in name:
+            rank, alpha = self._config.model.lora_rank, self._config.model.lora_alpha
+            layer = self._model.get_submodule(name.split(".lora_B.")[0])
+            down = layer.lora_A["default"].weight
+            update = alpha / rank * math.sqrt(rank) * float(down.float().std())  # spread of alpha/r x B x A for B ~ 1
+            base = float(layer.base_layer.weight.float().std())
+            return 0.1 * base / max(update, 1e-12)
+        spread = parameter.float().std() if parameter.numel() > 1 else parameter.float().abs().mean()
+        return 0.1 * float(spread if float(spread) > 0 else 1.0)
+
+    # -- the device, shared with a sampler ---------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Gives unused device memory back while the sampler works."""
+        release(self._device)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """``state.safetensors`` (float32 masters and AdamW's averages) in ``folder``; the version in its metadata."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._optimizer.state().items()}
+        save_file(tensors, folder / "state.safetensors", metadata={"version": str(self.version)})
+
+    def restore(self, folder: Path) -> None:
+        """Undo of ``save``. Raises ``UserError`` when the state belongs to another model."""
+        tensors: dict[str, Any] = {}
+        with safe_open(folder / "state.safetensors", framework="pt") as opened:
+            self.version = int(opened.metadata()["version"])
+            for name in opened.keys():
+                tensors[name] = opened.get_tensor(name)
+        wanted = {name: value.shape for name, value in self._optimizer.state().items() if name.endswith("/master")}
+        found = {name: value.shape for name, value in tensors.items() if name.endswith("/master")}
+        if wanted != found:
+            raise UserError(f"checkpoint {str(folder)!r} belongs to another model or adapter; resume with its own")
+        self._optimizer.load_state(tensors)
+
+    def export(self, folder: Path, merged: bool = False) -> None:
+        models.export(self._model, self._folder, folder, merged)
+
+
+def _named(stats: dict[str, float]) -> dict[str, float]:
+    """The losses' statistics under their documented names."""
+    names = {
+        "loss": "loss", "ratio_mean": "ratio_mean", "clipped_mean": "clip_fraction", "kl_mean": "kl",
+        "entropy_mean": "entropy", "importance_mean": "importance_mean", "importance_max": "importance_max",
+        "sampler_difference_mean": "logprob_diff_mean", "sampler_difference_max": "logprob_diff_max",
+    }  # fmt: skip
+    return {new: stats[old] for old, new in names.items() if old in stats}

@@ -1,0 +1,235 @@
+"""``train``: the only training loop, the same for one process and for many machines.
+
+It knows the contracts and nothing of who implements them. ``max_staleness + 1`` requests to the sampler are kept in
+flight: 0 is strictly on policy; more lets sampling and learning overlap where they run on separate devices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from common.config import Config
+from common.errors import RunFailure
+from common.prompts import PromptStream
+from common.protocols import Learner, Placement, Sampler
+from common.rewards import RewardError
+from common.types import Group, Prompt, SamplingParams
+from common.waits import bounded
+from learner import advantages
+from learner.checkpoint import Checkpoints
+from learner.sync import WeightSync
+
+
+class Scores(Protocol):
+    """What the loop asks of ``common.rewards.Scorer``."""
+
+    def score(self, groups: Sequence[Group]) -> tuple[list[Group], list[RewardError]]: ...
+
+
+class Watches(Protocol):
+    """A tracker that also shows what is waited for."""
+
+    def phase(self, text: str) -> None: ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None: ...
+
+
+@dataclass
+class Request:
+    """Groups asked for and not yet learned from, with what it takes to ask again."""
+
+    number: int
+    state: dict[str, Any]
+    """The prompt stream before its prompts were taken."""
+    prompts: list[Prompt]
+    future: Future[list[Group]]
+
+
+@dataclass
+class Loop:
+    """The parts of a run and its position; ``train`` moves it on."""
+
+    config: Config
+    learner: Learner
+    sampler: Sampler
+    placement: Placement
+    scorer: Scores
+    stream: PromptStream
+    sync: WeightSync
+    tracker: Watches
+    checkpoints: Checkpoints
+    memory_gib: Callable[[], float]
+    requests_made: int = 0
+    in_flight: deque[Request] = field(default_factory=deque)
+
+    def state(self) -> dict[str, Any]:
+        """Where the data stand: what a resumed run asks for first is the oldest request not yet learned from."""
+        oldest = self.in_flight[0] if self.in_flight else None
+        return {
+            "stream": oldest.state if oldest else self.stream.state(),
+            "requests_made": oldest.number if oldest else self.requests_made,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.stream.restore(state["stream"])
+        self.requests_made = int(state["requests_made"])
+
+    def save(self) -> None:
+        self.tracker.phase(f"disk: writing checkpoint {self.learner.version}")
+        self.checkpoints.save(self.learner.version, self.learner, self.state())
+
+
+def train(loop: Loop, evaluate: Callable[[int], object], stopping: Callable[[], bool]) -> bool:
+    """Trains until ``config.train.steps`` and returns True, or, once ``stopping()``, saves and returns False.
+
+    ``evaluate(step)`` is called when one is due. The sampler must hold the learner's weights when this is called.
+    """
+    config, learner = loop.config, loop.learner
+    while learner.version < config.train.steps and not stopping():
+        started = time.perf_counter()
+        step = learner.version + 1
+        scored, metrics = _sample(loop, step)
+        groups = [group for group in scored if advantages.has_signal(group) or not config.learner.drop_zero_variance]
+        groups = groups[: config.train.prompts_per_step]
+        metrics |= _batch_metrics(scored) | {"groups": float(len(groups))}
+        loop.tracker.rollouts(step, scored)
+
+        learning = time.perf_counter()
+        loop.tracker.phase(f"learner: step {step}, {len(groups)} groups")
+        with loop.placement.learning(), bounded("learner", f"doing step {step}", config.timeouts.update_s):
+            metrics |= learner.update(groups)
+        metrics["seconds_learn"] = time.perf_counter() - learning
+
+        loop.tracker.phase(f"sampler: taking the weights of version {learner.version}")
+        metrics |= loop.sync()
+        metrics |= {
+            "version": float(learner.version),
+            "memory_peak_gib": loop.memory_gib(),
+            "seconds_step": time.perf_counter() - started,
+        }
+        loop.tracker.log(step, metrics)
+        if config.eval.questions and config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
+            evaluate(step)
+        if (config.run.save_every and step % config.run.save_every == 0) or step == config.train.steps:
+            loop.save()
+    if learner.version >= config.train.steps:
+        return True
+    loop.save()
+    return False
+
+
+def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
+    """Scored groups with advantages: one request's, topped up by further ones while too few groups have signal."""
+    config = loop.config
+    wanted, rounds = config.train.prompts_per_step, config.train.dynamic_sampling_rounds
+    scored: list[Group] = []
+    sample_s = score_s = 0.0
+    skipped = 0
+    for round_ in range(1 + rounds):
+        started = time.perf_counter()
+        loop.tracker.phase(f"sampler: writing {wanted} x {config.train.group_size} completions for step {step}")
+        with loop.placement.sampling():
+            _fill(loop)
+            groups = _result(loop, loop.in_flight.popleft())
+        sample_s += time.perf_counter() - started
+
+        started = time.perf_counter()
+        loop.tracker.phase(f"task: scoring {sum(len(group.completions) for group in groups)} completions")
+        done, errors = loop.scorer.score(groups)
+        score_s += time.perf_counter() - started
+        skipped += len(errors)
+        if config.learner.truncated == "penalize":
+            limit, overlong = config.sampler.max_tokens, config.learner.overlong_tokens
+            done = [advantages.soft_overlong(group, limit, overlong) for group in done]
+        scored += done
+        useful = sum(advantages.has_signal(group) for group in scored)
+        if useful >= wanted or round_ == rounds:
+            break
+    return advantages.assign(scored, config.learner.advantage), {
+        "seconds_sample": sample_s,
+        "seconds_score": score_s,
+        "groups_skipped_reward_error": float(skipped),
+    }
+
+
+def _fill(loop: Loop) -> None:
+    """Keeps ``max_staleness + 1`` requests in flight, but none beyond the run's last step."""
+    config = loop.config
+    steps_left = config.train.steps - loop.learner.version
+    while len(loop.in_flight) < min(config.train.max_staleness + 1, steps_left):
+        state = loop.stream.state()
+        prompts = loop.stream.take(config.train.prompts_per_step)
+        params = SamplingParams(
+            n=config.train.group_size,
+            max_tokens=config.sampler.max_tokens,
+            temperature=config.sampler.temperature,
+            top_p=config.sampler.top_p,
+            top_k=config.sampler.top_k,
+            stop=config.sampler.stop,
+            # A number of its own for every request, so that no two draw alike and a resumed run draws the same.
+            seed=(config.train.seed * 1_000_003 + loop.requests_made) % 2**31,
+        )
+        with bounded("sampler", f"writing request {loop.requests_made}", config.timeouts.generate_s):
+            future = loop.sampler.generate(prompts, params)
+        loop.in_flight.append(Request(loop.requests_made, state, prompts, future))
+        loop.requests_made += 1
+
+
+def _result(loop: Loop, request: Request) -> list[Group]:
+    """The request's groups, checked: one a prompt, in order, not staler than allowed."""
+    limit_s = loop.config.timeouts.generate_s
+    try:
+        groups = request.future.result(timeout=limit_s)
+    except FutureTimeout:
+        raise RunFailure(
+            f"the sampler did not answer request {request.number} ({len(request.prompts)} prompts) within "
+            f"timeouts.generate_s={limit_s:g}"
+        ) from None
+    asked, got = [prompt.id for prompt in request.prompts], [group.prompt.id for group in groups]
+    if asked != got:
+        raise RunFailure(f"the sampler answered other prompts than asked: {got[:3]}... instead of {asked[:3]}...")
+    for group in groups:
+        for completion in group.completions:
+            lag = loop.learner.version - completion.policy_version
+            if not 0 <= lag <= loop.config.train.max_staleness:
+                raise RunFailure(
+                    f"the sampler wrote with version {completion.policy_version} while the learner is at "
+                    f"{loop.learner.version}; train.max_staleness={loop.config.train.max_staleness} allows no such lag"
+                )
+    return groups
+
+
+def _batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the completions alone tell, over every group sampled for the step."""
+    ones = [one for group in groups for one in group.completions]
+    if not ones:
+        raise RunFailure(
+            "no group of this step could be scored: every one had a reward that failed; see the log, and mend the "
+            "task's rewards"
+        )
+    rewards = [one.reward for one in ones if one.reward is not None]
+    lengths = [len(one.token_ids) for one in ones]
+    mean = sum(rewards) / len(rewards)
+    metrics = {
+        "reward_mean": mean,
+        "reward_std": (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5,
+        "groups_sampled": float(len(groups)),
+        "zero_variance_fraction": sum(not advantages.has_signal(group) for group in groups) / len(groups),
+        "completion_tokens_mean": sum(lengths) / len(lengths),
+        "completion_tokens_min": float(min(lengths)),
+        "completion_tokens_max": float(max(lengths)),
+        "truncated_fraction": sum(one.finish_reason == "length" for one in ones) / len(ones),
+        "sampler_version_min": float(min(one.policy_version for one in ones)),
+        "sampler_version_max": float(max(one.policy_version for one in ones)),
+    }
+    for name in ones[0].rewards:
+        metrics[f"reward/{name}"] = sum(one.rewards[name] for one in ones) / len(ones)
+    return metrics

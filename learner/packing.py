@@ -1,0 +1,253 @@
+"""Groups into forward passes: packed, where each prompt stands once for all its completions, or padded.
+
+A pack lays groups end to end in one sequence, ``[prompt, completion 1, ..., completion G, next prompt, ...]``, with
+positions restarting after each prompt, so the linear layers see no padding and no prompt twice. The last token of a
+completion predicts nothing and is left out. Which token may see which is ``learner/attention.py``'s work, from the
+index tensors made here. The idea of computing a shared prefix once is Hydragen's (arXiv 2402.05099); the padded
+batch is the slow truth it is tested against, and the path for models that cannot be packed.
+
+Shapes: T tokens of a pack, G prompts in it, P longest prompt, C completions with inputs, N longest of those,
+K predicted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence to score: a completion under its prompt."""
+
+    index: int
+    """Its row in the batch's [B, T] tensors."""
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows that share a prompt."""
+
+    prompt: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(len(row.completion) - 1 for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One forward pass. ``token_ids`` is [1, T] when packed and [rows, longest] when padded."""
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    """Padded only: 1 on real tokens."""
+    layout: Layout | None
+    """Packed only: which token may see which."""
+    predict_K: torch.Tensor
+    """Position, in the flattened ``token_ids``, whose output predicts each completion token."""
+    target_K: torch.Tensor
+    """That token."""
+    row_K: torch.Tensor
+    """Its row in the batch."""
+    column_K: torch.Tensor
+    """Its place in the completion."""
+    prompt_tokens: int
+    """Prompt tokens in it, counted as often as they are computed."""
+
+    def to(self, device: str) -> Pack:
+        return _to(self, device)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Index tensors of a packed sequence. Padding points at token 0 and is masked."""
+
+    prompt_GP: torch.Tensor
+    prompt_valid_GP: torch.Tensor
+    own_CN: torch.Tensor
+    own_valid_CN: torch.Tensor
+    group_C: torch.Tensor
+    """The prompt of each completion."""
+    position_GP: torch.Tensor
+    position_CN: torch.Tensor
+    back_T: torch.Tensor
+    """Where each token's output lies in the concatenation of the G x P and C x N results."""
+
+
+def _to(value: Any, device: str) -> Any:
+    moved = {}
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, Layout):
+            moved[field.name] = _to(part, device)
+        elif isinstance(part, torch.Tensor):
+            moved[field.name] = part.to(device)
+    return replace(value, **moved)
+
+
+def stretches(rows: Iterable[Row]) -> list[Stretch]:
+    """Neighbouring rows with the same prompt, together; rows without tokens are left out."""
+    found: list[Stretch] = []
+    for row in rows:
+        if not row.completion:
+            continue
+        if found and found[-1].prompt == row.prompt:
+            found[-1] = Stretch(row.prompt, (*found[-1].rows, row))
+        else:
+            found.append(Stretch(row.prompt, (row,)))
+    return found
+
+
+def plan(rows: Sequence[Row], budget_tokens: int, packed: bool) -> list[Pack]:
+    """The forward passes for these rows, each at most ``budget_tokens`` tokens and about even in work.
+
+    A group that is too long alone is split, its prompt repeated; a single longer sequence goes alone.
+    """
+    if not packed:
+        return [_padded(chunk) for chunk in _padded_chunks([r for r in rows if r.completion], budget_tokens)]
+    parts = [part for whole in stretches(rows) for part in _split(whole, budget_tokens)]
+    count = -(-sum(part.tokens for part in parts) // budget_tokens)
+    while True:
+        bins = _even_bins(parts, count)
+        if count >= len(parts) or all(sum(p.tokens for p in one) <= budget_tokens for one in bins):
+            return [_packed(one) for one in bins if one]
+        count += 1
+
+
+def _split(stretch: Stretch, budget: int) -> list[Stretch]:
+    parts: list[list[Row]] = [[]]
+    used = len(stretch.prompt)
+    for row in stretch.rows:
+        if parts[-1] and used + len(row.completion) - 1 > budget:
+            parts.append([])
+            used = len(stretch.prompt)
+        parts[-1].append(row)
+        used += len(row.completion) - 1
+    return [Stretch(stretch.prompt, tuple(rows)) for rows in parts if rows]
+
+
+def _even_bins(parts: Sequence[Stretch], count: int) -> list[list[Stretch]]:
+    """Longest first into the emptiest bin."""
+    bins: list[list[Stretch]] = [[] for _ in range(max(count, 1))]
+    sizes = [0] * len(bins)
+    for part in sorted(parts, key=lambda part: -part.tokens):
+        emptiest = sizes.index(min(sizes))
+        bins[emptiest].append(part)
+        sizes[emptiest] += part.tokens
+    return bins
+
+
+def _packed(parts: Sequence[Stretch]) -> Pack:
+    token_ids: list[int] = []
+    positions: list[int] = []
+    prompts: list[tuple[int, int]] = []  # (start, length) in the pack
+    owns: list[tuple[int, int, int]] = []  # (start, length, prompt)
+    predict: list[int] = []
+    target: list[int] = []
+    row_of: list[int] = []
+    column: list[int] = []
+    for part in parts:
+        length = len(part.prompt)
+        start = len(token_ids)
+        prompts.append((start, length))
+        token_ids += part.prompt
+        positions += range(length)
+        last = start + length - 1
+        for row in part.rows:
+            inputs = row.completion[:-1]
+            own = len(token_ids)
+            token_ids += inputs
+            positions += range(length, length + len(inputs))
+            if inputs:
+                owns.append((own, len(inputs), len(prompts) - 1))
+            predict += [last, *range(own, own + len(inputs))]
+            target += row.completion
+            row_of += [row.index] * len(row.completion)
+            column += range(len(row.completion))
+    spans = [(start, length) for start, length, _ in owns]
+    prompt_GP, prompt_valid_GP = _spans(prompts)
+    own_CN, own_valid_CN = _spans(spans)
+    position_T = torch.tensor(positions)
+    back_T = torch.empty(len(token_ids), dtype=torch.long)
+    back_T[prompt_GP[prompt_valid_GP]] = prompt_valid_GP.flatten().nonzero()[:, 0]
+    back_T[own_CN[own_valid_CN]] = own_valid_CN.flatten().nonzero()[:, 0] + prompt_GP.numel()
+    return Pack(
+        token_ids=torch.tensor([token_ids]),
+        position_ids=position_T[None],
+        attention_mask=None,
+        layout=Layout(
+            prompt_GP=prompt_GP,
+            prompt_valid_GP=prompt_valid_GP,
+            own_CN=own_CN,
+            own_valid_CN=own_valid_CN,
+            group_C=torch.tensor([prompt for _, _, prompt in owns], dtype=torch.long),
+            position_GP=position_T[prompt_GP],
+            position_CN=position_T[own_CN],
+            back_T=back_T,
+        ),
+        predict_K=torch.tensor(predict),
+        target_K=torch.tensor(target),
+        row_K=torch.tensor(row_of),
+        column_K=torch.tensor(column),
+        prompt_tokens=sum(length for _, length in prompts),
+    )
+
+
+def _spans(spans: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices [spans, longest] of each span's tokens, and which of them are real."""
+    if not spans:
+        return torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.bool)
+    start_S = torch.tensor([start for start, _ in spans])
+    length_S = torch.tensor([length for _, length in spans])
+    step_L = torch.arange(int(length_S.max()))
+    valid_SL = step_L < length_S[:, None]
+    return torch.where(valid_SL, start_S[:, None] + step_L, 0), valid_SL
+
+
+def _padded_chunks(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    chunks: list[list[Row]] = []
+    longest = 0
+    for row in sorted(rows, key=lambda row: -(len(row.prompt) + len(row.completion))):
+        if not chunks or (len(chunks[-1]) + 1) * longest > budget:
+            chunks.append([])
+            longest = len(row.prompt) + len(row.completion) - 1
+        chunks[-1].append(row)
+    return chunks
+
+
+def _padded(rows: Sequence[Row]) -> Pack:
+    longest = max(len(row.prompt) + len(row.completion) - 1 for row in rows)
+    token_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    predict: list[int] = []
+    target: list[int] = []
+    row_of: list[int] = []
+    column: list[int] = []
+    for place, row in enumerate(rows):
+        inputs = (*row.prompt, *row.completion[:-1])
+        token_ids[place, : len(inputs)] = torch.tensor(inputs)
+        mask[place, : len(inputs)] = 1
+        first = place * longest + len(row.prompt) - 1
+        predict += range(first, first + len(row.completion))
+        target += row.completion
+        row_of += [row.index] * len(row.completion)
+        column += range(len(row.completion))
+    return Pack(
+        token_ids=token_ids,
+        position_ids=torch.arange(longest).expand(len(rows), -1),
+        attention_mask=mask,
+        layout=None,
+        predict_K=torch.tensor(predict),
+        target_K=torch.tensor(target),
+        row_K=torch.tensor(row_of),
+        column_K=torch.tensor(column),
+        prompt_tokens=sum(len(row.prompt) for row in rows),
+    )

@@ -1,0 +1,129 @@
+"""Handing the learner's weights to the sampler, with proof that the sampler holds them.
+
+Three things are checked after every sync, because other trainers have lost months to each of them:
+
+- the bytes: the fingerprint of what was sent equals that of what arrived;
+- what the engine computes: on a fixed probe the sampler's log-probs agree with the learner's within a tolerance. An
+  engine may take the bytes and go on using old ones (packed copies, a tied output head, a cached adapter);
+- movement: once the learner's log-probs have moved, a sampler whose log-probs are bit for bit the old ones is stale.
+  This sees a single small step that the tolerance, which must allow for bfloat16, does not.
+
+Before the first step a challenge makes the second check sharp: weights with noise on every tensor are sent, and the
+sampler must follow them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from common.config import SyncConfig
+from common.errors import RunFailure
+from common.protocols import Learner, Placement, Sampler, WeightHandle
+from common.types import Prompt
+from common.waits import bounded
+from common.weights import Fingerprint
+
+MOVED = 0.002  # nats: a mean change of the learner's log-probs that no engine's arithmetic can swallow whole
+
+
+class SyncError(RunFailure):
+    """The sampler does not hold the learner's weights."""
+
+
+def probe_of(prompts: Sequence[Prompt], tokens: int, longest: int) -> list[tuple[int, ...]]:
+    """Fixed sequences of real text for the proof: the first prompts, ``tokens`` tokens together, each at least 2 and
+    at most ``longest`` tokens."""
+    probe: list[tuple[int, ...]] = []
+    left = tokens
+    for prompt in prompts:
+        piece = prompt.token_ids[: min(left, longest)]
+        if len(piece) >= 2:
+            probe.append(tuple(piece))
+            left -= len(piece)
+        if left < 2:
+            break
+    assert probe, "no prompt is long enough to probe with"
+    return probe
+
+
+class WeightSync:
+    """Calls in order: ``challenge`` once, then the object itself after every update."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        sampler: Sampler,
+        placement: Placement,
+        probe: Sequence[Sequence[int]],
+        config: SyncConfig,
+        timeout_s: float,
+    ) -> None:
+        self._learner, self._sampler, self._placement = learner, sampler, placement
+        self._probe, self._config, self._timeout_s = probe, config, timeout_s
+        self._last: tuple[list[float], list[float]] | None = None  # learner's and sampler's when the sampler last moved
+
+    def challenge(self) -> dict[str, float]:
+        """Sends perturbed weights and checks that the sampler follows. The next sync must send the true ones."""
+        if not (self._config.proof and self._config.challenge):
+            return {}
+        with self._learner.perturbed(seed=7):
+            return self._send("the challenge before the first step")
+
+    def __call__(self) -> dict[str, float]:
+        """Sends the current weights. Returns seconds_sync, sync_bytes, and of the proof seconds_proof and probe_diff.
+
+        Raises ``SyncError`` when the proof fails.
+        """
+        return self._send(f"version {self._learner.version}")
+
+    def _send(self, what: str) -> dict[str, float]:
+        started = time.perf_counter()
+        with self._placement.syncing():
+            with bounded("sampler", f"taking the weights of {what}", self._timeout_s):
+                handle = self._learner.publish_weights(merged=not self._sampler.takes_adapters)
+                arrived = self._sampler.load_weights(handle, self._learner.version)
+            synced_s = time.perf_counter() - started
+            metrics = {"seconds_sync": synced_s}
+            if self._config.proof:
+                with bounded("sampler", f"answering the probe for {what}", self._timeout_s):
+                    metrics |= self._prove(handle, arrived, what)
+                metrics["seconds_proof"] = time.perf_counter() - started - synced_s
+            else:
+                metrics["sync_bytes"] = float(sum(t.numel() * t.element_size() for _, t in handle.open()))
+        return metrics
+
+    def _prove(self, handle: WeightHandle, arrived: str, what: str) -> dict[str, float]:
+        sent = Fingerprint()
+        for name, tensor in handle.open():
+            sent.add(name, tensor)
+        if sent.digest() != arrived:
+            raise SyncError(
+                f"the sampler did not receive the weights that the learner sent ({what}): fingerprint {arrived} "
+                f"arrived, {sent.digest()} was sent"
+            )
+        mine = [value for row in self._learner.logprobs(self._probe) for value in row]
+        theirs = [value for row in self._sampler.logprobs(self._probe) for value in row]
+        assert len(mine) == len(theirs), (len(mine), len(theirs))
+        difference = _mean_difference(mine, theirs)
+        if not difference <= self._config.tolerance:  # also catches nan
+            raise SyncError(
+                f"the sampler computes with other weights than the learner ({what}): their log-probs on the probe "
+                f"differ by {difference:.3f} nats a token on average, more than sync.tolerance="
+                f"{self._config.tolerance:g}. The sampler may hold old weights, an old output head or no adapter"
+            )
+        if self._last is not None:
+            learner_before, sampler_before = self._last
+            moved = _mean_difference(mine, learner_before)
+            if theirs == sampler_before and moved > MOVED:
+                raise SyncError(
+                    f"the sampler still serves old weights ({what}): its log-probs on the probe are bit for bit the "
+                    f"old ones, while the learner's moved by {moved:.4f} nats a token"
+                )
+        if self._last is None or theirs != self._last[1]:
+            self._last = (mine, theirs)
+        return {"probe_diff": difference, "sync_bytes": float(sent.bytes)}
+
+
+def _mean_difference(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)

@@ -1,0 +1,383 @@
+"""transformers as a sampler: the slow reference that runs anywhere and that the fast back ends are compared with.
+
+A plain loop over the model's own forward with its key-value cache. Each prompt is computed once for its whole group,
+prompts of different lengths are padded on the left, and a finished completion leaves the batch. Left out on purpose:
+paged or shared caches, continuous batching, quantization; use sampler/vllm.py where speed matters.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from common.device import dtype_of, release
+from common.errors import RunFailure, UserError
+from common.logits import logprobs_of, process
+from common.protocols import WeightHandle
+from common.tokenizer import load_tokenizer
+from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
+from common.weights import Fingerprint
+
+# Shapes: P prompts, R completions of a batch, N of them not finished yet, T tokens, V vocabulary.
+
+_ADAPTER_MATHS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_LOGITS_AT_ONCE = 2**26  # numbers; 256 MiB of float32
+
+
+def load_model(folder: str | Path, dtype: str, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+    """The folder's causal language model, ready to run. Raises ``UserError`` when transformers cannot load it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype_of(dtype), trust_remote_code=trust_remote_code
+        )
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise UserError(
+            f"model.name: {str(folder)!r} cannot be loaded by sampler 'hf' ({str(error).splitlines()[0]}); "
+            "name a folder with a causal language model that transformers knows"
+        ) from error
+    return model.to(device).eval()
+
+
+def end_of_sequence_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a completion: the tokenizer's, and those of generation_config.json (else config.json)."""
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for file in ("generation_config.json", "config.json"):
+        path = Path(folder) / file
+        named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if named is not None:
+            ids += named if isinstance(named, list) else [named]
+            break
+    return tuple(dict.fromkeys(ids))
+
+
+class HfSampler:
+    """A transformers model that serves the folder's weights as version 0 until ``load_weights`` brings others.
+
+    ``batch_size`` (the only option): completions computed at once; lower it when memory is short. Equal seeds give
+    equal completions: each draws from its own row of uniform numbers, so that the batch size and the device change
+    nothing but rounding. Log-probs are exactly those of the distribution drawn from (``common.logits.process``); a
+    greedy completion's are of temperature 1, without top-p or top-k, as vLLM's are.
+
+    ``generate`` does its work before it returns; the future it returns is always done.
+    """
+
+    takes_adapters = True
+
+    def __init__(self, setup: SamplerSetup, **options: Any) -> None:
+        batch_size = options.pop("batch_size", 64)
+        for key in options:
+            raise UserError(f"sampler.options.{key} has no effect with sampler 'hf'; it takes batch_size only")
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise UserError(f"sampler.options.batch_size={batch_size!r} must be a whole number of at least 1")
+        if setup.threads:
+            torch.set_num_threads(setup.threads)
+        self.setup = setup
+        self.tokenizer = load_tokenizer(setup.model_folder, setup.trust_remote_code)
+        self.end_ids = end_of_sequence_ids(setup.model_folder, self.tokenizer)
+        self.model: Any = load_model(setup.model_folder, setup.dtype, setup.device, setup.trust_remote_code)
+        self.version = 0
+        self._batch_size = batch_size
+        self._generator = torch.Generator().manual_seed(setup.seed)
+        self._asleep: set[str] = set()
+        self._check_context()
+        # Before an adapter is attached, which renames modules but keeps these very tensors.
+        self._targets: dict[str, torch.Tensor] = dict(self.model.state_dict(keep_vars=True))
+        self._parameters: dict[str, torch.Tensor] = dict(self.model.named_parameters())
+        forward = inspect.signature(self.model.forward).parameters
+        self._takes_positions = "position_ids" in forward
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+        self._adapted: Any = None if setup.adapter is None else _attach(self.model, setup.adapter.config)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        self._ready("generate")
+        for prompt in prompts:
+            self._check_prompt(prompt, params)
+        groups = []
+        with torch.inference_mode(), self._memory_advice():
+            completions = self._complete([prompt.token_ids for prompt in prompts], params)
+            for index, prompt in enumerate(prompts):
+                groups.append(Group(prompt, tuple(completions[index * params.n : (index + 1) * params.n])))
+        future: Future[list[Group]] = Future()
+        future.set_result(groups)
+        return future
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        self._ready("logprobs")
+        answers: list[list[float]] = []
+        longest = max((len(sequence) for sequence in sequences), default=0)
+        rows = max(1, _LOGITS_AT_ONCE // max(1, longest * self.model.config.get_text_config().vocab_size))
+        with torch.inference_mode(), self._memory_advice():
+            for start in range(0, len(sequences), rows):
+                batch = [list(sequence) for sequence in sequences[start : start + rows]]
+                width = max(len(sequence) for sequence in batch)
+                if width < 2:
+                    answers += [[] for _ in batch]
+                    continue
+                # Padded on the right: a causal model's earlier positions never see it, so no mask is needed.
+                ids_BT = self._tensor([sequence + [0] * (width - len(sequence)) for sequence in batch])
+                logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+                logprobs_N = logprobs_of(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+                for sequence, row in zip(batch, logprobs_N.view(len(batch), -1).tolist(), strict=True):
+                    answers.append(row[: max(0, len(sequence) - 1)])
+        return answers
+
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        self._ready("load_weights", "weights")
+        arrived = Fingerprint()
+        tensors = arrived.watch(handle.open())
+        with torch.no_grad():
+            if handle.kind == "adapter":
+                self._load_adapter(tensors, handle.adapter_config)
+            else:
+                self._load_full(tensors)
+        self.version = version
+        return arrived.digest()
+
+    def sleep(self) -> None:
+        self._ready("sleep", "nothing")
+        self._asleep = {"weights", "cache"}
+        if self.setup.device != "cpu":
+            self.model.to("cpu")
+            release(self.setup.device)
+
+    def wake(self, part: Literal["weights", "cache", "all"] = "all") -> None:
+        self._ready("wake", "nothing")
+        if "weights" in self._asleep and part != "cache":
+            self.model.to(self.setup.device)
+        self._asleep -= {"weights", "cache"} if part == "all" else {part}
+
+    def use_adapter(self, on: bool) -> None:
+        """Serve the adapter on the base, or the base alone; beside the contract, decided by what was last loaded."""
+        if on:
+            self._adapted.base_model.enable_adapter_layers()
+        else:
+            self._adapted.base_model.disable_adapter_layers()
+
+    def close(self) -> None:
+        self.model = self._adapted = None
+        self._targets, self._parameters = {}, {}
+        release(self.setup.device)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def _complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+        owner_R = [index for index in range(len(prompts)) for _ in range(params.n)]
+        generator = self._generator if params.seed is None else torch.Generator().manual_seed(params.seed)
+        uniform_RT = torch.rand(len(owner_R), params.max_tokens, generator=generator, dtype=torch.float64)
+        completions: list[Completion] = []
+        for start in range(0, len(owner_R), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            completions += self._complete_batch(prompts, owner_R[part], uniform_RT[part], params)
+        return completions
+
+    def _complete_batch(
+        self, prompts: Sequence[Sequence[int]], owner_R: list[int], uniform_RT: torch.Tensor, params: SamplingParams
+    ) -> list[Completion]:
+        used = sorted(set(owner_R))
+        width = max(len(prompts[index]) for index in used)
+        ids_PT = self._tensor([[0] * (width - len(prompts[index])) + list(prompts[index]) for index in used])
+        mask_PT = self._tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in used])
+        out = self._forward(ids_PT, mask_PT, (mask_PT.cumsum(-1) - 1).clamp(min=0), None)
+        cache = getattr(out, "past_key_values", None)
+        if cache is None:
+            raise UserError(
+                f"model.name: {self.setup.model_folder!r} keeps no key-value cache, which sampler 'hf' needs; "
+                "use sampler.name='vllm'"
+            )
+        prompt_of_N = self._tensor([used.index(index) for index in owner_R])
+        cache.reorder_cache(prompt_of_N)  # from a row for each prompt to a row for each completion
+        logits_NV = out.logits[:, -1][prompt_of_N]
+        mask_NT = mask_PT[prompt_of_N]
+        position_N1 = mask_NT.sum(-1, keepdim=True)
+        uniform_RT = uniform_RT.to(self.setup.device)
+
+        written = [_Writing() for _ in owner_R]
+        row_N = torch.arange(len(owner_R), device=self.setup.device)
+        for step in range(params.max_tokens):
+            token_N, logprob_N = _draw(logits_NV, uniform_RT[row_N, step], params)
+            going = []
+            entries = zip(row_N.tolist(), token_N.tolist(), logprob_N.tolist(), strict=True)
+            for place, (row, token, logprob) in enumerate(entries):
+                written[row].token_ids.append(token)
+                written[row].logprobs.append(logprob)
+                if not self._ends(written[row], params.stop):
+                    going.append(place)
+            if not going or step + 1 == params.max_tokens:
+                break
+            if len(going) < len(row_N):
+                keep_N = self._tensor(going)
+                cache.reorder_cache(keep_N)
+                row_N, token_N = row_N[keep_N], token_N[keep_N]
+                mask_NT, position_N1 = mask_NT[keep_N], position_N1[keep_N]
+            mask_NT = torch.cat([mask_NT, torch.ones_like(mask_NT[:, :1])], dim=-1)
+            logits_NV = self._forward(token_N[:, None], mask_NT, position_N1, cache).logits[:, -1]
+            position_N1 = position_N1 + 1
+        return [self._finished(one) for one in written]
+
+    def _forward(self, ids_NT: torch.Tensor, mask_NT: torch.Tensor, positions_NT: torch.Tensor, cache: Any) -> Any:
+        positions = {"position_ids": positions_NT} if self._takes_positions else {}
+        return self.model(
+            input_ids=ids_NT,
+            attention_mask=mask_NT,
+            past_key_values=cache,
+            use_cache=True,
+            **positions,
+            **self._last_only,
+        )
+
+    def _ends(self, one: _Writing, stops: Sequence[str]) -> bool:
+        """Notes how a completion ends, if its newest token ends it."""
+        if one.token_ids[-1] in self.end_ids:
+            one.finish_reason, one.text = "stop", self._decode(one.token_ids[:-1])
+        elif stops:
+            text = self._decode(one.token_ids)
+            found = [place for place in map(text.find, stops) if place >= 0]
+            if found:
+                one.finish_reason, one.text = "stop", text[: min(found)]
+        return one.finish_reason == "stop"
+
+    def _finished(self, one: _Writing) -> Completion:
+        return Completion(
+            token_ids=tuple(one.token_ids),
+            text=self._decode(one.token_ids) if one.text is None else one.text,
+            logprobs=tuple(one.logprobs),
+            finish_reason=one.finish_reason,
+            policy_version=self.version,
+        )
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.setup.device)
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def _load_full(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        loaded: set[int] = set()
+        unknown = []
+        for name, tensor in tensors:
+            target = self._targets.get(name)
+            if target is None:
+                unknown.append(name)
+                continue
+            if target.shape != tensor.shape:
+                raise RunFailure(
+                    f"the hf sampler was sent {name!r} of shape {tuple(tensor.shape)} where the model has "
+                    f"{tuple(target.shape)}"
+                )
+            tensor = tensor.to(target)
+            # A tied output head arrives once or twice; twice it must be the same, for only one can be kept.
+            if id(target) in loaded and not torch.equal(target, tensor):
+                raise RunFailure(f"the hf sampler was sent {name!r} apart from the weight that the model ties it to")
+            target.copy_(tensor)
+            loaded.add(id(target))
+        missing = [name for name, parameter in self._parameters.items() if id(parameter) not in loaded]
+        _complain("weights", missing, unknown)
+        if self._adapted is not None:
+            self.use_adapter(False)  # whole weights: an older adapter is not part of them
+
+    def _load_adapter(self, tensors: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any] | None) -> None:
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        if self._adapted is None:
+            raise RunFailure("the hf sampler was sent an adapter but was set up without one (SamplerSetup.adapter)")
+        mine = self._adapted.peft_config["default"]
+        for key in _ADAPTER_MATHS:
+            sent = (config or {}).get(key, getattr(mine, key))
+            if sent != getattr(mine, key):
+                raise RunFailure(
+                    f"the hf sampler was sent an adapter with {key}={sent!r} but was set up for {getattr(mine, key)!r}"
+                )
+        arrived = {name: tensor.detach().clone() for name, tensor in tensors}
+        expected = get_peft_model_state_dict(self._adapted)
+        _complain("an adapter", sorted(expected.keys() - arrived.keys()), sorted(arrived.keys() - expected.keys()))
+        set_peft_model_state_dict(self._adapted, arrived)
+        self.use_adapter(True)
+
+    # -- complaints --------------------------------------------------------------------------------------------------
+
+    def _ready(self, verb: str, *parts: str) -> None:
+        if self.model is None:
+            raise RunFailure(f"the hf sampler was asked to {verb} after it was closed")
+        if self._asleep & set(parts or ("weights", "cache")):
+            raise RunFailure(f"the hf sampler was asked to {verb} while asleep; wake it first")
+
+    def _check_context(self) -> None:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context and self.setup.max_model_tokens > context:
+            raise UserError(
+                f"the longest prompt plus sampler.max_tokens comes to {self.setup.max_model_tokens} tokens, more than "
+                f"the model's context of {context}; lower sampler.max_tokens or shorten the prompts"
+            )
+
+    def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
+        length, limit = len(prompt.token_ids), self.setup.max_model_tokens
+        if not length:
+            raise UserError(f"prompt {prompt.id!r} has no tokens; render it with common.tokenizer.render first")
+        if length + params.max_tokens > limit:
+            raise UserError(
+                f"prompt {prompt.id!r} has {length} tokens, which with max_tokens={params.max_tokens} is more than the "
+                f"{limit} this sampler was set up for; shorten the prompt or lower sampler.max_tokens"
+            )
+
+    @contextmanager
+    def _memory_advice(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise RunFailure(
+                f"the hf sampler ran out of memory with sampler.options.batch_size={self._batch_size}; lower it"
+            ) from error
+
+
+class _Writing:
+    """A completion while it is written."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.text: str | None = None
+        self.finish_reason: Literal["stop", "length"] = "length"
+
+
+def _draw(
+    logits_NV: torch.Tensor, uniform_N: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token for each row and its log-prob: the inverse of the cumulative distribution at ``uniform_N``."""
+    if params.temperature == 0:
+        token_N = logits_NV.argmax(-1)
+        return token_N, logprobs_of(logits_NV, token_N)
+    logits_NV = process(logits_NV, params.temperature, params.top_p, params.top_k)
+    cumulative_NV = logits_NV.double().softmax(-1).cumsum(-1)
+    reached_N1 = uniform_N[:, None] * cumulative_NV[:, -1:]
+    # The first token whose cumulative probability is above: one of probability 0 never is.
+    token_N = torch.searchsorted(cumulative_NV, reached_N1, right=True)[:, 0].clamp(max=logits_NV.shape[-1] - 1)
+    return token_N, logprobs_of(logits_NV, token_N)
+
+
+def _attach(model: Any, config: Mapping[str, Any]) -> Any:
+    """The model under the LoRA adapter of ``config``; it starts as no change."""
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        return get_peft_model(model, LoraConfig.from_peft_type(**config)).eval()  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the adapter's configuration does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def _complain(what: str, missing: Sequence[str], unknown: Sequence[str]) -> None:
+    for names, trouble in ((missing, "misses"), (unknown, "holds names that the model does not have:")):
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise RunFailure(f"the hf sampler was sent {what}, but the hand-over {trouble} {shown}")

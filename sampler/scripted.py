@@ -1,0 +1,187 @@
+"""A sampler that says what it is told to: the readable fake for tests of everything around a sampler.
+
+Completions come from a table or a function, but weights and versions are real: it keeps what arrives, stamps the
+version it was given, and where the model folder exists computes ``logprobs`` with the weights it holds (through
+``HfSampler``), so that the proof of a sync runs on it. ``fault`` makes it break that promise in one known way, which
+the proof must find. Left out: drawing, so it does not meet the sampler contract's checks of distributions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import nn
+
+from common.errors import RunFailure, UserError
+from common.logits import logprobs_of, process
+from common.protocols import WeightHandle
+from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
+from common.weights import Fingerprint, InProcessWeights
+from sampler.hf import HfSampler
+
+Answer: TypeAlias = str | Sequence[int]
+"""Text (encoded with the folder's tokenizer, its end-of-sequence token added; without one, as UTF-8 bytes), or tokens
+as they are."""
+Answers: TypeAlias = Mapping[str, Sequence[Answer]] | Callable[[Prompt, int], Answer]
+"""Completions by prompt id or text, taken in turn and then from the start again; or what to say for a prompt's k-th
+completion (k counts on over calls)."""
+Fault: TypeAlias = Literal["stale", "stale_head", "ignore_adapter", "corrupt"]
+"""``stale``: says that it loaded, and keeps the old weights. ``stale_head``: the output head stays the first one (a
+tied one becomes a copy). ``ignore_adapter``: takes the adapter and serves the base. ``corrupt``: the first tensor is
+altered in one number on its way."""
+
+
+class ScriptedSampler:
+    """Says ``answers``, or ``default`` for a prompt that the table lacks; the folder need not exist.
+
+    ``logprobs``: one number for every token, a function of prompt and tokens, or ``"model"`` for those of the weights
+    held. ``calls`` lists what it was asked, in order: ``("generate", prompt ids, params)``,
+    ``("load_weights", kind, version)``, ``("logprobs", count)``, ``("sleep",)``, ``("wake", part)``, ``("close",)``.
+    ``received`` holds copies of the tensors of the last hand-over as they arrived.
+    """
+
+    takes_adapters = True
+
+    def __init__(
+        self,
+        setup: SamplerSetup,
+        answers: Answers | None = None,
+        default: Sequence[Answer] = ("",),
+        logprobs: float | Literal["model"] | Callable[[Prompt, Sequence[int]], Sequence[float]] = -1.0,
+        fault: Fault | None = None,
+        **options: Any,
+    ) -> None:
+        for key in options:
+            raise UserError(
+                f"sampler.options.{key} has no effect with sampler 'scripted'; it takes answers, default, logprobs "
+                "and fault"
+            )
+        if fault is not None and fault not in get_args(Fault):
+            raise UserError(f"sampler.options.fault={fault!r} is none of {', '.join(get_args(Fault))}")
+        self.setup = setup
+        self.version = 0
+        self.calls: list[tuple[Any, ...]] = []
+        self.received: dict[str, torch.Tensor] = {}
+        self._answers: Answers = answers if answers is not None else {}
+        self._default, self._logprobs, self._fault = default, logprobs, fault
+        self._turns: dict[str, Iterator[int]] = {}
+        self._closed = False
+        has_model = (Path(setup.model_folder) / "config.json").is_file()
+        self._engine = HfSampler(setup) if has_model else None
+        if self._engine is not None and fault == "stale_head":
+            # The engine keeps writing to the tensors that it took note of when it was made; the head no longer is one.
+            head = self._engine.model.get_output_embeddings()
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        self._note("generate", tuple(prompt.id for prompt in prompts), params)
+        for prompt in prompts:
+            if len(prompt.token_ids) + params.max_tokens > self.setup.max_model_tokens:
+                raise UserError(
+                    f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, which with max_tokens="
+                    f"{params.max_tokens} is more than the {self.setup.max_model_tokens} this sampler was set up for; "
+                    "shorten the prompt or lower sampler.max_tokens"
+                )
+        groups = [Group(prompt, tuple(self._completion(prompt, params) for _ in range(params.n))) for prompt in prompts]
+        future: Future[list[Group]] = Future()
+        future.set_result(groups)
+        return future
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        self._note("logprobs", len(sequences))
+        return self._model("logprobs").logprobs(sequences)
+
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        self._note("load_weights", handle.kind, version)
+        arrived = Fingerprint()
+        tensors = handle.open()
+        if self._fault == "corrupt":
+            tensors = _corrupted(tensors)
+        self.received = {name: tensor.detach().clone() for name, tensor in arrived.watch(tensors)}
+        if self._engine is not None and self._fault != "stale":
+            mine = InProcessWeights(handle.kind, lambda: iter(self.received.items()), handle.adapter_config)
+            self._engine.load_weights(mine, version)
+            if handle.kind == "adapter" and self._fault == "ignore_adapter":
+                self._engine.use_adapter(False)
+        self.version = version
+        return arrived.digest()
+
+    def sleep(self) -> None:
+        self._note("sleep")
+
+    def wake(self, part: Literal["weights", "cache", "all"] = "all") -> None:
+        self._note("wake", part)
+
+    def close(self) -> None:
+        self.calls.append(("close",))
+        self._closed = True
+        if self._engine is not None:
+            self._engine.close()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _note(self, *call: Any) -> None:
+        if self._closed:
+            raise RunFailure(f"the scripted sampler was asked to {call[0]} after it was closed")
+        self.calls.append(call)
+
+    def _model(self, what: str) -> HfSampler:
+        if self._engine is None:
+            raise RunFailure(
+                f"the scripted sampler cannot compute {what}: there is no model in {self.setup.model_folder!r}"
+            )
+        return self._engine
+
+    def _completion(self, prompt: Prompt, params: SamplingParams) -> Completion:
+        turn = next(self._turns.setdefault(prompt.id, count()))
+        if callable(self._answers):
+            answer = self._answers(prompt, turn)
+        else:
+            lines = self._answers.get(prompt.id) or self._answers.get(prompt.text) or self._default
+            answer = lines[turn % len(lines)]
+        ids = self._encode(answer) if isinstance(answer, str) else tuple(answer)
+        kept = ids[: params.max_tokens]
+        text = answer if isinstance(answer, str) and len(kept) == len(ids) else self._decode(kept)
+        return Completion(
+            token_ids=kept,
+            text=text,
+            logprobs=self._scores(prompt, kept, params),
+            finish_reason="stop" if len(kept) == len(ids) else "length",
+            policy_version=self.version,
+        )
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if self._engine is None:
+            return tuple(text.encode())
+        ids = tuple(self._engine.tokenizer.encode(text, add_special_tokens=False))
+        return (*ids, *self._engine.end_ids[:1])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        if self._engine is None:
+            return bytes(token % 256 for token in ids).decode(errors="replace")
+        return str(self._engine.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _scores(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams) -> tuple[float, ...]:
+        if isinstance(self._logprobs, int | float):
+            return (float(self._logprobs),) * len(ids)
+        if callable(self._logprobs):
+            return tuple(self._logprobs(prompt, ids))
+        with torch.no_grad():
+            inputs_1T = torch.tensor([[*prompt.token_ids, *ids]], device=self.setup.device)
+            logits_TV = self._model("log-probs").model(input_ids=inputs_1T, use_cache=False).logits[0]
+            logits_TV = logits_TV[len(prompt.token_ids) - 1 : -1]
+            logits_TV = process(logits_TV, params.temperature or 1.0, params.top_p, params.top_k)
+            return tuple(logprobs_of(logits_TV, inputs_1T[0, len(prompt.token_ids) :]).tolist())
+
+
+def _corrupted(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for index, (name, tensor) in enumerate(tensors):
+        if index == 0:
+            tensor = tensor.detach().clone()
+            tensor.view(-1)[0] += 1
+        yield name, tensor

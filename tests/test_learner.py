@@ -1,0 +1,254 @@
+"""The learner: the same gradient however the batch is cut, float32 masters, and nothing stepped that is not finite."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.errors import RunFailure, UserError
+from common.weights import FolderWeights, fingerprint
+from learner import losses
+from learner.learner import TorchLearner
+from learner.optim import MasterAdamW, learning_rate
+from tests.making import GROUPS, config, group
+from tests.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def weights(learner):
+    return {name: p.detach().clone() for name, p in learner._model.named_parameters()}
+
+
+def stepped(folder, groups=GROUPS, steps=1, **sections):
+    learner = TorchLearner(config(**sections), folder, "cpu")
+    for _ in range(steps):
+        metrics = learner.update(groups)
+    return weights(learner), metrics, learner
+
+
+def difference(one, other):
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+SPECS = [
+    {},
+    {"loss": "grpo", "importance_level": "sequence"},
+    {"loss": "dr_grpo", "kl_coef": 0.1, "inner_updates": 2},
+    {"loss": "bnpo", "ratio": "sequence", "inner_updates": 2, "delta": 1.5},
+    {"loss": "cispo", "clip_high": 4.0, "entropy_coef": 0.01},
+    {"loss": "sapo", "importance": "mask", "inner_updates": 3},
+    {"truncated": "mask", "dual_clip": 3.0, "inner_updates": 2},
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: " ".join(f"{k}={v}" for k, v in spec.items()) or "default")
+def test_micro_batches_and_packing_change_nothing(folder, spec):
+    """One big padded pass is the truth; packs and micro-batches of any size step to the same weights."""
+    sgd_like = {"optimizer": {"lr": 1e-3, "eps": 1.0}}  # a large eps: AdamW then keeps the gradient's size
+    groups = [*GROUPS, group(6, [8, 8], seed=4, finish="length")]
+    whole, metrics, _ = stepped(
+        folder, groups, **sgd_like, learner={**spec, "packing": "padded", "microbatch_tokens": 10**6}
+    )
+    assert metrics["packed"] == 0
+    moved = difference(whole, weights(TorchLearner(config(), folder, "cpu")))
+    for packing, budget in (("packed", 10**6), ("packed", 30), ("padded", 40)):
+        cut, cut_metrics, _ = stepped(
+            folder, groups, **sgd_like, learner={**spec, "packing": packing, "microbatch_tokens": budget}
+        )
+        assert difference(whole, cut) < 1e-3 * moved, (packing, budget)
+        for key in ("loss", "grad_norm", "entropy", "logprob_diff_mean"):
+            assert cut_metrics[key] == pytest.approx(metrics[key], rel=1e-3, abs=1e-6), key
+
+
+def test_gradient_is_the_papers(folder):
+    """On policy, without corrections: the gradient of -sum(advantage x log-prob) / tokens, by a plain forward."""
+    learner = TorchLearner(
+        config(learner={"importance": "off"}, optimizer={"lr": 1e-3, "max_grad_norm": 0}), folder, "cpu"
+    )
+    truth = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = sum(len(c.token_ids) for g in GROUPS for c in g.completions)
+    total = torch.tensor(0.0)
+    for g in GROUPS:
+        for c in g.completions:
+            logits = truth(torch.tensor([g.prompt.token_ids + c.token_ids])).logits[0].log_softmax(-1)
+            for t, token in enumerate(c.token_ids):
+                total = total - c.advantage * logits[len(g.prompt.token_ids) + t - 1, token] / tokens
+    total.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in truth.parameters())).item()
+    assert learner.update(GROUPS)["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_rewarded_completion_becomes_likelier_and_a_punished_one_less(folder):
+    (one,) = [group(7, [5, 5], seed=9)]
+    good, bad = (dataclasses.replace(c, advantage=a) for c, a in zip(one.completions, (1.0, -1.0), strict=True))
+    one = dataclasses.replace(one, completions=(good, bad))
+    learner = TorchLearner(config(learner={"importance": "off"}), folder, "cpu")
+    asked = [one.prompt.token_ids + c.token_ids for c in one.completions]
+
+    def likelihoods():
+        return [sum(row[len(one.prompt.token_ids) - 1 :]) for row in learner.logprobs(asked)]
+
+    before = likelihoods()
+    learner.update([one])
+    after = likelihoods()
+    assert after[0] > before[0]
+    assert after[1] < before[1]
+
+
+def test_masked_truncated_completions_leave_no_trace(folder):
+    finished = GROUPS[0]
+    cut = [dataclasses.replace(c, token_ids=c.token_ids, finish_reason="length") for c in GROUPS[1].completions]
+    mixed = dataclasses.replace(finished, completions=finished.completions + tuple(cut))
+    only = stepped(folder, [finished], learner={"truncated": "mask"})[0]
+    both = stepped(folder, [mixed], learner={"truncated": "mask"})[0]
+    assert difference(only, both) < 1e-6
+    assert difference(only, stepped(folder, [mixed])[0]) > 1e-5
+
+
+def test_nothing_that_counts_is_no_step(folder):
+    learner = TorchLearner(config(), folder, "cpu")
+    before = weights(learner)
+    assert learner.update([]) == {}
+    assert learner.version == 1
+    assert difference(before, weights(learner)) == 0
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_not_finite_stops_before_the_step(folder, wrong):
+    learner = TorchLearner(config(), folder, "cpu")
+    before = weights(learner)
+    bad = dataclasses.replace(
+        GROUPS[0], completions=tuple(dataclasses.replace(c, advantage=wrong) for c in GROUPS[0].completions)
+    )
+    with pytest.raises(RunFailure, match="before step 1"):
+        learner.update([bad])
+    assert learner.version == 0
+    assert difference(before, weights(learner)) == 0
+    learner.update(GROUPS)  # and it can go on: no bad gradient is left over
+    assert all(p.isfinite().all() for p in weights(learner).values())
+
+
+def test_masters_keep_what_bfloat16_loses():
+    """A hundred steps of 1e-5 on a weight of 1: bfloat16 alone would stay at 1 for ever."""
+    weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([("w", weight)], config(optimizer={"lr": 1e-5}).optimizer)
+    for _ in range(1000):
+        (weight.float().sum()).backward()
+        optimizer.step(1e-5)
+    master = optimizer.state()["w/master"]
+    assert master.mean().item() == pytest.approx(1 - 1000 * 1e-5, abs=1e-4)
+    assert torch.equal(weight, master.bfloat16())
+    plain = torch.ones(1, dtype=torch.bfloat16)
+    for _ in range(1000):
+        plain -= 1e-5
+    assert plain.item() == 1.0
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([("w", weight)], config(optimizer={"max_grad_norm": 0}).optimizer)
+    for part in [256.0, *[1.0] * 64]:  # in bfloat16 256 + 1 is 256
+        (weight * part).sum().backward()
+    assert optimizer.clip() == 320.0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate(schedule):
+    sections = {"schedule": schedule} | ({} if schedule == "constant" else {"min_lr_ratio": 0.1})
+    spec = config(optimizer={"lr": 1.0, "warmup_steps": 4, **sections}, train={"steps": 20}).optimizer
+    rates = [learning_rate(spec, update, 20) for update in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert max(rates) == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    if schedule != "constant":
+        middle = rates[4 + 7]  # half of the 16 steps after the warm-up
+        assert middle == pytest.approx(0.55, abs=0.01)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_restored_learner_goes_on_bit_for_bit(folder, tmp_path, lora, dtype):
+    sections = {"model": {"name": "unused", "dtype": dtype, "lora_rank": lora}}
+    _, _, learner = stepped(folder, steps=2, **sections)
+    learner.save(tmp_path)
+    learner.update(GROUPS)
+    again = TorchLearner(config(**sections), folder, "cpu")
+    again.restore(tmp_path)
+    assert again.version == 2
+    again.update(GROUPS)
+    assert difference(weights(learner), weights(again)) == 0
+
+
+def test_checkpoint_of_another_model_is_refused(folder, tmp_path):
+    stepped(folder)[2].save(tmp_path)
+    other = TorchLearner(config(model={"name": "unused", "dtype": "float32", "lora_rank": 2}), folder, "cpu")
+    with pytest.raises(UserError, match="another model"):
+        other.restore(tmp_path)
+
+
+def test_lora_trains_the_adapter_alone_and_the_base_is_its_reference(folder):
+    sections = {"model": {"name": "unused", "dtype": "float32", "lora_rank": 4}, "learner": {"kl_coef": 0.5}}
+    learner = TorchLearner(config(**sections), folder, "cpu")
+    base = learner.logprobs([GROUPS[0].prompt.token_ids])
+    first = learner.update(GROUPS)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert learner.update(GROUPS)["kl"] > 1e-5
+    handle = learner.publish_weights()
+    assert handle.kind == "adapter"
+    assert {".lora_" in name for name, _ in handle.open()} == {True}
+    assert learner.logprobs([GROUPS[0].prompt.token_ids]) != base
+    with learner._model.disable_adapter():
+        assert learner.logprobs([GROUPS[0].prompt.token_ids]) == base
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_exported_model_computes_what_the_learner_does(folder, tmp_path, lora):
+    learner = stepped(folder, steps=3, model={"name": "unused", "dtype": "float32", "lora_rank": lora})[2]
+    learner.export(tmp_path, merged=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = GROUPS[1].prompt.token_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = torch.tensor(learner.logprobs([ids])[0])
+    assert torch.allclose(logits[torch.arange(len(ids) - 1), torch.tensor(ids[1:])], expected, atol=1e-4)
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_perturbed_moves_the_log_probs_and_is_undone(folder, lora):
+    learner = TorchLearner(config(model={"name": "unused", "dtype": "float32", "lora_rank": lora}), folder, "cpu")
+    ids = [GROUPS[1].prompt.token_ids]
+    before, kept = learner.logprobs(ids), weights(learner)
+    with learner.perturbed(seed=1):
+        moved = sum(abs(a - b) for a, b in zip(learner.logprobs(ids)[0], before[0], strict=True)) / len(before[0])
+    assert moved > 0.2
+    assert difference(weights(learner), kept) == 0
+
+
+def test_published_weights_are_the_folders_before_any_step(folder):
+    learner = TorchLearner(config(), folder, "cpu")
+    assert fingerprint(learner.publish_weights().open()) == fingerprint(FolderWeights(str(folder)).open())
+
+
+def test_coefficients_of_the_whole_step_reach_every_micro_batch(folder):
+    """Were they computed per micro-batch, a long group would weigh as much as a short one."""
+    long, short = group(5, [8, 8], seed=5), group(5, [1, 1], seed=6)
+    masks = torch.zeros(4, 8)
+    for row, length in enumerate([8, 8, 1, 1]):
+        masks[row, :length] = 1
+    assert torch.equal(losses.token_coefficients("dapo", masks, 8), masks / 18)
+    whole = stepped(folder, [long, short], optimizer={"lr": 1e-3, "eps": 1.0}, learner={"microbatch_tokens": 10**6})[0]
+    cut = stepped(folder, [long, short], optimizer={"lr": 1e-3, "eps": 1.0}, learner={"microbatch_tokens": 8})[0]
+    assert difference(whole, cut) < 1e-6
+
+
+def test_unknown_lora_target(folder):
+    with pytest.raises(UserError, match="lora_targets"):
+        TorchLearner(config(model={"name": "unused", "lora_rank": 2, "lora_targets": ["nope"]}), folder, "cpu")

@@ -1,0 +1,377 @@
+"""Scoring in worker processes: right numbers in the right places, and no way for a bad reward to become a score."""
+
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.config import TaskConfig
+from common.errors import RunFailure, UserError
+from common.rewards import Scorer
+from common.types import Completion, Group, Prompt
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 1.0
+
+# What the completion says is what the reward does.
+TASK = """
+    import os, re, subprocess, sys, threading, time
+    import my_words
+
+    def do(prompt, completion):
+        verb, _, rest = completion.text.partition(" ")
+        if verb == "raise":
+            raise KeyError(rest)
+        if verb == "quit":
+            sys.exit(rest)
+        if verb == "hang":
+            time.sleep(600)
+        if verb == "regex":  # never gives up the interpreter
+            re.match(r"(a+)+$", "a" * 60 + "b")
+        if verb == "die":
+            os._exit(7)
+        if verb == "die_later":
+            threading.Timer(0.2, lambda: os._exit(7)).start()
+        if verb == "killed":
+            os.kill(os.getpid(), 9)
+        if verb == "print":
+            print(rest)
+            print(rest.upper(), file=sys.stderr)
+        if verb == "sleep":
+            time.sleep(float(rest))
+        if verb == "child":
+            print("child", subprocess.Popen(["sleep", "600"]).pid)
+            time.sleep(600)
+        if verb == "pid":
+            return os.getpid()
+        if verb == "torch":
+            return float("torch" in sys.modules)
+        if verb == "count":
+            return len(prompt.data["numbers"]) + len(completion.token_ids)
+        if verb == "return":
+            return eval(rest)
+        if verb == "word":
+            return my_words.value
+        return 0.5
+
+    class Task:
+        def __init__(self, second=2.0):
+            self.rewards = {"first": do, "second": lambda prompt, completion: second * len(completion.text)}
+            self.reward_weights = {"first": 1.0, "second": 0.0}
+        def prompts(self, split):
+            return []
+        def is_correct(self, prompt, completion):
+            if completion.text.startswith(("return", "hang")):
+                return do(prompt, completion)
+            return "yes" in completion.text
+"""
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("task")
+    (folder / "my_words.py").write_text("value = 42")
+    (folder / "my_task.py").write_text(textwrap.dedent(TASK))
+    return f"{folder}/my_task.py:Task"
+
+
+def config(task: str, **changes) -> TaskConfig:
+    return TaskConfig.model_validate({"name": task, "reward_timeout_s": LIMIT_S} | changes)
+
+
+@pytest.fixture(scope="module")
+def stops(task):
+    with Scorer(config(task)) as scorer:
+        yield scorer
+
+
+@pytest.fixture(scope="module")
+def skips(task):
+    with Scorer(config(task, on_reward_error="skip", reward_workers=2)) as scorer:
+        yield scorer
+
+
+def group(*texts: str, name: str = "train-0") -> Group:
+    completions = tuple(Completion((1, 2), text, (-1.0, -2.0), "stop", 3) for text in texts)
+    return Group(Prompt(name, ({"role": "user", "content": "?"},), {"numbers": [1, 2, 3]}), completions)
+
+
+def first(groups: list[Group]) -> list[list[float]]:
+    return [[completion.rewards["first"] for completion in group.completions] for group in groups]
+
+
+def test_scores(stops):
+    given = [group("return 1", "return -2.5", name="a"), group("count", "word", "return True", name="b")]
+    scored, errors = stops.score(given)
+    assert errors == []
+    assert first(scored) == [[1.0, -2.5], [5.0, 42.0, 1.0]]
+    assert [completion.rewards["second"] for completion in scored[0].completions] == [16.0, 22.0]
+    for before, after in zip(given, scored, strict=True):  # nothing else is touched
+        assert after.prompt == before.prompt
+        for old, new in zip(before.completions, after.completions, strict=True):
+            assert (new.token_ids, new.text, new.logprobs) == (old.token_ids, old.text, old.logprobs)
+            assert (new.policy_version, new.advantage) == (3, None)
+            assert new.reward == new.rewards["first"]  # second has weight 0
+            assert isinstance(new.rewards["first"], float)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=5), max_size=9))
+def test_order_is_kept_across_workers(skips, values):
+    groups = [group(*(f"return {value!r}" for value in row), name=f"p{i}") for i, row in enumerate(values)]
+    scored, errors = skips.score(groups)
+    assert errors == []
+    assert [group.prompt.id for group in scored] == [group.prompt.id for group in groups]
+    assert first(scored) == values
+
+
+def test_weights(task):
+    with Scorer(config(task, reward_weights={"second": -3.0}, options={"second": 10})) as scorer:
+        assert scorer.weights == {"first": 1.0, "second": -3.0}
+        [scored], _ = scorer.score([group("return 7")])
+    assert scored.completions[0].rewards == {"first": 7.0, "second": 80.0}
+    assert scored.completions[0].reward == 7.0 - 3.0 * 80.0
+
+
+def test_unknown_weight_and_options_are_told_before_anything_starts(task):
+    with pytest.raises(UserError, match=r"reward_weights\.frist=1.0: .*it has first, second"):
+        Scorer(config(task, reward_weights={"frist": 1.0}))
+    with pytest.raises(UserError, match="not finite"):
+        Scorer(config(task, reward_weights={"first": math.inf}))
+    with pytest.raises(UserError, match=r"task\.options\.secnd"):
+        Scorer(config(task, options={"secnd": 1}))
+
+
+def test_a_task_that_does_not_import_is_told_at_once(tmp_path):
+    (tmp_path / "my_bad.py").write_text("x = 1\nimport absent_module\n")
+    with pytest.raises(UserError, match=r"my_bad\.py, line 2.*absent_module"):
+        Scorer(config(f"{tmp_path}/my_bad.py:Task"))
+
+
+FAILURES = [
+    ("raise of hope", "KeyError: 'of hope'"),
+    ("quit now", "SystemExit: now"),
+    ("hang", "ran past task.reward_timeout_s=1"),
+    ("regex", "ran past task.reward_timeout_s=1"),
+    ("die", "its worker process died (exit code 7"),
+    ("killed", "its worker process died (killed by signal 9"),
+    ("return float('nan')", "returned nan, which is not finite"),
+    ("return -float('inf')", "returned -inf, which is not finite"),
+    ("return None", "returned None, which is not a number"),
+    ("return '0.5'", "returned '0.5', which is not a number"),
+    ("return 1j", "returned 1j, which is not a number"),
+    ("return 10**400", "OverflowError"),
+]
+
+
+@pytest.mark.parametrize(("text", "error"), FAILURES)
+def test_a_bad_reward_stops_the_run(stops, caplog, text, error):
+    groups = [group("return 1", name="good"), group("return 2", text, "return 3", name="train-17")]
+    with pytest.raises(RunFailure) as caught:
+        stops.score(groups)
+    sentence = str(caught.value)
+    assert "reward 'first' failed on completion 1 of prompt 'train-17'" in sentence
+    assert error in sentence
+    assert "task.on_reward_error=skip" in sentence
+    assert "\n" not in sentence
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.name == "nanogrpo.rewards"
+    assert repr(text) in record.getMessage()
+    assert error in record.getMessage()
+    assert first(stops.score([group("return 4")])[0]) == [[4.0]], "the next request must work"
+
+
+@pytest.mark.parametrize(("text", "error"), FAILURES)
+def test_a_bad_reward_leaves_its_group_out(skips, caplog, text, error):
+    groups = [group(f"return {i}", "return 8", name=f"p{i}") for i in range(5)]
+    groups[1] = group("return 1", text, name="bad")
+    groups[3] = group(text, "return 3", name="bad too")
+    scored, errors = skips.score(groups)
+    assert [group.prompt.id for group in scored] == ["p0", "p2", "p4"]
+    assert first(scored) == [[0.0, 8.0], [2.0, 8.0], [4.0, 8.0]]
+    assert [(e.group.prompt.id, e.index, e.reward) for e in errors] == [("bad", 1, "first"), ("bad too", 0, "first")]
+    assert all(error in e.error for e in errors)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert all(repr(text) in warning for warning in warnings)
+
+
+def test_the_limit_is_for_one_completion_and_not_for_the_group(stops):
+    started = time.monotonic()
+    scored, _ = stops.score([group(*["sleep 0.35"] * 5)])
+    assert first(scored) == [[0.5] * 5]
+    assert time.monotonic() - started > 1.5 * LIMIT_S
+
+
+def test_a_worker_that_died_between_two_requests_is_nobodys_fault(stops):
+    stops.score([group("die_later")])
+    time.sleep(0.6)
+    assert first(stops.score([group("return 1")])[0]) == [[1.0]]
+
+
+def test_what_a_late_reward_started_dies_with_it(stops, caplog):
+    caplog.set_level(logging.INFO, "nanogrpo.rewards")
+    with pytest.raises(RunFailure, match="ran past"):
+        stops.score([group("child")])
+    [pid] = [int(r.getMessage().split()[-1]) for r in caplog.records if "printed: child" in r.getMessage()]
+    assert gone(pid)
+
+
+def gone(pid: int, within_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_prints_go_to_the_log(task, caplog, capfd):
+    caplog.set_level(logging.INFO, "nanogrpo.rewards")
+    with Scorer(config(task)) as scorer:
+        scored, _ = scorer.score([group("print hello", "return 1")])
+    assert first(scored) == [[0.5, 1.0]]
+    said = [record.getMessage() for record in caplog.records]
+    assert "a reward printed: hello" in said
+    assert "a reward printed: HELLO" in said
+    out, err = capfd.readouterr()
+    assert "hello" not in (out + err).lower()
+
+
+def test_correct(stops, skips):
+    groups = [group("yes", "no", "yes yes"), group(), group("no")]
+    for scorer in (stops, skips):
+        assert scorer.correct(groups) == [[True, False, True], [], [False]]
+
+
+@pytest.mark.parametrize(("text", "error"), [("return None", "neither True nor False"), ("hang", "ran past")])
+def test_correct_never_makes_an_answer_up(stops, skips, text, error):
+    groups = [group("yes", text, name="bad"), group("yes", "no", name="good")]
+    with pytest.raises(RunFailure, match=rf"'is_correct' failed on completion 1 of prompt 'bad': .*{error}"):
+        stops.correct(groups)
+    assert skips.correct(groups) == [[], [True, False]]
+
+
+def test_no_groups(stops):
+    assert stops.score([]) == ([], [])
+    assert stops.correct([]) == []
+
+
+def test_data_that_cannot_travel_is_the_tasks_mistake(stops):
+    bad = Group(Prompt("p", (), {"f": lambda: 1}), group("return 1").completions)
+    with pytest.raises(UserError, match=r"'p' data .* JSON"):
+        stops.score([bad])
+    assert first(stops.score([group("return 1")])[0]) == [[1.0]]
+
+
+def test_workers_are_other_processes_without_torch(task):
+    import torch  # noqa: F401 - here it is, and there it must not be
+
+    with Scorer(config(task, reward_workers=2)) as scorer:
+        scored, _ = scorer.score([group("pid", "torch"), group("pid", "torch")])
+    for pid, torch_is_there in first(scored):
+        assert pid != os.getpid()
+        assert not torch_is_there
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [("from common.tasks.warmup import Warmup as Base", {}), ("from common.tasks.gsm8k import Gsm8k as Base", {})],
+)
+def test_built_in_tasks_do_not_bring_torch_into_a_worker(tmp_path, source, options):
+    (tmp_path / "my_watch.py").write_text(
+        f"import sys\n{source}\n"
+        "class Watch(Base):\n"
+        "    def __init__(self, **options):\n"
+        "        super().__init__(**options)\n"
+        "        self.rewards = {**self.rewards, 'torch': lambda p, c: 'torch' in sys.modules}\n"
+        "        self.reward_weights = {**self.reward_weights, 'torch': 0.0}\n"
+    )
+    answered = Group(Prompt("p", (), {"answer": "7"}), (Completion((), "<answer>7</answer>", (), "stop", 0),))
+    with Scorer(config(f"{tmp_path}/my_watch.py:Watch", options=options, reward_timeout_s=20)) as scorer:
+        [scored], _ = scorer.score([answered])
+    assert scored.completions[0].rewards["correct"] == 1.0
+    assert scored.completions[0].rewards["torch"] == 0.0
+
+
+def test_a_task_is_found_in_a_worker_wherever_it_is_found_here(task, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(task.rpartition(":")[0]).parent))
+    with Scorer(config("my_task:Task")) as scorer:
+        assert first(scorer.score([group("word")])[0]) == [[42.0]]
+
+
+def test_overhead(task):
+    """128 trivial completions; 10 to 20 ms on an idle 2-core machine."""
+    groups = [group(*["return 1"] * 8, name=f"p{i}") for i in range(16)]
+    with Scorer(config(task)) as scorer:
+        scorer.score(groups)
+        took = []
+        for _ in range(5):
+            started = time.monotonic()
+            scorer.score(groups)
+            took.append(time.monotonic() - started)
+    assert min(took) < 0.5
+
+
+def test_ctrl_c_is_not_held_up_by_a_reward_that_hangs(task):
+    with Scorer(config(task, reward_timeout_s=60)) as scorer:
+        scorer.score([group("return 1")])
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score([group("hang"), group("hang")])
+        assert time.monotonic() - started < 10
+        assert first(scorer.score([group("return 1")])[0]) == [[1.0]]
+
+
+def test_closing(task):
+    scorer = Scorer(config(task))
+    [scored], _ = scorer.score([group("pid")])
+    scorer.close()
+    scorer.close()
+    assert gone(int(scored.completions[0].rewards["first"]))
+
+
+SCRIPT = """
+import sys, time
+from common.config import TaskConfig
+from common.rewards import Scorer
+from common.types import Completion, Group, Prompt
+
+print("main runs", flush=True)  # no guard: a worker must not run this again
+scorer = Scorer(TaskConfig(name=sys.argv[1], reward_timeout_s=0.5))
+group = Group(Prompt("p", ()), (Completion((), "pid", (), "stop", 0),))
+print(int(scorer.score([group])[0][0].completions[0].reward), flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_neither_run_the_main_script_again_nor_outlive_it(task, tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(script), task], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process.stdout as lines:
+        assert lines.readline() == "main runs\n"
+        worker = int(lines.readline())
+        assert not gone(worker, within_s=0.2)
+        process.kill()
+        process.wait()
+        assert gone(worker)
+        assert lines.read() == ""

@@ -1,0 +1,434 @@
+"""Our back ends keep the sampler contract, and the contract finds every way to break it that is written down here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import RunFailure, UserError
+from common.protocols import Sampler, WeightHandle
+from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
+from sampler.contract import CHECKS, ContractError, Env, check_sampler
+from sampler.hf import HfSampler
+from tests.tiny import make_tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny products are slower on several threads, and far slower where other processes want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- the contract holds ------------------------------------------------------------------------------------------------
+
+
+def _make_hf(setup: SamplerSetup) -> Sampler:
+    return HfSampler(setup, batch_size=24)  # less than max_sequences: a request takes several batches
+
+
+def _make_vllm(setup: SamplerSetup) -> Sampler:
+    from sampler.vllm import VllmSampler
+
+    return VllmSampler(setup)
+
+
+_BACK_ENDS = [
+    pytest.param((_make_hf, "llama", True, "float32"), id="hf-llama-tied-float32"),
+    pytest.param((_make_hf, "llama", False, "float32"), id="hf-llama-untied-float32"),
+    pytest.param((_make_hf, "mistral", False, "float32"), id="hf-mistral-untied-float32"),
+    pytest.param((_make_hf, "qwen2", True, "bfloat16"), id="hf-qwen2-tied-bfloat16"),
+    pytest.param((_make_vllm, "llama", True, "float32"), id="vllm-llama-tied-float32", marks=pytest.mark.vllm),
+    pytest.param((_make_vllm, "qwen2", False, "bfloat16"), id="vllm-qwen2-untied-bfloat16", marks=pytest.mark.vllm),
+]
+
+
+@pytest.fixture(scope="module", params=_BACK_ENDS)
+def env(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Env]:
+    make, family, tied, dtype = request.param
+    if make is _make_vllm:
+        pytest.importorskip("vllm")
+    folder = make_tiny(tmp_path_factory.mktemp("model"), tied=tied, family=family)
+    with Env(make, folder, dtype=dtype) as env:
+        yield env
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_contract(env: Env, name: str) -> None:
+    CHECKS[name](env)
+
+
+# -- the contract finds what breaks it ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model"))
+
+
+class _Edited(HfSampler):
+    """Changes completions after they were written."""
+
+    def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
+        return one
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        groups = super().generate(prompts, params).result()
+        return _done(Group(g.prompt, tuple(self.edit(g.prompt, one, params) for one in g.completions)) for g in groups)
+
+    def rescored(self, prompt: Prompt, one: Completion, temperature: float) -> tuple[float, ...]:
+        with torch.no_grad():
+            logits_TV = self.model(input_ids=torch.tensor([prompt.token_ids + one.token_ids])).logits[0]
+        logprobs_TV = (logits_TV / temperature).log_softmax(-1)[len(prompt.token_ids) - 1 : -1]
+        return tuple(logprobs_TV.gather(-1, torch.tensor(one.token_ids)[:, None])[:, 0].tolist())
+
+
+def _done(groups: Any) -> Future[list[Group]]:
+    future: Future[list[Group]] = Future()
+    future.set_result(list(groups))
+    return future
+
+
+class FixedFingerprint(HfSampler):
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        super().load_weights(handle, version)
+        return "loaded"
+
+
+class LogprobsShifted(HfSampler):
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return [[0.0, *row[:-1]] if row else [] for row in super().logprobs(sequences)]
+
+
+class LogprobsSortedByLength(HfSampler):
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return super().logprobs(sorted(sequences, key=len))
+
+
+class IgnoresWeights(HfSampler):
+    """Stale for good, though it names what arrived."""
+
+    def _load_full(self, tensors: Any) -> None:
+        for _ in tensors:
+            pass
+
+
+class DropsNorms(HfSampler):
+    """Loses a few small tensors of each hand-over."""
+
+    def _load_full(self, tensors: Any) -> None:
+        held = {name: tensor.clone() for name, tensor in self._parameters.items() if "layernorm" in name}
+        super()._load_full((name, held.get(name, tensor)) for name, tensor in tensors)
+
+
+class KeepsHead(HfSampler):
+    """The output head of a tied model stays at its first values."""
+
+    def __init__(self, setup: SamplerSetup) -> None:
+        super().__init__(setup)
+        self.model.lm_head.weight = nn.Parameter(self.model.lm_head.weight.detach().clone())
+
+
+class KeepsReferences(HfSampler):
+    """Serves the lent tensors themselves."""
+
+    def _load_full(self, tensors: Any) -> None:
+        for name, tensor in tensors:
+            self._targets[name].data = tensor
+
+
+class CountsVersions(HfSampler):
+    """Stamps the number of loads."""
+
+    loads = 0
+
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        self.loads += 1
+        return super().load_weights(handle, self.loads)
+
+
+class UnprocessedLogprobs(_Edited):
+    """Log-probs of the logits as they are, whatever was drawn from."""
+
+    def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
+        return replace(one, logprobs=self.rescored(prompt, one, 1.0))
+
+
+class UncutLogprobs(_Edited):
+    """Divides by the temperature and forgets top-p and top-k."""
+
+    def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
+        return replace(one, logprobs=self.rescored(prompt, one, params.temperature or 1.0))
+
+
+class ShiftedLogprobs(_Edited):
+    """Each log-prob is its neighbour's."""
+
+    def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
+        return replace(one, logprobs=(*one.logprobs[1:], one.logprobs[0]))
+
+
+class TopPOnly(HfSampler):
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        return super().generate(prompts, replace(params, top_k=0))
+
+
+class TooHot(_Edited):
+    """Draws at another temperature than it says, with the log-probs that belong to what it says."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        if params.top_p < 1 or params.top_k or not params.temperature:
+            return HfSampler.generate(self, prompts, params)
+        groups = HfSampler.generate(self, prompts, replace(params, temperature=1.4 * params.temperature)).result()
+        return _done(
+            Group(
+                g.prompt,
+                tuple(replace(one, logprobs=self.rescored(g.prompt, one, params.temperature)) for one in g.completions),
+            )
+            for g in groups
+        )
+
+
+class OtherOrder(HfSampler):
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        return _done(reversed(super().generate(prompts, params).result()))
+
+
+class SwapsPrompts(HfSampler):
+    """The groups are in order, their completions are not."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        groups = super().generate(prompts, params).result()
+        return _done(Group(own.prompt, other.completions) for own, other in zip(groups, reversed(groups), strict=True))
+
+
+class OneDraw(HfSampler):
+    """A group of copies."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        if params.max_tokens == 1:  # or the check of frequencies would see it first
+            return super().generate(prompts, params)
+        groups = super().generate(prompts, replace(params, n=1)).result()
+        return _done(Group(g.prompt, g.completions * params.n) for g in groups)
+
+
+class NeverGreedy(HfSampler):
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        return super().generate(prompts, replace(params, temperature=params.temperature or 1.0))
+
+
+class IgnoresSeed(HfSampler):
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        return super().generate(prompts, replace(params, seed=None))
+
+
+class AlwaysSeeded(HfSampler):
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        return super().generate(prompts, replace(params, seed=params.seed or 0))
+
+
+class Late(HfSampler):
+    """Writes when the answer is fetched, with the weights of that moment."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        ask = super().generate
+
+        class Lazy(Future[list[Group]]):
+            def result(self, timeout: float | None = None) -> list[Group]:
+                return ask(prompts, params).result()
+
+        return Lazy()
+
+
+class DropsEnd(_Edited):
+    def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
+        if len(one.token_ids) > 1 and one.token_ids[-1] in self.end_ids:
+            return replace(one, token_ids=one.token_ids[:-1], logprobs=one.logprobs[:-1])
+        return one
+
+
+class OneEnd(HfSampler):
+    """Knows the tokenizer's end-of-sequence token only."""
+
+    def __init__(self, setup: SamplerSetup) -> None:
+        super().__init__(setup)
+        self.end_ids = self.end_ids[:1]
+
+
+class HidesEmpty(_Edited):
+    def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
+        if one.text or params.max_tokens < 6:  # shorter requests belong to earlier checks, which may meet one by chance
+            return one
+        return replace(one, token_ids=(), logprobs=())
+
+
+class PadsGroup(HfSampler):
+    """Completions of a group are padded to the longest."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        groups = super().generate(prompts, params).result()
+        if params.max_tokens < 20:  # shorter requests belong to earlier checks, which may meet an end by chance
+            return _done(groups)
+        padded = []
+        for group in groups:
+            width = max(len(one.token_ids) for one in group.completions)
+            padded.append(
+                Group(
+                    group.prompt,
+                    tuple(
+                        replace(
+                            one,
+                            token_ids=one.token_ids + (0,) * (width - len(one.token_ids)),
+                            logprobs=one.logprobs + (0.0,) * (width - len(one.token_ids)),
+                        )
+                        for one in group.completions
+                    ),
+                )
+            )
+        return _done(padded)
+
+
+class OneTooMany(HfSampler):
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        if params.n > 1:
+            return super().generate(prompts, params)
+        return super().generate(prompts, replace(params, max_tokens=params.max_tokens + 1))
+
+
+class KeepsStopText(HfSampler):
+    def _ends(self, one: Any, stops: Sequence[str]) -> bool:
+        ended = super()._ends(one, stops)
+        if ended and stops:
+            one.text = self._decode(one.token_ids)
+        return ended
+
+
+class DecodesEachToken(_Edited):
+    """Characters of several tokens are lost."""
+
+    def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
+        whole = self._decode(one.token_ids) == one.text
+        return replace(one, text="".join(self._decode([token]) for token in one.token_ids)) if whole else one
+
+
+class CutsPrompt(HfSampler):
+    """Makes room without a word."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        room = self.setup.max_model_tokens - params.max_tokens
+        groups = super().generate([replace(p, token_ids=p.token_ids[-room:]) for p in prompts], params).result()
+        return _done(Group(prompt, group.completions) for prompt, group in zip(prompts, groups, strict=True))
+
+
+class FailsLater(HfSampler):
+    """The error of a prompt too long comes with the answer."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        try:
+            return super().generate(prompts, params)
+        except UserError as error:
+            future: Future[list[Group]] = Future()
+            future.set_exception(error)
+            return future
+
+
+class WakesOld(HfSampler):
+    """Waking puts back the weights that it fell asleep with."""
+
+    def sleep(self) -> None:
+        self.kept = {name: tensor.detach().clone() for name, tensor in self._parameters.items()}
+        super().sleep()
+
+    def wake(self, part: Any = "all") -> None:
+        super().wake(part)
+        with torch.no_grad():
+            for name, tensor in self._parameters.items():
+                tensor.copy_(self.kept[name])
+
+
+class IgnoresAdapter(HfSampler):
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        arrived = super().load_weights(handle, version)
+        if handle.kind == "adapter":
+            self.use_adapter(False)
+        return arrived
+
+
+class FirstAdapterOnly(HfSampler):
+    adapters = 0
+
+    def _load_adapter(self, tensors: Any, config: Any) -> None:
+        self.adapters += 1
+        tensors = list(tensors)
+        if self.adapters == 1:
+            super()._load_adapter(tensors, config)
+
+
+class ClosesOnce(HfSampler):
+    def close(self) -> None:
+        if self.model is None:
+            raise RunFailure("closed already")
+        super().close()
+
+
+_WRONG: list[tuple[Callable[[SamplerSetup], Sampler], str]] = [
+    (FixedFingerprint, "fingerprint"),
+    (LogprobsShifted, "logprobs"),
+    (LogprobsSortedByLength, "logprobs"),
+    (IgnoresWeights, "weights"),
+    (DropsNorms, "weights"),
+    (KeepsHead, "output_head"),
+    (KeepsReferences, "lent_tensors"),
+    (CountsVersions, "versions"),
+    (UnprocessedLogprobs, "logprobs_temperature"),
+    (ShiftedLogprobs, "logprobs_temperature"),
+    (SwapsPrompts, "logprobs_temperature"),
+    (UncutLogprobs, "logprobs_top_p_top_k"),
+    (TopPOnly, "logprobs_top_p_top_k"),
+    (TooHot, "distribution"),
+    (OtherOrder, "groups"),
+    (OneDraw, "groups"),
+    (NeverGreedy, "greedy"),
+    (IgnoresSeed, "seed"),
+    (AlwaysSeeded, "seed"),
+    (Late, "ordering"),
+    (DropsEnd, "end_of_sequence"),
+    (OneEnd, "end_of_sequence"),
+    (HidesEmpty, "empty"),
+    (PadsGroup, "ragged"),
+    (OneTooMany, "length"),
+    (KeepsStopText, "stop_strings"),
+    (DecodesEachToken, "text"),
+    (CutsPrompt, "too_long"),
+    (FailsLater, "too_long"),
+    (WakesOld, "sleep_wake"),
+    (IgnoresAdapter, "adapter"),
+    (FirstAdapterOnly, "adapter"),
+    (ClosesOnce, "close"),
+]
+
+
+@pytest.mark.parametrize(("make", "check"), _WRONG, ids=lambda value: getattr(value, "__name__", value))
+def test_contract_finds(make: Callable[[SamplerSetup], Sampler], check: str, tiny: Path) -> None:
+    with pytest.raises(ContractError) as caught:
+        check_sampler(make, tiny)
+    assert caught.value.check == check, str(caught.value)
+    assert "expected" in str(caught.value)
+    assert "got" in str(caught.value)
+
+
+def test_every_check_has_a_sampler_that_fails_it() -> None:
+    assert {check for _, check in _WRONG} == set(CHECKS)
+
+
+def test_check_sampler_passes_a_good_one(tiny: Path) -> None:
+    check_sampler(HfSampler, tiny)

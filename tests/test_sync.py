@@ -1,0 +1,113 @@
+"""The proof after every sync: a sampler that does not hold the learner's weights is caught, whichever way it fails."""
+
+import contextlib
+
+import pytest
+
+from common.types import AdapterSpec, Prompt, SamplerSetup
+from learner import model as models
+from learner.learner import TorchLearner
+from learner.sync import SyncError, WeightSync, probe_of
+from sampler.scripted import ScriptedSampler
+from tests.making import GROUPS, config
+from tests.tiny import make_tiny
+
+
+class Separate:
+    """Each side has its own device: nobody sleeps."""
+
+    def syncing(self):
+        return contextlib.nullcontext()
+
+    sampling = learning = syncing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+def make(folder, fault, lora=0, lr=1e-3, **sync):
+    spec = config(
+        model={"name": "unused", "dtype": "float32", "lora_rank": lora}, optimizer={"lr": lr},
+        sync={"tolerance": 0.05, **sync},
+    )  # fmt: skip
+    learner = TorchLearner(spec, folder, "cpu")
+    adapter = None
+    if lora:
+        adapter = AdapterSpec(lora, models.adapter_config(spec.model, folder).to_dict())
+    setup = SamplerSetup(str(folder), "float32", 64, 8, adapter=adapter)
+    sampler = ScriptedSampler(setup, fault=fault)
+    probe = probe_of([group.prompt for group in GROUPS], 32, 32)
+    return learner, sampler, WeightSync(learner, sampler, Separate(), probe, spec.sync, 60)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_faithful_sampler_passes_step_after_step(folder, lora):
+    learner, _, sync = make(folder, None, lora)
+    assert sync.challenge()["probe_diff"] < 1e-4
+    for _ in range(3):
+        metrics = sync()
+        assert metrics["probe_diff"] < 1e-4
+        assert metrics["sync_bytes"] > 0
+        assert metrics["seconds_sync"] > 0
+        assert metrics["seconds_proof"] > 0
+        learner.update(GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "lora", "said"),
+    [
+        ("stale", 0, "other weights"),
+        ("stale", 4, "other weights"),
+        ("stale_head", 0, "other weights"),
+        ("ignore_adapter", 4, "other weights"),
+        ("corrupt", 0, "did not receive"),
+        ("corrupt", 4, "did not receive"),
+    ],
+)
+def test_the_challenge_catches(folder, fault, lora, said):
+    _, _, sync = make(folder, fault, lora)
+    with pytest.raises(SyncError, match=said):
+        sync.challenge()
+
+
+@pytest.mark.parametrize(("fault", "lora"), [("stale", 0), ("stale", 4), ("ignore_adapter", 4)])
+def test_one_small_step_is_caught_without_the_challenge(folder, fault, lora):
+    """The step moves the log-probs by less than the tolerance; that the sampler's did not move at all tells."""
+    learner, _, sync = make(folder, fault, lora, lr=2e-4 if lora else 1e-4, challenge=False)
+    assert sync.challenge() == {}
+    sync()
+    learner.update(GROUPS)
+    learner.update(GROUPS)
+    with pytest.raises(SyncError, match="bit for bit"):
+        sync()
+
+
+def test_an_old_head_is_caught_by_the_tolerance_once_training_has_moved_it(folder):
+    learner, _, sync = make(folder, "stale_head", lr=0.02, challenge=False)
+    sync()
+    learner.update(GROUPS)
+    with pytest.raises(SyncError, match="differ by"):
+        sync()
+
+
+def test_proof_off_checks_nothing_and_says_nothing(folder):
+    learner, sampler, sync = make(folder, "stale")
+    off = WeightSync(learner, sampler, Separate(), sync._probe, config(sync={"proof": False}).sync, 60)
+    assert off.challenge() == {}
+    assert off().keys() == {"seconds_sync", "sync_bytes"}
+
+
+def test_a_sampler_that_takes_no_adapters_gets_merged_weights(folder):
+    learner, _, sync = make(folder, None, lora=4)
+    plain = ScriptedSampler(SamplerSetup(str(folder), "float32", 64, 8))
+    plain.takes_adapters = False
+    merged = WeightSync(learner, plain, Separate(), sync._probe, sync._config, 60)
+    assert merged.challenge()["probe_diff"] < 1e-3
+    assert merged()["probe_diff"] < 1e-3
+
+
+def test_probe_is_real_text_of_the_asked_length():
+    prompts = [Prompt(str(n), (), token_ids=tuple(range(n))) for n in (1, 5, 30)]
+    assert probe_of(prompts, 12, 10) == [tuple(range(5)), tuple(range(7))]
