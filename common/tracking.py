@@ -49,7 +49,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "logprob_diff_mean": "mean |sampler - learner| log-prob of the sampled tokens (nats)",
         "logprob_diff_max": "the largest such difference (nats)",
         "importance_mean": "mean sampler/learner importance weight, after the cap",
-        "importance_max": "the largest such weight before the cap",
+        "importance_max": "the largest such weight",
         "tokens_prompt": "prompt tokens that went through the learner (packed: once a group)",
         "tokens_completion": "completion tokens that went through the learner",
         "tokens_learned": "completion tokens that carried a gradient",

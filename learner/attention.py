@@ -58,13 +58,12 @@ def packed_attention(
         raise UserError(
             "learner.packing='packed' does not know attention sinks or biases; use learner.packing='padded'"
         )
-    query_THD, key_TJD, value_TJD = (states[0].transpose(0, 1) for states in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    heads = query.shape[1]
-    extras = (scale, sliding_window, softcap)
-
+    query_blocks, key_blocks, value_blocks = (
+        _Blocks.apply(states[0].transpose(0, 1), layout) for states in (query, key, value)
+    )
     prompt_query, prompt_key, prompt_value = (
-        _gather(states, layout.prompt_GP).transpose(1, 2) for states in (query_THD, key_TJD, value_TJD)
+        blocks[0].transpose(1, 2) for blocks in (query_blocks, key_blocks, value_blocks)
     )
     longest = layout.prompt_GP.shape[1]
     if longest > SHORT and softcap is None and (sliding_window is None or longest <= sliding_window):
@@ -73,56 +72,91 @@ def packed_attention(
             prompt_query, prompt_key, prompt_value, is_causal=True, scale=scale, enable_gqa=True
         )
     else:
-        at_GP = layout.position_GP
-        prompt_out = _attend(prompt_query, prompt_key, prompt_value, at_GP, at_GP, layout.prompt_valid_GP, *extras)
-    outputs = [prompt_out.transpose(1, 2).reshape(-1, heads, query.shape[-1])]
+        bias_GPP = layout.prompt_bias(sliding_window)
+        prompt_out = _attend(prompt_query, prompt_key, prompt_value, bias_GPP, scale, softcap)
 
-    if len(layout.group_C):
-        own_query, own_key, own_value = (
-            _gather(states, layout.own_CN).transpose(1, 2) for states in (query_THD, key_TJD, value_TJD)
-        )
-        own_out = _attend(
-            own_query,
-            torch.cat([prompt_key.index_select(0, layout.group_C), own_key], dim=2),
-            torch.cat([prompt_value.index_select(0, layout.group_C), own_value], dim=2),
-            layout.position_CN,
-            torch.cat([layout.position_GP[layout.group_C], layout.position_CN], dim=1),
-            torch.cat([layout.prompt_valid_GP[layout.group_C], layout.own_valid_CN], dim=1),
-            *extras,
-        )
-        outputs.append(own_out.transpose(1, 2).reshape(-1, heads, query.shape[-1]))
-    return torch.cat(outputs).index_select(0, layout.back_T)[None], None
-
-
-def _gather(states_TXD: torch.Tensor, index_BS: torch.Tensor) -> torch.Tensor:
-    """``states[index]``; index_select, because its backward pass is several times faster on a CPU."""
-    return states_TXD.index_select(0, index_BS.flatten()).view(*index_BS.shape, *states_TXD.shape[1:])
+    own_query, own_key, own_value = (blocks[1].transpose(1, 2) for blocks in (query_blocks, key_blocks, value_blocks))
+    own_out = _attend(
+        own_query,
+        torch.cat([_Repeat.apply(prompt_key, layout.group_C), own_key], dim=2),
+        torch.cat([_Repeat.apply(prompt_value, layout.group_C), own_value], dim=2),
+        layout.own_bias(sliding_window),
+        scale,
+        softcap,
+    )
+    return _Sequence.apply(prompt_out.transpose(1, 2), own_out.transpose(1, 2), layout)[None], None
 
 
 def _attend(
     query_BHQD: torch.Tensor,
     key_BJSD: torch.Tensor,
     value_BJSD: torch.Tensor,
-    query_at_BQ: torch.Tensor,
-    key_at_BS: torch.Tensor,
-    key_valid_BS: torch.Tensor,
+    bias_BQS: torch.Tensor,
     scale: float,
-    window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention by positions, written out: on a CPU its backward pass is several times faster than SDPA's with a
-    mask. A key is seen when it is real, not after the query, and less than ``window`` before it."""
+    """Attention written out, its softmax in float32: on a CPU its backward pass is several times faster than SDPA's
+    with a mask. ``bias`` is 0 where a key is seen and very negative elsewhere."""
     B, H, Q, D = query_BHQD.shape
-    J = key_BJSD.shape[1]
-    behind_BQS = query_at_BQ[:, :, None] - key_at_BS[:, None, :]
-    seen_BQS = (behind_BQS >= 0) & key_valid_BS[:, None, :]
-    if window is not None:
-        seen_BQS &= behind_BQS < window
-    mask_BQS = torch.zeros(seen_BQS.shape, device=query_BHQD.device).masked_fill_(~seen_BQS, -1e30)
-    query_BJXD = query_BHQD.reshape(B, J, (H // J) * Q, D)
-    scores = (query_BJXD @ key_BJSD.transpose(2, 3)).float().mul_(scale)
+    J, S = key_BJSD.shape[1:3]
+    scores = query_BHQD.reshape(B, J, (H // J) * Q, D) @ key_BJSD.transpose(2, 3)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(B, J, H // J, Q, -1) + mask_BQS[:, None, None]
+        scores, scale = torch.tanh(scores.float() * (scale / softcap)), softcap
+    scores = torch.add(bias_BQS[:, None, None], scores.view(B, J, H // J, Q, S), alpha=scale)
     weights = scores.softmax(-1).to(value_BJSD.dtype)
-    return (weights.view(B, J, (H // J) * Q, -1) @ value_BJSD).reshape(B, H, Q, D)
+    return (weights.view(B, J, (H // J) * Q, S) @ value_BJSD).reshape(B, H, Q, D)
+
+
+# Every token stands in exactly one block, so the gradient of a gather is again a gather. Autograd does not know that and
+# would scatter-add, which took a fifth of the step.
+
+
+class _Blocks(torch.autograd.Function):
+    """States [T, X, D] to prompt blocks [G, P, X, D] and completion blocks [C, N, X, D]; padding repeats token 0."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.layout = layout
+        return _gather(states, layout.prompt_GP), _gather(states, layout.own_CN)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # What reaches padding is zero: a hidden key gets no weight, and nobody reads a padding query's output.
+        prompt, own = gradients
+        return torch.cat([prompt.flatten(0, 1), own.flatten(0, 1)]).index_select(0, ctx.layout.back_T), None
+
+
+class _Sequence(torch.autograd.Function):
+    """The way back: blocks to states [T, X, D], padding left out."""
+
+    @staticmethod
+    def forward(ctx: Any, prompt: torch.Tensor, own: torch.Tensor, layout: Layout) -> torch.Tensor:
+        ctx.layout = layout
+        return torch.cat([prompt.flatten(0, 1), own.flatten(0, 1)]).index_select(0, layout.back_T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        layout, (gradient,) = ctx.layout, gradients
+        prompt = _gather(gradient, layout.prompt_GP).masked_fill_(~layout.prompt_valid_GP[..., None, None], 0)
+        own = _gather(gradient, layout.own_CN).masked_fill_(~layout.own_valid_CN[..., None, None], 0)
+        return prompt, own, None
+
+
+class _Repeat(torch.autograd.Function):
+    """A prompt's block once for each of its completions: [G, J, P, D] to [C, J, P, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: torch.Tensor, group_C: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(group_C)
+        ctx.groups = len(blocks)
+        return blocks.index_select(0, group_C)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (group_C,), (gradient,) = ctx.saved_tensors, gradients
+        summed = gradient.new_zeros((ctx.groups, *gradient.shape[1:]), dtype=torch.float32)
+        return summed.index_add_(0, group_C, gradient.float()).to(gradient.dtype), None
+
+
+def _gather(states_TXD: torch.Tensor, index_BS: torch.Tensor) -> torch.Tensor:
+    return states_TXD.index_select(0, index_BS.flatten()).view(*index_BS.shape, *states_TXD.shape[1:])

@@ -107,7 +107,8 @@ def evaluate(
 ) -> Evaluation:
     """Asks every prompt once greedily and, with ``sampled``, ``sampled.n`` times at its temperature.
 
-    ``correct`` tells for each completion of each group whether it is right. ``completions_at_once`` limits a request
+    ``correct`` tells for each completion of each group whether it is right; a group it could not judge (an empty row)
+    is left out of the questions. ``completions_at_once`` limits a request
     (0: one request for all); a seeded request counts its seed up, so that no two draw alike. ``timeout_s`` is the limit
     of each request; past it this raises ``RunFailure``.
     """
@@ -116,10 +117,13 @@ def evaluate(
     assert not k or (sampled is not None and max(k) <= sampled.n), f"pass@{max(k)} needs that many samples: {sampled}"
     started = time.monotonic()
     answers = _ask(sampler, prompts, greedy, timeout_s, completions_at_once)
-    right = [bool(of_group[0]) for of_group in _judge(correct, answers)]
+    answers, verdicts = _judge(correct, answers)
+    prompts = [group.prompt for group in answers]
+    right = [bool(row[0]) for row in verdicts]
     at_k: dict[int, Interval] = {}
     if sampled is not None and k:
-        counts = [sum(row) for row in _judge(correct, _ask(sampler, prompts, sampled, timeout_s, completions_at_once))]
+        _, verdicts = _judge(correct, _ask(sampler, prompts, sampled, timeout_s, completions_at_once))
+        counts = [sum(row) for row in verdicts]
         at_k = {size: bootstrap_mean([pass_at_k(sampled.n, count, size) for count in counts]) for size in k}
     first = [group.completions[0] for group in answers]
     return Evaluation(
@@ -209,10 +213,15 @@ def _parts(prompts: Sequence[Prompt], completions_at_once: int, n: int) -> Itera
         yield prompts[start : start + size]
 
 
-def _judge(correct: CorrectFunction, groups: Sequence[Group]) -> Sequence[Sequence[bool]]:
-    verdicts = correct(groups)
-    assert [len(row) for row in verdicts] == [len(group.completions) for group in groups], "not a verdict a completion"
-    return verdicts
+def _judge(correct: CorrectFunction, groups: Sequence[Group]) -> tuple[list[Group], list[Sequence[bool]]]:
+    """The groups that could be judged and their verdicts. A question whose judging failed and was skipped (an empty
+    row) counts neither as right nor as wrong."""
+    rows = correct(groups)
+    judged = [(group, row) for group, row in zip(groups, rows, strict=True) if row]
+    assert all(len(row) == len(group.completions) for group, row in judged), "not a verdict a completion"
+    if not judged:
+        raise RunFailure("the task's is_correct failed on every test question; see the log, and mend it")
+    return [group for group, _ in judged], [row for _, row in judged]
 
 
 def _by_kind(prompts: Sequence[Prompt], right: Sequence[bool]) -> dict[str, tuple[int, Interval]]:

@@ -13,7 +13,7 @@ K predicted tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -80,16 +80,43 @@ class Layout:
     position_CN: torch.Tensor
     back_T: torch.Tensor
     """Where each token's output lies in the concatenation of the G x P and C x N results."""
+    _bias: dict[tuple[str, int | None], torch.Tensor] = field(default_factory=dict, compare=False)
+
+    def prompt_bias(self, window: int | None) -> torch.Tensor:
+        """Added to attention scores of prompts among themselves, float32 [G, P, P]; made once for all layers."""
+        if ("prompt", window) not in self._bias:
+            key = (self.position_GP, self.prompt_valid_GP)
+            self._bias["prompt", window] = _bias(self.position_GP, *key, window)
+        return self._bias["prompt", window]
+
+    def own_bias(self, window: int | None) -> torch.Tensor:
+        """The same of completions over [their prompt, themselves], [C, N, P + N]."""
+        if ("own", window) not in self._bias:
+            position = torch.cat([self.position_GP[self.group_C], self.position_CN], dim=1)
+            valid = torch.cat([self.prompt_valid_GP[self.group_C], self.own_valid_CN], dim=1)
+            self._bias["own", window] = _bias(self.position_CN, position, valid, window)
+        return self._bias["own", window]
+
+
+def _bias(
+    query_at_BQ: torch.Tensor, key_at_BS: torch.Tensor, key_valid_BS: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """0 where a key is real, not after the query, and less than ``window`` before it; very negative elsewhere."""
+    behind_BQS = query_at_BQ[:, :, None] - key_at_BS[:, None, :]
+    seen_BQS = (behind_BQS >= 0) & key_valid_BS[:, None, :]
+    if window is not None:
+        seen_BQS &= behind_BQS < window
+    return torch.zeros(seen_BQS.shape, device=seen_BQS.device).masked_fill_(~seen_BQS, -1e30)
 
 
 def _to(value: Any, device: str) -> Any:
     moved = {}
-    for field in fields(value):
-        part = getattr(value, field.name)
+    for each in fields(value):
+        part = getattr(value, each.name)
         if isinstance(part, Layout):
-            moved[field.name] = _to(part, device)
+            moved[each.name] = _to(part, device)
         elif isinstance(part, torch.Tensor):
-            moved[field.name] = part.to(device)
+            moved[each.name] = part.to(device)
     return replace(value, **moved)
 
 

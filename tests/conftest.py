@@ -1,4 +1,4 @@
-"""One thread a test process: on tiny models more threads only wait for each other, many times longer on a busy machine."""
+"""One thread a test process: on tiny models and a busy machine more threads mostly wait for each other."""
 
 import pytest
 import torch

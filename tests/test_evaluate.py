@@ -237,4 +237,15 @@ def test_nonsense_is_refused_before_anything_is_asked() -> None:
 
 def test_a_verdict_is_needed_for_every_completion() -> None:
     with pytest.raises(AssertionError, match="verdict"):
-        evaluate(TableSampler({"test-0": ["ok"]}), [ask(0)], lambda groups: [[]], GREEDY, timeout_s=5)
+        evaluate(TableSampler({"test-0": ["ok"]}), [ask(0)], lambda groups: [[True, True]], GREEDY, timeout_s=5)
+
+
+def test_a_question_that_could_not_be_judged_is_not_counted() -> None:
+    prompts = [ask(number) for number in range(3)]
+    sampler = TableSampler({prompt.id: ["ok"] for prompt in prompts})
+    result = evaluate(sampler, prompts, lambda groups: [[True], [], [False]], GREEDY, timeout_s=1)  # type: ignore[arg-type]
+    assert result.questions == 2
+    assert result.accuracy.value == 0.5
+    assert [shown.prompt_id for shown in result.transcripts] == ["test-0", "test-2"]
+    with pytest.raises(RunFailure, match="every test question"):
+        evaluate(sampler, prompts, lambda groups: [[], [], []], GREEDY, timeout_s=1)  # type: ignore[arg-type]

@@ -417,7 +417,7 @@ def test_gsm8k_hub_out_of_reach(tmp_path):
         [line] = run.stdout.splitlines()
         assert "task.options.source='openai/gsm8k' cannot be loaded from the hub" in line
         assert 'task.options.source="path"' in line
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 20, "the hub must not be asked again and again"
 
 
 @pytest.mark.parametrize(
@@ -431,8 +431,9 @@ def test_same_number(answer):
 
 @pytest.mark.parametrize(
     "answer",
-    ["-18", "81", "1.8", "180", "18 or 19", "17 18", "18, 19", "18 19", "9 + 9", "", "eighteen", "18 = 19", "99999!",
-     "9**9**9**9", "9^{9^{9^9}}", r"\sqrt{324}", r"\int_0^{18}", "18" * 60, "1 " * 40 + "18", "(", r"\frac{18}{0}"],
+    ["-18", "81", "1.8", "180", "18 or 19", "17 18", "18, 19", "18 19", "9 + 9", "", "eighteen", "18 = 19", "18!",
+     "99999!", "9**9**9**9", "9^{9^{9^9}}", r"\sqrt{324}", r"\int_0^{18}", "18" * 60, "1 " * 40 + "18", "(",
+     r"\frac{18}{0}"],
 )  # fmt: skip
 def test_not_the_same_number(answer):
     assert not same_number("18", answer)

@@ -1,0 +1,261 @@
+"""The command as a new user meets it: what it prints, and that every mistake is one sentence with the right exit code."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from common import files
+from common.config import load
+from deploy.cli import app
+from tests.test_run import TOY, words
+from tests.tiny import make_tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("")
+    return path
+
+
+def call(*args):
+    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=True)
+    output = result.output + result.stderr if result.stderr not in result.output else result.output
+    assert "Traceback" not in output, output
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    return result.exit_code, output
+
+
+def refused(code, said, *args):
+    got, output = call(*args)
+    assert got == code, output
+    errors = [line for line in output.splitlines() if line.startswith(("error:", "failed:"))]
+    assert len(errors) == 1, output
+    assert re.search(said, errors[0]), errors[0]
+    return errors[0]
+
+
+# -- it works ---------------------------------------------------------------------------------------------------------
+
+
+def test_train_then_eval_then_sample(tiny, run_file, tmp_path):
+    folder = tmp_path / "run"
+    code, output = call("train", run_file, *words(tiny, f"run.folder={folder}", "train.steps=2"))
+    assert code == 0, output
+    assert "before" in output
+    assert "step 2/2" in output
+    code, output = call("eval", folder, "--json", "eval.samples=4", "eval.k=[1, 4]")
+    assert code == 0, output
+    result = json.loads(output.splitlines()[-1])
+    assert result["questions"] == 4
+    assert set(result["pass_at_k"]) == {"1", "4"}
+    recorded = files.read_json_lines(folder / "eval.jsonl")[-1]
+    assert result["accuracy"] == recorded["accuracy"]  # the exported model answers as the learner's did
+    assert result["transcripts"] == recorded["transcripts"]
+    code, output = call("sample", folder, "hello there", "-n", "2")
+    assert code == 0, output
+    assert "hello there" in output
+    code, output = call("sample", folder, "--questions", "2")
+    assert code == 0, output
+    assert output.count("reward") >= 2
+
+
+def test_lora_run_is_served_with_its_adapter(tiny, run_file, tmp_path):
+    folder = tmp_path / "run"
+    code, output = call(
+        "train",
+        run_file,
+        *words(tiny, f"run.folder={folder}", "train.steps=2", "model.lora_rank=4", "optimizer.lr=0.05"),
+    )
+    assert code == 0, output
+    code, output = call("eval", folder, "--json")
+    assert code == 0, output
+    result = json.loads(output.splitlines()[-1])
+    assert result["transcripts"] == files.read_json_lines(folder / "eval.jsonl")[-1]["transcripts"]
+    code, output = call("eval", tiny, "--json", *words(tiny)[1:])
+    assert json.loads(output.splitlines()[-1])["transcripts"] != result["transcripts"]
+
+
+def test_dry_run_writes_nothing(tiny, run_file, tmp_path):
+    code, output = call("train", run_file, "--dry-run", *words(tiny, f"run.folder={tmp_path / 'run'}"))
+    assert code == 0, output
+    assert "12 training and 4 test questions" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_lists():
+    for command, names in (("tasks", ("warmup", "gsm8k", "reasoning_gym")), ("samplers", ("vllm", "hf", "scripted"))):
+        code, output = call(command)
+        assert code == 0
+        assert all(re.search(rf"^{name}\s+\S", output, re.M) for name in names), output
+        assert "cannot be used" not in output
+
+
+def test_config_prints_every_key_and_writes_a_file_that_loads(tmp_path):
+    code, output = call("config")
+    assert code == 0
+    assert "learner.clip_high" in output
+    code, output = call("config", "--toml", tmp_path / "all.toml")
+    assert code == 0
+    assert load(tmp_path / "all.toml") == load(None)
+    refused(2, "exists already", "config", "--toml", tmp_path / "all.toml")
+
+
+# -- the user's mistakes: exit code 2 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["model.name=/no/such/folder"], r"model.name='/no/such/folder': there is no such folder.*hub id"),
+        (["model.name=nosuchowner/nosuchmodel"], r"nosuchowner/nosuchmodel.*(cannot be reached|neither)"),
+        (["model.name=package:nothing_there/x.gguf"], "is not installed"),
+        (["model.name=/no/such.gguf"], "no such file"),
+        (["train.stepz=3"], "did you mean 'train.steps'"),
+        (["train.group_size=1"], "no spread"),
+        (["task.name=nothing"], "task.name='nothing'"),
+        (["task.name=/no/such/file.py:Task"], "file.py"),
+        (["task.options.colour=red"], "task.options.colour"),
+        (["sampler.name=vlm"], "vllm"),
+        (["sampler.options.gpu_memory_utilization=0.5"], "has no effect with sampler 'hf'"),
+        (["sampler.max_tokens=600"], "max_tokens=600 is more than the model's context of 512"),
+        (["sampler.max_prompt_tokens=5"], "max_prompt_tokens=5"),
+        (["train.device=gpu"], "no GPU"),
+        (["train.max_staleness=1"], "max_staleness=1"),
+        (["optimizer.offload=true"], "offload=true has no effect"),
+        (["task.reward_weights={rght=1.0}"], "rght"),
+        (["run.folder='runs/{day}'"], "knows {task}, {model} and {date}"),
+        (["run.folder=/proc/nothing/here"], "/proc/nothing"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_before_anything_expensive(tiny, run_file, tmp_path, more, said):
+    refused(2, said, "train", run_file, *words(tiny, f"run.folder={tmp_path / 'run'}", *more))
+
+
+def test_task_file_that_does_not_import(tiny, run_file, tmp_path):
+    (tmp_path / "mine.py").write_text("import no_such_module_here\n")
+    error = refused(
+        2, "no_such_module_here", "train", run_file,
+        *words(tiny, f"run.folder={tmp_path / 'run'}", f"task.name={tmp_path / 'mine.py'}:Task"),
+    )  # fmt: skip
+    assert "mine.py" in error
+
+
+def test_model_without_chat_template(tiny, run_file, tmp_path):
+    plain = make_tiny(tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((plain / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(settings))
+    args = ["train", run_file, "--dry-run", *words(plain, f"run.folder={tmp_path / 'run'}")]
+    refused(2, "no chat template.*plain", *args)
+    code, output = call(*args, "task.prompt_format=plain")
+    assert code == 0, output
+
+
+def test_model_with_code_of_its_own(tiny, run_file, tmp_path):
+    own = make_tiny(tmp_path / "own")
+    values = json.loads((own / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "x.Y"}}
+    (own / "config.json").write_text(json.dumps(values))
+    refused(2, "trust_remote_code", "train", run_file, *words(own, f"run.folder={tmp_path / 'run'}"))
+
+
+def test_run_file_missing_or_broken(tmp_path):
+    refused(2, "does not exist", "train", tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("[train")
+    refused(2, "not valid TOML", "train", tmp_path / "bad.toml")
+    refused(2, "which run", "train")
+
+
+def test_folder_in_use(tiny, run_file, tmp_path):
+    folder = tmp_path / "run"
+    with files.lock_folder(folder):
+        (folder / "config.toml").write_text("")
+        refused(2, f"in use by the running process {os.getpid()}", "train", "--resume", folder)
+    refused(2, "earlier run.*--resume", "train", run_file, *words(tiny, f"run.folder={folder}"))
+
+
+def test_resume_of_nothing_or_with_another_algorithm(tiny, run_file, tmp_path):
+    refused(2, "no run", "train", "--resume", tmp_path / "nothing")
+    folder = tmp_path / "run"
+    assert call("train", run_file, *words(tiny, f"run.folder={folder}", "train.steps=1", "eval.questions=0"))[0] == 0
+    refused(2, "optimizer", "train", "--resume", folder, "optimizer.lr=1")
+    code, output = call("train", "--resume", folder, "train.steps=2")
+    assert code == 0, output
+    assert "step 2/2" in output
+
+
+def test_resume_after_every_checkpoint_was_damaged(tiny, run_file, tmp_path):
+    folder = tmp_path / "run"
+    assert call("train", run_file, *words(tiny, f"run.folder={folder}", "train.steps=1", "eval.questions=0"))[0] == 0
+    (folder / "checkpoints" / "step-000001" / "state.safetensors").write_bytes(b"torn")
+    refused(2, "damaged", "train", "--resume", folder)
+
+
+def test_eval_of_nothing(tmp_path):
+    refused(2, "there is no such folder", "eval", tmp_path / "nothing")
+    refused(2, "give a prompt", "sample", tmp_path)
+
+
+# -- failures: exit code 1 ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [("raise", "no such thing"), ("hang", "1 s|time"), ("notfinite", "nan"), ("exit", "died|exit")],
+)
+def test_bad_reward_stops_with_a_sentence_and_its_completion_in_the_log(tiny, run_file, tmp_path, broken, said):
+    folder = tmp_path / "run"
+    refused(
+        1, said, "train", run_file,
+        *words(tiny, f"run.folder={folder}", f"task.options.broken={broken}", "task.reward_timeout_s=1", "eval.questions=0"),
+    )  # fmt: skip
+    assert re.search(said, (folder / "run.log").read_text())
+
+
+def test_disk_full(tiny, run_file, tmp_path):
+    """A real limit on file size stands in for the full disk: the checkpoint is the first file above it."""
+    path = tmp_path / "run.toml"
+    values = words(
+        tiny, f"run.folder={tmp_path / 'run'}", "run.tensorboard=false", "eval.questions=0", "run.save_every=1"
+    )
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "train", str(path), *values],
+        cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^failed: .*checkpoints", done.stderr, re.M), done.stderr
+    assert "Traceback" not in done.stderr
+    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert [row["step"] for row in files.read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [1]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_task_that_only_a_user_has(tiny, run_file, tmp_path):
+    (tmp_path / "mine.py").write_text(Path(TOY.split(":")[0]).read_text().replace("class Toy", "class Mine"))
+    folder = tmp_path / "run"
+    code, output = call(
+        "train", run_file,
+        *words(tiny, f"run.folder={folder}", f"task.name={tmp_path / 'mine.py'}:Mine", "train.steps=1", "eval.questions=0"),
+    )  # fmt: skip
+    assert code == 0, output
