@@ -40,7 +40,8 @@ class WeightHandle(Protocol):
 class Sampler(Protocol):
     """Writes completions. Calls take effect in the order made: ``load_weights`` never touches an earlier ``generate``.
 
-    A back end is any callable ``make(setup: SamplerSetup, **options) -> Sampler``. Bad options raise ``UserError``.
+    A back end is any callable ``make(setup: SamplerSetup, **options) -> Sampler``. Bad options raise ``UserError``; if
+    it has a ``check_options(options)``, that is called before anything is loaded.
     """
 
     takes_adapters: bool

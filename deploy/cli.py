@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ app = typer.Typer(
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+_LESS_MEMORY = (
+    "lower learner.microbatch_tokens or sampler.options.gpu_memory_utilization, set learner.gradient_checkpointing, "
+    "or train an adapter (model.lora_rank=8)"
+)
 Words = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="settings that win")]
 Model = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN_DIR", help="run folder, model folder, hub id or .gguf")]
 
@@ -45,8 +50,12 @@ def _in_sentences() -> Iterator[None]:
     except RunFailure as error:
         err.print(Text(f"failed: {error}", style="red"), soft_wrap=True)
         raise typer.Exit(1) from None
-    except MemoryError:
-        err.print("failed: out of memory; lower learner.microbatch_tokens or train.prompts_per_step", style="red")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(
+            r"out of memory|can't allocate memory", str(error), re.I
+        ):
+            raise
+        err.print(Text(f"failed: out of memory ({' '.join(str(error).split())[:200]}); {_LESS_MEMORY}", style="red"))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         err.print("stopped at once; the last checkpoint is whole", style="red")
@@ -226,6 +235,7 @@ def _quiet_libraries() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore",
     }.items():
         os.environ.setdefault(name, value)

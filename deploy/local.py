@@ -97,7 +97,9 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         )
     if config.optimizer.offload and device == "cpu":
         raise UserError("optimizer.offload=true has no effect on a CPU, where everything is in host memory; remove it")
-    plugins.find("sampler", config.sampler.name)
+    back_end = plugins.find("sampler", config.sampler.name)
+    if hasattr(back_end, "check_options"):
+        back_end.check_options(config.sampler.options)
     task = plugins.find_task(config.task)
     folder = models.prepare(config.model)
     tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)

@@ -107,8 +107,8 @@ def _attend(
     return (weights.view(B, J, (H // J) * Q, S) @ value_BJSD).reshape(B, H, Q, D)
 
 
-# Every token stands in exactly one block, so the gradient of a gather is again a gather. Autograd does not know that and
-# would scatter-add, which took a fifth of the step.
+# Every token stands in exactly one block, so the gradient of a gather is again a gather. Autograd does not know that
+# and would scatter-add, which took a fifth of the step.
 
 
 class _Blocks(torch.autograd.Function):

@@ -72,12 +72,18 @@ class HfSampler:
 
     takes_adapters = True
 
-    def __init__(self, setup: SamplerSetup, **options: Any) -> None:
-        batch_size = options.pop("batch_size", 64)
-        for key in options:
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises ``UserError`` for anything but a right ``batch_size``."""
+        for key in options.keys() - {"batch_size"}:
             raise UserError(f"sampler.options.{key} has no effect with sampler 'hf'; it takes batch_size only")
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise UserError(f"sampler.options.batch_size={batch_size!r} must be a whole number of at least 1")
+        size = options.get("batch_size", 64)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"sampler.options.batch_size={size!r} must be a whole number of at least 1")
+
+    def __init__(self, setup: SamplerSetup, **options: Any) -> None:
+        self.check_options(options)
+        batch_size = options.get("batch_size", 64)
         if setup.threads:
             torch.set_num_threads(setup.threads)
         self.setup = setup

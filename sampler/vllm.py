@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
@@ -60,13 +60,15 @@ class VllmSampler:
 
     takes_adapters = True
 
-    def __init__(self, setup: SamplerSetup, **options: Any) -> None:
-        _environment()
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises ``UserError`` for an option that vLLM does not know or that is not the user's to set, and when vLLM
+        is not installed."""
         for key in options:
             if key in _OURS:
                 raise UserError(f"sampler.options.{key} is set by nanogrpo itself; use {_OURS[key]}")
+        _environment()
         try:
-            import vllm
             from vllm.engine.arg_utils import EngineArgs
         except ImportError as error:
             raise UserError(
@@ -79,6 +81,11 @@ class VllmSampler:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UserError(f"sampler.options.{key} is not an argument of vllm.LLM{hint}")
+
+    def __init__(self, setup: SamplerSetup, **options: Any) -> None:
+        self.check_options(options)
+        import vllm
+
         self._setup = setup
         self._on_cpu = setup.device == "cpu"
         self._version = 0
@@ -301,7 +308,6 @@ def _environment() -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or it pins this process, and the learner with it
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # collective_rpc with a function, within this process only
     }.items():
         os.environ.setdefault(name, value)
 

@@ -1,4 +1,4 @@
-"""The command as a new user meets it: what it prints, and that every mistake is one sentence with the right exit code."""
+"""The command as a new user meets it: what it prints, and every mistake in one sentence with the right exit code."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def refused(code, said, *args):
     return errors[0]
 
 
-# -- it works ---------------------------------------------------------------------------------------------------------
+# -- it works --
 
 
 def test_train_then_eval_then_sample(tiny, run_file, tmp_path):
@@ -116,7 +116,7 @@ def test_config_prints_every_key_and_writes_a_file_that_loads(tmp_path):
     refused(2, "exists already", "config", "--toml", tmp_path / "all.toml")
 
 
-# -- the user's mistakes: exit code 2 -----------------------------------------------------------------------------------
+# -- the user's mistakes: exit code 2 --
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_eval_of_nothing(tmp_path):
     refused(2, "give a prompt", "sample", tmp_path)
 
 
-# -- failures: exit code 1 ----------------------------------------------------------------------------------------------
+# -- failures: exit code 1 --
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,8 @@ def test_bad_reward_stops_with_a_sentence_and_its_completion_in_the_log(tiny, ru
     folder = tmp_path / "run"
     refused(
         1, said, "train", run_file,
-        *words(tiny, f"run.folder={folder}", f"task.options.broken={broken}", "task.reward_timeout_s=1", "eval.questions=0"),
+        *words(tiny, f"run.folder={folder}", f"task.options.broken={broken}", "task.reward_timeout_s=1",
+               "eval.questions=0"),
     )  # fmt: skip
     assert re.search(said, (folder / "run.log").read_text())
 
@@ -256,6 +257,7 @@ def test_a_task_that_only_a_user_has(tiny, run_file, tmp_path):
     folder = tmp_path / "run"
     code, output = call(
         "train", run_file,
-        *words(tiny, f"run.folder={folder}", f"task.name={tmp_path / 'mine.py'}:Mine", "train.steps=1", "eval.questions=0"),
+        *words(tiny, f"run.folder={folder}", f"task.name={tmp_path / 'mine.py'}:Mine", "train.steps=1",
+               "eval.questions=0"),
     )  # fmt: skip
     assert code == 0, output

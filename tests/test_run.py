@@ -123,13 +123,16 @@ def resume_in_words(folder):
     return local.config_of(folder, [])
 
 
-@pytest.mark.parametrize("lora", [0, 4])
-def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, whole, lora):
+@pytest.mark.parametrize(
+    ("sampler", "lora"), [("hf", 0), ("hf", 4), *(pytest.param("vllm", n, marks=pytest.mark.vllm) for n in (0, 4))]
+)
+def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, sampler, lora):
     """Stopped by a signal after a step; then the rest. Weights, metrics and rollouts are the same, bit for bit."""
-    more = [f"model.lora_rank={lora}", "run.export_merged=true"] if lora else []
+    more = [f"sampler.name={sampler}"]
     if lora:
-        run(spec(tiny, *more), tmp_path / "whole")
-        whole = tmp_path / "whole"
+        more += [f"model.lora_rank={lora}", "run.export_merged=true"]
+    whole = tmp_path / "whole"
+    run(spec(tiny, *more), whole)
     folder = tmp_path / "stopped"
     stopper = Stop(after=1)
     outcome = local.run(spec(tiny, *more), folder, stopper)

@@ -91,8 +91,16 @@ def sample_and_sync(folder: Path) -> list[dict[str, Any]]:
 
     with torch.compiler.set_stance("force_eager"):
         other = best_of_three(plain)
-    rows = [{"what": "sampler request, short", "ours_s": ours, "against": "bare vLLM without log-probs", "other_s": other,
-             "lengths": str(SHAPES["short"])}]  # fmt: skip
+    lengths = str(SHAPES["short"])
+    rows = [
+        {
+            "what": "sampler request",
+            "ours_s": ours,
+            "against": "bare vLLM, no log-probs",
+            "other_s": other,
+            "lengths": lengths,
+        }
+    ]
 
     learner = TorchLearner(build({}), folder, "cpu")
     handle = learner.publish_weights()

@@ -1,0 +1,74 @@
+"""The demo's own model, real vLLM and the real loop, small: SmolLM2-135M through two steps, then its ``final/``."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from common import files
+from common.config import load
+from common.tokenizer import load_tokenizer, render
+from common.types import SamplerSetup
+from deploy import local
+from learner import model as models
+from learner.checkpoint import Checkpoints
+from learner.learner import TorchLearner
+
+pytestmark = pytest.mark.vllm
+DEMO = Path(__file__).parent.parent / "deploy" / "configs" / "demo.toml"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real") / "run"
+    config = load(DEMO, ["train.steps=2", "train.prompts_per_step=4", "eval.questions=8", "run.console=plain"])
+    with open(os.devnull, "w") as nowhere:
+        outcome = local.run(config, folder, Console(file=nowhere))
+    assert outcome.finished
+    return config, folder
+
+
+def test_the_two_sides_agree_and_every_sync_was_proved(run):
+    _, folder = run
+    rows = files.read_json_lines(folder / "metrics.jsonl")
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 < row["probe_diff"] < 0.12
+        assert row["logprob_diff_mean"] < 0.1
+        assert row["packed"] == 1
+        assert row["reward/format"] > 0.4  # a model that the weights did not reach writes no tags at all
+        assert row["sync_bytes"] == pytest.approx(269e6, rel=0.01)
+
+
+def test_final_gives_the_learners_log_probs_in_transformers_and_a_fresh_vllm(run):
+    from sampler.vllm import VllmSampler
+
+    config, folder = run
+    source = models.prepare(config.model)
+    learner = TorchLearner(config, source, "cpu")
+    assert Checkpoints(folder / "checkpoints", 2).restore_latest(learner) is not None
+    final = folder / "final"
+    prompts = render(load_tokenizer(str(final)), list(local.plugins.find_task(config.task).prompts("test"))[:4])
+    asked = [prompt.token_ids for prompt in prompts]
+    ours = [torch.tensor(row) for row in learner.logprobs(asked)]
+
+    model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.bfloat16)
+    for ids, row in zip(asked, ours, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        theirs = logits[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+        assert (theirs - row).abs().mean() < 0.05
+
+    sampler = VllmSampler(SamplerSetup(str(final), "bfloat16", 256, 8))
+    try:
+        for theirs, row in zip(sampler.logprobs(asked), ours, strict=True):
+            assert (torch.tensor(theirs) - row).abs().mean() < 0.1
+    finally:
+        sampler.close()
+
+    # And the base does not: the two steps are in final/.
+    base = torch.cat([torch.tensor(row) for row in TorchLearner(config, source, "cpu").logprobs(asked)])
+    assert not torch.equal(base, torch.cat(ours))
