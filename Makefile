@@ -23,6 +23,8 @@ $(STAMP): pyproject.toml Makefile
 	@echo "setup: the $(ACCEL) build into .venv, with $$($(PYTHON) --version); the first time takes some minutes"
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 		|| { echo "setup: Python 3.11 to 3.13 is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@if ls .venv/.setup-* >/dev/null 2>&1 && ! test -e $@; then \
+		echo "setup: .venv holds the other build; it is made anew"; rm -rf .venv; fi
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 ifeq ($(ACCEL),cpu)
 	@echo "setup: torch for the CPU"

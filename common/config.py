@@ -40,7 +40,7 @@ class ModelConfig(Section):
     package). The default is the demo model, which needs no hub."""
     revision: str = "main"
     """Branch, tag or commit on the hub."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of the weights in the forward pass, on both sides; the optimizer keeps float32 masters."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
@@ -223,6 +223,8 @@ class RunConfig(Section):
     """LoRA: write the merged model to ``final/merged`` too."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    trackers: tuple[str, ...] = ()
+    """Your own trackers, ``module:attr`` or ``file.py:attr``, each made with the run folder."""
     console: Literal["live", "plain", "off"] = "live"
     """A live display, one line a step, or nothing."""
 
@@ -271,7 +273,7 @@ def inert(config: Config) -> dict[str, str]:
 
     model, learner, optimizer = config.model, config.learner, config.optimizer
     local = Path(model.name).expanduser().exists() or model.name.startswith("package:")
-    check(local and model.revision == "main", "model.name is a local file, which has no revisions", "model.revision")
+    check(local, "model.name is a local file, which has no revisions", "model.revision")
     check(model.lora_rank == 0, "model.lora_rank is 0, so no adapter is trained",
           "model.lora_alpha", "model.lora_dropout", "model.lora_targets", "run.export_merged")  # fmt: skip
     check(not model.name.endswith(".gguf"), "only GGUF models are converted", "model.cache_folder")
@@ -282,6 +284,9 @@ def inert(config: Config) -> dict[str, str]:
         learner.importance == "off", "learner.importance is off", "learner.importance_level", "learner.importance_cap"
     )
     check(learner.truncated != "penalize", "learner.truncated is not penalize", "learner.overlong_tokens")
+    same_weights = learner.importance == "off" or learner.importance_level == "sequence"
+    check(learner.inner_updates == 1 and same_weights and learner.kl_coef == 0 and learner.ratio == "sequence",
+          "with one update a batch the sequence's gradient is the tokens'", "learner.ratio")  # fmt: skip
     check(learner.loss != "sapo", "learner.loss is not sapo", "learner.sapo_tau_positive", "learner.sapo_tau_negative")
     clips = ("learner.clip_low", "learner.delta", "learner.dual_clip")
     check(learner.loss == "sapo", "sapo gates softly and never clips", "learner.clip_high", *clips)
@@ -303,7 +308,7 @@ def inert(config: Config) -> dict[str, str]:
     check(config.eval.samples == 0, "eval.samples is 0, so pass@k is not measured", "eval.k")
     check(not learner.drop_zero_variance and config.train.dynamic_sampling_rounds > 0,
           "learner.drop_zero_variance is off, so no group is replaced", "train.dynamic_sampling_rounds")  # fmt: skip
-    check(config.eval.every > config.train.steps, "it is more than train.steps", "eval.every")
+    check(config.eval.every >= config.train.steps, "the end of the run is evaluated anyway", "eval.every")
     return found
 
 

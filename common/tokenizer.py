@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from common.errors import UserError
 from common.types import Prompt
 
+_DATE = datetime.date(2024, 7, 26)  # what Llama 3's template says when it is not told
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or a warning at every forked child
 
 
@@ -44,7 +48,21 @@ def render(
         if system_prompt and not any(message["role"] == "system" for message in messages):
             messages.insert(0, {"role": "system", "content": system_prompt})
         if prompt_format == "chat":
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    # Templates that tell the date would give a resumed run other prompts.
+                    date_string=_DATE.strftime("%d %b %Y"),
+                    strftime_now=_DATE.strftime,
+                )
+            except (TemplateError, TypeError) as error:
+                roles = ", ".join(message["role"] for message in messages)
+                raise UserError(
+                    f"the model's chat template refuses prompt {prompt.id!r} with roles {roles}: {error}; "
+                    "use task.prompt_format='plain' or another task option"
+                ) from None
             # The template writes every special token itself.
             token_ids = tokenizer(text, add_special_tokens=False).input_ids
         else:

@@ -1,6 +1,7 @@
 """One process: makes every part of a run, puts sampler and learner on one device, and trains, evaluates or samples.
 
-Everything that can be wrong in a configuration is found in ``prepare``, before a model is loaded.
+What is wrong with configuration, options, task, data or model folder is found in ``prepare``, before a model is loaded;
+what only the loaded model can tell (an adapter's targets, say) before the first step.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from rich.console import Console
 
 from common import device as devices
 from common import files, plugins, tracking
-from common.config import Config, build, resolved_toml
+from common.config import Config, build, fields, resolved_toml
 from common.console import ConsoleTracker
 from common.errors import UserError
 from common.prompts import PromptStream
-from common.protocols import Sampler
+from common.protocols import Sampler, Split, Task
 from common.rewards import Scorer
 from common.tokenizer import check_lengths, load_tokenizer, render
 from common.types import AdapterSpec, Group, Prompt, SamplerSetup, SamplingParams
@@ -67,7 +68,7 @@ class SharedDevice:
     @contextlib.contextmanager
     def syncing(self) -> Iterator[None]:
         self.learner.sleep()
-        # The proof's probe needs the cache too; before it the weights alone are back.
+        # The proof's probe needs the cache too.
         self.sampler.wake("all")
         yield
 
@@ -100,12 +101,21 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     back_end = plugins.find("sampler", config.sampler.name)
     if hasattr(back_end, "check_options"):
         back_end.check_options(config.sampler.options)
+    for name in config.run.trackers:
+        plugins.find("tracker", name)
     task = plugins.find_task(config.task)
+    if need_train and not any({**task.reward_weights, **config.task.reward_weights}.values()):
+        raise UserError("task.reward_weights: every reward has weight 0, so there is nothing to learn; raise one")
     folder = models.prepare(config.model)
     tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
     shown = (config.task.prompt_format, config.task.system_prompt)
-    train_prompts = render(tokenizer, task.prompts("train"), *shown) if need_train else []
-    test_prompts = render(tokenizer, list(task.prompts("test"))[: config.eval.questions], *shown)
+    train_prompts = render(tokenizer, _questions(task, config, "train"), *shown) if need_train else []
+    test_prompts = render(tokenizer, _questions(task, config, "test")[: config.eval.questions], *shown)
+    if shared := {prompt.text for prompt in train_prompts} & {prompt.text for prompt in test_prompts}:
+        raise UserError(
+            f"task.name={config.task.name!r} asks the same question in training and test ({min(shared)[-80:]!r}); "
+            "accuracy would mean nothing; give the splits different questions"
+        )
     if need_train and not train_prompts:
         raise UserError(f"task.name={config.task.name!r} has no training questions")
     context = models.context_tokens(folder)
@@ -114,6 +124,26 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         for prompts in (train_prompts, test_prompts)
     )
     return Prepared(config, folder, tokenizer, train_prompts, test_prompts, longest, device)
+
+
+def _questions(task: Task, config: Config, split: Split) -> list[Prompt]:
+    """The split's prompts. A task that fails or gives something else is the mistake of who wrote it."""
+    label = f"task.name={config.task.name!r}: prompts({split!r})"
+    try:
+        prompts = list(task.prompts(split))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{label} raised {type(error).__name__}: {error}; mend the task") from error
+    for prompt in prompts:
+        if not isinstance(prompt, Prompt) or not all({"role", "content"} <= set(m) for m in prompt.messages):
+            raise UserError(
+                f"{label} gave {str(prompt)[:80]!r}; give common.types.Prompt with role and content messages"
+            )
+    system = config.task.system_prompt
+    if system and prompts and all(any(m["role"] == "system" for m in prompt.messages) for prompt in prompts):
+        raise UserError(f"task.system_prompt={system!r} has no effect: the task's prompts bring their own; remove it")
+    return prompts
 
 
 def make_sampler(ready: Prepared, *, shares_device: bool = True, adapter_folder: Path | None = None) -> Sampler:
@@ -147,6 +177,7 @@ def make_sampler(ready: Prepared, *, shares_device: bool = True, adapter_folder:
         sampler: Sampler = plugins.make("sampler", config.sampler.name, config.sampler.options, setup)
         if adapter_folder is not None:
             sampler.load_weights(FolderWeights(str(adapter_folder)), 0)
+    devices.set_threads(config.train.threads)  # and after it: on a GPU it leaves one
     return sampler
 
 
@@ -187,11 +218,13 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         files.remove_leftovers(folder)
         ready = prepare(config)
         scorer = stack.enter_context(Scorer(config.task))
-        if not resume:
-            files.write_text(folder / "config.toml", resolved_toml(config))
+        files.write_text(folder / "config.toml", resolved_toml(config))
         stopping = stack.enter_context(_stop_signals(console))
 
-        console.print(f"model   {ready.folder}\ntask    {config.task.name}: {len(ready.train)} training questions")
+        console.print(
+            f"model   {ready.folder}\n"
+            f"task    {config.task.name}: {len(ready.train)} training and {len(ready.test)} test questions"
+        )
         sampler = make_sampler(ready)
         stack.callback(sampler.close)
         with bounded("learner", "loading its model", config.timeouts.load_s):
@@ -213,6 +246,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         trackers: list[Any] = [tracking.JsonlTracker(folder)]
         if config.run.tensorboard:
             trackers.append(tracking.TensorBoardTracker(folder, learner.version))
+        trackers += [plugins.make("tracker", name, {}, folder) for name in config.run.trackers]
         shown = ConsoleTracker(config.run.console, config.train.steps, learner.version, console)
         tracker = tracking.Trackers([*trackers, shown])
         stack.callback(tracker.close)
@@ -239,7 +273,8 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         if finished:
             measure(config.train.steps)
             tracker.phase("disk: writing the final model")
-            _export(learner, folder, config)
+            with placement.learning():
+                _export(learner, folder, config)
         tracker.close()
         report.write(folder)
         evaluations = report.by_step(files.read_json_lines(folder / "eval.jsonl"))
@@ -265,6 +300,9 @@ def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
     """
     from common.config import load
 
+    for word in words:
+        if word.split(".")[0] in ("learner", "optimizer", "sync", "run"):
+            raise UserError(f"{word!r} has no effect when a model is only asked; remove it")
     folder = Path(name).expanduser()
     if not (folder / "config.toml").is_file():
         if (folder / "adapter_config.json").is_file():
@@ -294,7 +332,8 @@ def sample(ready: Prepared, sampler: Sampler, prompts: Sequence[Prompt], n: int,
         stop=config.sampler.stop,
         seed=config.train.seed,
     )
-    return sampler.generate(prompts, params).result(timeout=config.timeouts.generate_s)
+    with bounded("sampler", f"answering {len(prompts)} prompts", config.timeouts.generate_s):
+        return sampler.generate(prompts, params).result(timeout=config.timeouts.generate_s)
 
 
 # -- the run folder, its log and its signals ---------------------------------------------------------------------------
@@ -323,24 +362,33 @@ def config_of(folder: Path, words: Sequence[str]) -> Config:
         raise UserError(f"--resume {str(folder)!r}: there is no run (no config.toml in it); name a run folder")
     saved = tomllib.loads((folder / "config.toml").read_text())
     config = load(folder / "config.toml", words)
-    fixed = ("model", "task", "sampler", "learner", "optimizer", "sync")
     before = build(saved)
-    for section in fixed:
-        if getattr(before, section) != getattr(config, section):
-            raise UserError(
-                f"[{section}] cannot change when a run is resumed, or it would not be the same run; "
-                "train.steps, eval, run and timeouts can"
-            )
+    free = {"eval", "run", "timeouts", "train.steps", "train.threads", "train.device"}
+    for key, _ in fields():
+        section, name = key.split(".")
+        if section not in free and key not in free:
+            old, new = (getattr(getattr(one, section), name) for one in (before, config))
+            if old != new:
+                raise UserError(
+                    f"{key}={new!r} cannot change from {old!r} when a run is resumed, or it would not be the same run; "
+                    "train.steps, eval, run and timeouts can"
+                )
+    if config.run.folder != before.run.folder:
+        raise UserError(f"run.folder={config.run.folder!r} has no effect with --resume, which names the folder")
     return config
 
 
 @contextlib.contextmanager
 def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
-    if not resume and folder.is_dir() and any(path.name != files.LOCK_NAME for path in folder.iterdir()):
+    if not resume and (folder / "config.toml").exists():
         raise UserError(
             f"run.folder={str(folder)!r} is in use by an earlier run; go on with it by --resume {folder}, or choose "
             "another"
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.folder={str(folder)!r} cannot be made ({error.strerror}); choose another") from None
     with files.lock_folder(folder):
         yield
 

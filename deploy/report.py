@@ -166,7 +166,6 @@ def html(name: str, steps: Sequence[Row], evaluations: Sequence[Row], picture: b
         after=after,
         two=two,
         comparison=comparison(before, after) if two else [],
-        evaluations=evaluations,
         transcripts=paired_transcripts(before, after) if two else [],
         picture=base64.b64encode(picture).decode("ascii"),
         metrics=_metric_rows(steps),

@@ -32,6 +32,9 @@ class Checkpoints:
             files.write_json(
                 folder / "manifest.json", {file.name: _checksum(file) for file in sorted(folder.iterdir())}
             )
+        for later in self._all():
+            if later.name > path.name:  # damaged ones that a resume has passed over
+                shutil.rmtree(later)
         for old in self._all()[: -self._keep_last]:
             shutil.rmtree(old)
         return path

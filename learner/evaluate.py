@@ -17,6 +17,7 @@ import numpy as np
 from common.errors import RunFailure
 from common.protocols import Sampler
 from common.types import Group, Prompt, SamplingParams
+from common.waits import bounded
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 CorrectFunction = Callable[[Sequence[Group]], Sequence[Sequence[bool]]]
@@ -190,7 +191,9 @@ def _ask(
     groups: list[Group] = []
     for request, part in enumerate(_parts(prompts, completions_at_once, params.n)):
         seeded = params if params.seed is None else replace(params, seed=params.seed + request)
-        answer = sampler.generate(part, seeded)
+        # A sampler in this process writes inside the call; another answers later.
+        with bounded("sampler", f"answering {len(part)} test questions", timeout_s):
+            answer = sampler.generate(part, seeded)
         try:
             written = answer.result(timeout=timeout_s)
         except TimeoutError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common.config import Config
@@ -58,6 +58,7 @@ class TorchLearner:
         elif config.learner.kl_coef > 0:
             self._reference = models.load(folder, config.model, device).requires_grad_(False)
         self.packed = self._choose_packing()
+        self._check_forward()
         if config.learner.gradient_checkpointing:
             causal = self._model.get_base_model() if self._lora else self._model
             causal.gradient_checkpointing_enable({"use_reentrant": False})
@@ -71,7 +72,6 @@ class TorchLearner:
     def _choose_packing(self) -> bool:
         wish = self._config.learner.packing
         able = can_pack(self._model)
-        # Dropout inside attention is not computed over packs.
         if wish == "packed" and not able:
             family = self._model.config.model_type
             raise UserError(
@@ -81,6 +81,24 @@ class TorchLearner:
         if wish == "auto" and not able:
             log.warning("this kind of model is not known to pack exactly: every prompt is repeated (padded path)")
         return able and wish != "padded"
+
+    def _check_forward(self) -> None:
+        """Our way through the model against its own, on one made-up sequence: an output head that scales or caps its
+        logits in a way not known here is refused now, and not blamed on the sampler by the first sync."""
+        causal = self._model.get_base_model() if self._lora else self._model
+        ids = [(7 * t + 1) % causal.get_input_embeddings().num_embeddings for t in range(16)]
+        with torch.no_grad():
+            logits_TV = causal(torch.tensor([ids], device=self._device), use_cache=False).logits[0].float()
+            own_K = logits_TV.log_softmax(-1)[7:-1].gather(1, torch.tensor(ids[8:], device=self._device)[:, None])[:, 0]
+            for packed in {False, self.packed}:
+                (pack,) = plan([Row(0, tuple(ids[:8]), tuple(ids[8:]))], 64, packed)
+                difference = float((score(self._model, pack.to(self._device))[0] - own_K).abs().mean())
+                if not difference < 0.1:
+                    cure = "set learner.packing='padded'" if packed else "use another model"
+                    raise UserError(
+                        f"model.name={self._config.model.name!r}: the learner's log-probs differ from the model's own "
+                        f"by {difference:.2f} nats ({'packed' if packed else 'padded'}); {cure}"
+                    )
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
@@ -283,7 +301,10 @@ class TorchLearner:
     def save(self, folder: Path) -> None:
         """``state.safetensors`` (float32 masters and AdamW's averages) in ``folder``; the version in its metadata."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._optimizer.state().items()}
-        save_file(tensors, folder / "state.safetensors", metadata={"version": str(self.version)})
+        try:
+            save_file(tensors, folder / "state.safetensors", metadata={"version": str(self.version)})
+        except SafetensorError as error:
+            raise RunFailure(f"the checkpoint of step {self.version} cannot be written: {error}") from error
 
     def restore(self, folder: Path) -> None:
         """Undo of ``save``. Raises ``UserError`` when the state belongs to another model."""

@@ -197,7 +197,14 @@ def _result(loop: Loop, request: Request) -> list[Group]:
     if asked != got:
         raise RunFailure(f"the sampler answered other prompts than asked: {got[:3]}... instead of {asked[:3]}...")
     for group in groups:
+        if len(group.completions) != loop.config.train.group_size:
+            raise RunFailure(
+                f"the sampler wrote {len(group.completions)} completions of prompt {group.prompt.id!r} instead of "
+                f"train.group_size={loop.config.train.group_size}"
+            )
         for completion in group.completions:
+            if len(completion.logprobs) != len(completion.token_ids):
+                raise RunFailure(f"the sampler gave a completion of prompt {group.prompt.id!r} without all log-probs")
             lag = loop.learner.version - completion.policy_version
             if not 0 <= lag <= loop.config.train.max_staleness:
                 raise RunFailure(

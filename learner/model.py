@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from common.config import ModelConfig
@@ -42,11 +43,16 @@ def prepare(config: ModelConfig) -> Path:
         return _checked_folder(path, config)
     if path.exists():
         raise UserError(f"model.name={name!r} is a file; give a folder with config.json, a .gguf file or a hub id")
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or not all(name.split("/")):
+    if not _is_hub_id(name):
         raise UserError(
             f"model.name={name!r}: there is no such folder; give a local folder, a .gguf file or a hub id (owner/name)"
         )
     return _checked_folder(_download(config), config)
+
+
+def _is_hub_id(name: str) -> bool:
+    plain = not name.startswith((".", "/", "~", "package:")) and not name.endswith(".gguf")
+    return plain and name.count("/") == 1 and all(name.split("/")) and not Path(name).exists()
 
 
 def _file_in_package(name: str) -> Path:
@@ -97,7 +103,7 @@ def _checked_folder(folder: Path, config: ModelConfig) -> Path:
             f"model.name={config.name!r}: the folder has no .safetensors file; convert its weights with "
             "transformers' save_pretrained"
         )
-    if "auto_map" in json.loads((folder / "config.json").read_text()) and not config.trust_remote_code:
+    if "auto_map" in _config_json(folder) and not config.trust_remote_code:
         raise UserError(
             f"model.name={config.name!r} comes with Python code of its own, which is not run; "
             "read it, then set model.trust_remote_code=true"
@@ -124,8 +130,7 @@ def _convert_gguf(file: Path, config: ModelConfig) -> Path:
         )
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except Exception as error:
-        raise UserError(f"model.name={config.name!r} cannot be read as GGUF: {str(error).splitlines()[0]}") from error
-    target.parent.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"model.name={config.name!r} cannot be read as GGUF: {_first_line(error)}") from error
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -137,9 +142,20 @@ def _head_of(file: Path) -> str:
         return hashlib.sha256(opened.read(1 << 20)).hexdigest()
 
 
+def _config_json(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: {str(folder / 'config.json')!r} cannot be read ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def context_tokens(folder: Path) -> int:
     """The longest sequence the model can take, in tokens."""
-    config = json.loads((folder / "config.json").read_text())
+    config = _config_json(folder)
     config = config | config.get("text_config", {})
     return int(config.get("max_position_embeddings") or config.get("n_positions") or 2**20)
 
@@ -149,17 +165,33 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa"
 
     Raises ``UserError`` for a model that transformers does not know.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    label = f"model.name={config.name!r}"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        for key, value in shape.to_dict().items():
+            if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
+                setattr(shape, key, 0.0)  # the sampler has none, and the two must compute the same
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=shape,
             dtype=dtype_of(config.dtype),
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise UserError(f"model.name={config.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        model, report = loaded
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{label} cannot be loaded: {_first_line(error)}") from error
+    # transformers fills what is missing with random numbers and only logs it.
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise UserError(
+            f"{label}: its files lack {len(absent)} weights or hold them in another shape "
+            f"({', '.join(absent[:3])}...); "
+            "download or convert it anew"
+        )
     model = model.to(device)
     model.config.use_cache = False
     return model.eval()
@@ -175,7 +207,8 @@ def adapter_config(config: ModelConfig, folder: Path) -> Any:
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a fraction is right too
         lora_dropout=config.lora_dropout,
         target_modules=_linear_layers(folder) if targets == ["all-linear"] else targets,
-        base_model_name_or_path=str(folder),
+        # A hub id means the same model on any machine; a path only here.
+        base_model_name_or_path=config.name if _is_hub_id(config.name) else str(folder),
         task_type="CAUSAL_LM",
     )
 
@@ -210,7 +243,7 @@ def add_adapter(model: Any, config: ModelConfig, folder: Path, seed: int) -> Any
     try:
         return get_peft_model(model, adapter_config(config, folder))
     except ValueError as error:
-        raise UserError(f"model.lora_targets={list(config.lora_targets)}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"model.lora_targets={list(config.lora_targets)}: {_first_line(error)}") from None
 
 
 def adapter_tensors(model: Any) -> Mapping[str, torch.Tensor]:
@@ -251,11 +284,12 @@ def export(model: Any, source: Path, folder: Path, merged: bool) -> None:
             model.save_pretrained(folder)
         else:
             base = model.get_base_model() if is_adapter else model
-            tensors = dict(merged_tensors(model) if is_adapter else full_tensors(model))
-            state = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+            tensors = merged_tensors(model) if is_adapter else full_tensors(model)
+            # One at a time: a second whole model might not fit on the device.
+            state = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
             base.save_pretrained(folder, state_dict=state)
-    except OSError as error:
-        raise RunFailure(f"the model cannot be written to {str(folder)!r}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise RunFailure(f"the model cannot be written to {str(folder)!r}: {_first_line(error)}") from error
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
             if not file.name.endswith(".safetensors"):

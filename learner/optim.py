@@ -99,7 +99,7 @@ class MasterAdamW:
                 }
                 if parts:
                     self._adamw.state[master] = {
-                        part: value.clone() if part == "step" else value.to(master.device, copy=True)
+                        part: value.to(master.device, copy=True)  # "step" too: fused AdamW keeps it there
                         for part, value in parts.items()
                     }
         self.round_to_model()

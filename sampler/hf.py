@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from common.device import dtype_of, release
 from common.errors import RunFailure, UserError
@@ -36,10 +37,13 @@ def load_model(folder: str | Path, dtype: str, device: str = "cpu", trust_remote
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype_of(dtype), trust_remote_code=trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype_of(dtype), trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (ValueError, KeyError, OSError, ImportError) as error:
+        model, report = loaded
+        if report["missing_keys"]:
+            raise ValueError(f"its files lack {sorted(report['missing_keys'])[:3]}")
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.name: {str(folder)!r} cannot be loaded by sampler 'hf' ({str(error).splitlines()[0]}); "
             "name a folder with a causal language model that transformers knows"

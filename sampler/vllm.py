@@ -21,6 +21,7 @@ import difflib
 import gc
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +52,8 @@ _OURS = {
     "hf_overrides": "nothing: the output head is untied here",
     "skip_tokenizer_init": "nothing: stop strings need the tokenizer",
 }
+# Names of the input embedding, which is also the head of a tied model.
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 # Models whose vLLM class computes logits with the embedding module itself: nothing to untie, a reload reaches it.
 _HEAD_IS_EMBEDDING = ("gemma", "gemma2", "gemma3_text")
 
@@ -92,9 +95,9 @@ class VllmSampler:
         self._asleep = False
         self._adapter: Any = None  # the LoRARequest served now
         self._adapter_count = 0
-        self._scratch = Path(
-            tempfile.mkdtemp(prefix="nanogrpo-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-        )
+        memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+        _sweep_scratch(memory)
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"nanogrpo-{os.getpid()}-", dir=memory))
         self._untie = self._must_untie()
         try:
             self._llm: Any = vllm.LLM(**(self._arguments() | options))
@@ -102,7 +105,11 @@ class VllmSampler:
             self.close()
             raise UserError(f"vLLM cannot start with model {setup.model_folder!r}: {_one_line(error)}") from error
         if setup.adapter is None:
-            self.load_weights(FolderWeights(setup.model_folder), version=0)
+            try:
+                self.load_weights(FolderWeights(setup.model_folder), version=0)
+            except BaseException:
+                self.close()
+                raise
 
     def _arguments(self) -> dict[str, Any]:
         setup = self._setup
@@ -168,23 +175,26 @@ class VllmSampler:
         if not prompts:
             future.set_result([])
             return future
-        request = VllmParams(
-            n=params.n,
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k or -1,
-            stop=list(params.stop) or None,
-            logprobs=0,
-            seed=None if self._on_cpu else params.seed,
-        )
+        requests = [
+            VllmParams(
+                n=params.n,
+                max_tokens=params.max_tokens,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k or -1,
+                stop=list(params.stop) or None,
+                logprobs=0,
+                seed=None if self._on_cpu or params.seed is None else _spread_seed(params.seed, index),
+            )
+            for index in range(len(prompts))
+        ]
         if params.seed is not None:
             # The same blocks must be computed and not found, or rounding differs between two equal requests.
             self._llm.reset_prefix_cache()
             if self._on_cpu:
                 self._llm.collective_rpc(_seed_worker, args=(params.seed,))
         inputs = [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt in prompts]
-        outputs = self._run(inputs, request)
+        outputs = self._run(inputs, requests)
         future.set_result([self._group(prompt, out) for prompt, out in zip(prompts, outputs, strict=True)])
         return future
 
@@ -209,6 +219,8 @@ class VllmSampler:
                 self._load_adapter(tensors, dict(handle.adapter_config or {}))
             else:
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(tensors)})
+        except UserError:
+            raise
         except Exception as error:
             raise RunFailure(
                 f"the vLLM sampler could not load weights of version {version}: {_one_line(error)}"
@@ -268,13 +280,18 @@ class VllmSampler:
         )
 
     def _with_head(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        sent_head = False
+        sent_head, embedding = False, None
         for name, tensor in tensors:
             sent_head = sent_head or name == "lm_head.weight"
             yield name, tensor
-            if self._untie and name.endswith("embed_tokens.weight"):
+            if name.endswith(_EMBEDDINGS):
                 embedding = tensor
         if self._untie and not sent_head:
+            if embedding is None:
+                raise UserError(
+                    "the model ties its output head to an embedding of a name that is not known here "
+                    f"(known: {', '.join(_EMBEDDINGS)}); use sampler.name='hf', or an adapter (model.lora_rank)"
+                )
             yield "lm_head.weight", embedding
 
     def _load_adapter(self, tensors: Iterator[tuple[str, torch.Tensor]], config: dict[str, Any]) -> None:
@@ -295,6 +312,19 @@ class VllmSampler:
     def _alive(self) -> None:
         if getattr(self, "_llm", None) is None:
             raise RunFailure("the vLLM sampler was called after it was closed")
+
+
+def _spread_seed(seed: int, index: int) -> int:
+    """A seed for one prompt, far from every other's: vLLM counts it up for each completion of a group."""
+    return random.Random(f"{seed}/{index}").getrandbits(31)
+
+
+def _sweep_scratch(place: Path) -> None:
+    """Removes what killed processes left in shared memory."""
+    for folder in place.glob("nanogrpo-*"):
+        owner = folder.name.split("-")[1]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _seed_worker(worker: Any, seed: int) -> None:

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from common import files
@@ -19,6 +21,7 @@ from tests.test_run import TOY, words
 from tests.tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent
+TRAIN = [sys.executable, "-m", "deploy.cli", "train"]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +38,17 @@ def run_file(tmp_path):
 
 def call(*args):
     result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=True)
-    output = result.output + result.stderr if result.stderr not in result.output else result.output
+    output = result.output  # both streams as a terminal shows them
     assert "Traceback" not in output, output
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     return result.exit_code, output
+
+
+def asked(*args):
+    """The object that ``--json`` prints: alone on standard output, whatever the libraries say on the other."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
 
 
 def refused(code, said, *args):
@@ -59,9 +69,7 @@ def test_train_then_eval_then_sample(tiny, run_file, tmp_path):
     assert code == 0, output
     assert "before" in output
     assert "step 2/2" in output
-    code, output = call("eval", folder, "--json", "eval.samples=4", "eval.k=[1, 4]")
-    assert code == 0, output
-    result = json.loads(output.splitlines()[-1])
+    result = asked("eval", folder, "--json", "eval.samples=4", "eval.k=[1, 4]")
     assert result["questions"] == 4
     assert set(result["pass_at_k"]) == {"1", "4"}
     recorded = files.read_json_lines(folder / "eval.jsonl")[-1]
@@ -75,20 +83,43 @@ def test_train_then_eval_then_sample(tiny, run_file, tmp_path):
     assert output.count("reward") >= 2
 
 
-def test_lora_run_is_served_with_its_adapter(tiny, run_file, tmp_path):
+@pytest.mark.parametrize("sampler", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_lora_run_is_served_with_its_adapter(tiny, run_file, tmp_path, sampler):
     folder = tmp_path / "run"
+    chosen = f"sampler.name={sampler}"
     code, output = call(
         "train",
         run_file,
-        *words(tiny, f"run.folder={folder}", "train.steps=2", "model.lora_rank=4", "optimizer.lr=0.05"),
+        *words(tiny, f"run.folder={folder}", "train.steps=2", "model.lora_rank=4", "optimizer.lr=0.05", chosen),
     )
     assert code == 0, output
-    code, output = call("eval", folder, "--json")
-    assert code == 0, output
-    result = json.loads(output.splitlines()[-1])
+    result = asked("eval", folder, "--json")
     assert result["transcripts"] == files.read_json_lines(folder / "eval.jsonl")[-1]["transcripts"]
-    code, output = call("eval", tiny, "--json", *words(tiny)[1:])
-    assert json.loads(output.splitlines()[-1])["transcripts"] != result["transcripts"]
+    base = asked("eval", tiny, "--json", *settings_of_asking(tiny), chosen)
+    assert base["transcripts"] != result["transcripts"]
+
+
+def settings_of_asking(tiny):
+    return [word for word in words(tiny) if word.split(".")[0] not in ("optimizer", "run") and "model.name" not in word]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, run_file, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [*TRAIN, str(run_file), *words(tiny, f"run.folder={folder}", "train.steps=500")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step") and len(lines) < 1000:
+            process.send_signal(signal.SIGINT)
+            break
+    lines.append(process.communicate(timeout=120)[0])
+    output = "".join(lines)
+    assert process.returncode == 130, output
+    assert f"go on with: nanogrpo train --resume {folder}" in output
+    assert list((folder / "checkpoints").glob("step-*/manifest.json"))
 
 
 def test_dry_run_writes_nothing(tiny, run_file, tmp_path):
@@ -208,6 +239,53 @@ def test_resume_after_every_checkpoint_was_damaged(tiny, run_file, tmp_path):
     refused(2, "damaged", "train", "--resume", folder)
 
 
+def test_a_failed_start_leaves_the_folder_free(tiny, run_file, tmp_path):
+    folder = tmp_path / "run"
+    refused(2, "no such folder", "train", run_file, *words(tiny, f"run.folder={folder}", "model.name=/nothing"))
+    code, output = call("train", run_file, *words(tiny, f"run.folder={folder}", "train.steps=1", "eval.questions=0"))
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "shapes", "config"])
+def test_damaged_model_folder(tiny, run_file, tmp_path, harm):
+    """transformers would fill what is missing with random numbers."""
+    folder = make_tiny(tmp_path / "harmed")
+    weights = folder / "model.safetensors"
+    if harm == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif harm == "config":
+        (folder / "config.json").write_text("{")
+    else:
+        tensors = load_file(weights)
+        name = next(name for name in tensors if "q_proj" in name)
+        tensors[name] = tensors[name][:8].clone()
+        if harm == "missing":
+            del tensors[name]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    refused(2, "model.name", "train", run_file, *words(folder, f"run.folder={tmp_path / 'run'}"))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("return [{'role': 'user'}]", "common.types.Prompt"),
+        ("return [Prompt('same', ({'role': 'user', 'content': 'same'},))]", "same question"),
+    ],
+)
+def test_a_task_that_gives_wrong_prompts(tiny, run_file, tmp_path, body, said):
+    (tmp_path / "mine.py").write_text(
+        "from common.types import Prompt\n"
+        "class Mine:\n"
+        "    reward_weights = {'one': 1.0}\n"
+        "    rewards = {'one': lambda prompt, completion: 1.0}\n"
+        f"    def prompts(self, split):\n        {body}\n"
+        "    def is_correct(self, prompt, completion): return True\n"
+    )
+    more = [f"task.name={tmp_path / 'mine.py'}:Mine", f"run.folder={tmp_path / 'run'}"]
+    refused(2, said, "train", run_file, *words(tiny, *more))
+
+
 def test_eval_of_nothing(tmp_path):
     refused(2, "there is no such folder", "eval", tmp_path / "nothing")
     refused(2, "give a prompt", "sample", tmp_path)
@@ -241,11 +319,11 @@ def test_disk_full(tiny, run_file, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "train", str(path), *values],
+        [*TRAIN, str(path), *values],
         cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"^failed: .*checkpoints", done.stderr, re.M), done.stderr
+    assert re.search(r"^failed: the checkpoint of step 1 cannot be written", done.stderr, re.M), done.stderr
     assert "Traceback" not in done.stderr
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     assert [row["step"] for row in files.read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [1]

@@ -248,6 +248,78 @@ def test_a_bad_reward_stops_or_skips_as_told(tiny, tmp_path):
     assert "nan" in (tmp_path / "skip" / "run.log").read_text()
 
 
+def test_skipping_a_bad_reward_goes_on_without_its_group(tiny, tmp_path):
+    run(spec(tiny, "task.options.broken=sometimes", "task.on_reward_error=skip"), tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 4
+    assert sum(row["groups_skipped_reward_error"] for row in rows) > 0
+    assert all(row["groups_sampled"] + row["groups_skipped_reward_error"] == 3 for row in rows)
+    assert "sometimes" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_a_batch_that_is_not_finite_stops_the_run_and_is_kept(tiny, tmp_path):
+    """A learning rate that blows the weights up: the next batch is on the disk, the step is not taken."""
+    with pytest.raises(RunFailure) as caught:
+        run(spec(tiny, "optimizer.lr=1e30", "optimizer.max_grad_norm=0", "sync.proof=false"), tmp_path / "run")
+    assert "not finite" in str(caught.value) or "is nan" in str(caught.value) or "nan" in str(caught.value)
+    steps = [row["step"] for row in metrics(tmp_path / "run")]
+    assert len(rollouts(tmp_path / "run")) >= len(steps)
+
+
+def test_overlong_completions_are_penalised(tiny, tmp_path):
+    more = ["eval.questions=0", "train.steps=1"]
+    run(spec(tiny, *more), tmp_path / "a")
+    run(spec(tiny, "learner.truncated=penalize", "learner.overlong_tokens=4", *more), tmp_path / "b")
+    (a,), (b,) = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert a["truncated_fraction"] > 0
+    assert b["reward/short"] == a["reward/short"]
+    assert b["reward_mean"] < a["reward_mean"]
+
+
+def test_evaluation_during_the_run_with_pass_at_k(tiny, tmp_path, whole):
+    outcome = run(spec(tiny, "eval.every=2", "eval.samples=3", "eval.k=[1, 3]"), tmp_path / "run")
+    rows = files.read_json_lines(tmp_path / "run" / "eval.jsonl")
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert all(row["pass_at_k"]["3"]["value"] >= row["pass_at_k"]["1"]["value"] for row in rows)
+    assert outcome.after == rows[-1]
+    assert metrics(tmp_path / "run") == metrics(whole)  # asking in between changes nothing
+
+
+@pytest.mark.parametrize("more", [["learner.gradient_checkpointing=true"], ["learner.packing=padded"]])
+def test_memory_settings_change_no_number(tiny, tmp_path, whole, more):
+    run(spec(tiny, *more), tmp_path / "run")
+    for one, other in zip(metrics(tmp_path / "run"), metrics(whole), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_keep_last_keeps_the_last(tiny, tmp_path):
+    run(spec(tiny, "run.save_every=1", "run.keep_last=1", "eval.questions=0"), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_extended_resume_is_remembered(tiny, tmp_path):
+    folder = tmp_path / "run"
+    run(spec(tiny, "eval.questions=0"), folder)
+    run(local.config_of(folder, ["train.steps=6"]), folder, resume=True)
+    assert load(folder / "config.toml").train.steps == 6
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_your_own_tracker_sees_every_step(tiny, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import json\n"
+        "class Mine:\n"
+        "    def __init__(self, folder): self.file = folder / 'mine.txt'\n"
+        "    def log(self, step, metrics): self.file.open('a').write(f'{step}\\n')\n"
+        "    def rollouts(self, step, groups): pass\n"
+        "    def evaluation(self, step, result): pass\n"
+        "    def close(self): pass\n"
+    )
+    run(spec(tiny, f"run.trackers=['{tmp_path / 'mine.py'}:Mine']", "eval.questions=0"), tmp_path / "run")
+    assert (tmp_path / "run" / "mine.txt").read_text().split() == ["1", "2", "3", "4"]
+
+
 def test_reward_rises(tiny, tmp_path):
     """The toy's reward pays for short completions: thirty steps make the tiny model write them."""
     settings = ["train.steps=30", "train.prompts_per_step=6", "train.group_size=8", "optimizer.lr=3e-3",

@@ -27,6 +27,8 @@ class Toy:
             time.sleep(1000)
         if self._broken == "notfinite":
             return float("nan")
+        if self._broken == "sometimes" and prompt.data["n"] % 4 == 0:
+            raise RuntimeError("sometimes")
         if self._broken == "exit":
             os._exit(3)
         return 1.0 / (1 + len(completion.token_ids))
