@@ -135,8 +135,9 @@ def evaluate(
         from common.files import to_json
         from common.rewards import Scorer
         from deploy import local
+        from deploy.show import open_model
 
-        config, adapter = local.open_model(model, words or [])
+        config, adapter = open_model(model, words or [])
         if not config.eval.questions:
             raise UserError("eval.questions=0 asks nothing; set it to at least 1")
         ready = local.prepare(config, need_train=False)
@@ -167,15 +168,14 @@ def sample(
     """Print completions; with task.name=... or --questions also their rewards."""
     with _in_sentences():
         _quiet_libraries()
-        from deploy import local
-        from deploy.show import completions
+        from deploy.show import completions, open_model
 
         texts = [word for word in prompts or [] if not _is_setting(word)]
         words = [word for word in prompts or [] if _is_setting(word)]
         if bool(texts) == bool(questions):
             raise UserError('give a prompt, as in: nanogrpo sample MODEL "What is 2 + 2?", or --questions 3')
         scored = bool(questions) or any(word.startswith("task.name=") for word in words)
-        config, adapter = local.open_model(model, words)
+        config, adapter = open_model(model, words)
         completions(config, adapter, texts, questions, 1 if greedy else n, greedy, scored, out)
 
 

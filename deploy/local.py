@@ -28,7 +28,7 @@ from common.prompts import PromptStream
 from common.protocols import Sampler, Split, Task
 from common.rewards import Scorer
 from common.tokenizer import check_lengths, load_tokenizer, render
-from common.types import AdapterSpec, Group, Prompt, SamplerSetup, SamplingParams
+from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.waits import bounded
 from common.weights import FolderWeights
 from deploy import report
@@ -288,52 +288,6 @@ def _export(learner: TorchLearner, folder: Path, config: Config) -> None:
         if config.model.lora_rank and config.run.export_merged:
             (final / "merged").mkdir()
             learner.export(final / "merged", merged=True)
-
-
-# -- a trained model ---------------------------------------------------------------------------------------------------
-
-
-def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
-    """The configuration for asking a model or a finished run's ``final/``, and the folder of its adapter if it has one.
-
-    ``name`` is a run folder, a model folder, a hub id or a GGUF file; ``words`` are ``section.key=value``.
-    """
-    from common.config import load
-
-    for word in words:
-        if word.split(".")[0] in ("learner", "optimizer", "sync", "run"):
-            raise UserError(f"{word!r} has no effect when a model is only asked; remove it")
-    folder = Path(name).expanduser()
-    if not (folder / "config.toml").is_file():
-        if (folder / "adapter_config.json").is_file():
-            base = str(dict(FolderWeights(str(folder)).adapter_config or {})["base_model_name_or_path"])
-            return load(None, [f'model.name="{base}"', *words]), folder
-        return load(None, [f'model.name="{name}"', *words]), None
-    final = folder / "final"
-    if not final.is_dir():
-        raise UserError(f"run folder {name!r} has no final/ yet; finish it with `nanogrpo train --resume {name}`")
-    config = load(folder / "config.toml", words)
-    if (final / "adapter_config.json").is_file():
-        return config, final
-    model = {**config.model.model_dump(exclude_unset=True), "name": str(final)}
-    model.pop("revision", None), model.pop("cache_folder", None)
-    return build({**config.model_dump(exclude_unset=True), "model": model}), None
-
-
-def sample(ready: Prepared, sampler: Sampler, prompts: Sequence[Prompt], n: int, greedy: bool) -> list[Group]:
-    """``n`` completions of each prompt, as a training step would draw them, or one greedily."""
-    config = ready.config
-    params = SamplingParams(
-        n=1 if greedy else n,
-        max_tokens=config.sampler.max_tokens,
-        temperature=0.0 if greedy else config.sampler.temperature,
-        top_p=config.sampler.top_p,
-        top_k=config.sampler.top_k,
-        stop=config.sampler.stop,
-        seed=config.train.seed,
-    )
-    with bounded("sampler", f"answering {len(prompts)} prompts", config.timeouts.generate_s):
-        return sampler.generate(prompts, params).result(timeout=config.timeouts.generate_s)
 
 
 # -- the run folder, its log and its signals ---------------------------------------------------------------------------

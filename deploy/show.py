@@ -1,4 +1,5 @@
-"""``nanogrpo sample``: completions on the terminal, with rewards where a task is given."""
+"""Asking a model or a finished run: which weights and settings to ask with (``open_model``), and ``nanogrpo sample``,
+which prints completions, with rewards where a task is given."""
 
 from __future__ import annotations
 
@@ -10,13 +11,59 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from common.config import Config, build
+from common.config import Config, build, load
 from common.console import printable
+from common.errors import UserError
+from common.protocols import Sampler
 from common.rewards import Scorer
 from common.tokenizer import check_lengths, render
-from common.types import Group, Prompt
+from common.types import Group, Prompt, SamplingParams
+from common.waits import bounded
+from common.weights import FolderWeights
 from deploy import local
 from learner.model import context_tokens
+
+
+def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
+    """The configuration for asking a model or a finished run's ``final/``, and the folder of its adapter if it has one.
+
+    ``name`` is a run folder, a model folder, a hub id or a GGUF file; ``words`` are ``section.key=value``.
+    """
+    for word in words:
+        if word.split(".")[0] in ("learner", "optimizer", "sync", "run"):
+            raise UserError(f"{word!r} has no effect when a model is only asked; remove it")
+    folder = Path(name).expanduser()
+    if not (folder / "config.toml").is_file():
+        if (folder / "adapter_config.json").is_file():
+            base = str(dict(FolderWeights(str(folder)).adapter_config or {})["base_model_name_or_path"])
+            return load(None, [f'model.name="{base}"', *words]), folder
+        return load(None, [f'model.name="{name}"', *words]), None
+    final = folder / "final"
+    if not final.is_dir():
+        raise UserError(f"run folder {name!r} has no final/ yet; finish it with `nanogrpo train --resume {name}`")
+    config = load(folder / "config.toml", words)
+    if (final / "adapter_config.json").is_file():
+        return config, final
+    model = {**config.model.model_dump(exclude_unset=True), "name": str(final)}
+    for key in ("revision", "cache_folder"):  # of the model it came from, and idle for a local folder
+        model.pop(key, None)
+    return build({**config.model_dump(exclude_unset=True), "model": model}), None
+
+
+def sample(ready: local.Prepared, sampler: Sampler, prompts: Sequence[Prompt], n: int, greedy: bool) -> list[Group]:
+    """``n`` completions of each prompt, as a training step would draw them, or one greedily."""
+    config = ready.config
+    params = SamplingParams(
+        n=1 if greedy else n,
+        max_tokens=config.sampler.max_tokens,
+        temperature=0.0 if greedy else config.sampler.temperature,
+        top_p=config.sampler.top_p,
+        top_k=config.sampler.top_k,
+        stop=config.sampler.stop,
+        seed=config.train.seed,
+    )
+    with bounded("sampler", f"answering {len(prompts)} prompts", config.timeouts.generate_s):
+        return sampler.generate(prompts, params).result(timeout=config.timeouts.generate_s)
 
 
 def completions(
@@ -44,7 +91,7 @@ def completions(
         ready = dataclasses.replace(ready, test=prompts, longest_prompt=max(longest, ready.longest_prompt))
     sampler = local.make_sampler(ready, shares_device=False, adapter_folder=adapter)
     try:
-        groups = local.sample(ready, sampler, prompts, n, greedy)
+        groups = sample(ready, sampler, prompts, n, greedy)
     finally:
         sampler.close()
     notes = {}

@@ -339,3 +339,11 @@ def test_a_task_that_only_a_user_has(tiny, run_file, tmp_path):
                "eval.questions=0"),
     )  # fmt: skip
     assert code == 0, output
+
+
+def test_the_readmes_own_task_works(tiny, run_file, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "my_task.py").write_text(code)
+    more = [f"task.name={tmp_path / 'my_task.py'}:MyTask", f"run.folder={tmp_path / 'run'}", "train.steps=1"]
+    status, output = call("train", run_file, *words(tiny, *more))
+    assert status == 0, output
