@@ -12,6 +12,7 @@ from common import files
 from common.config import load
 from common.tokenizer import load_tokenizer, render
 from common.types import SamplerSetup
+from common.weights import FolderWeights, fingerprint
 from deploy import local
 from learner import model as models
 from learner.checkpoint import Checkpoints
@@ -41,6 +42,20 @@ def test_the_two_sides_agree_and_every_sync_was_proved(run):
         assert row["packed"] == 1
         assert row["reward/format"] > 0.4  # a model that the weights did not reach writes no tags at all
         assert row["sync_bytes"] == pytest.approx(269e6, rel=0.01)
+
+
+def test_a_gguf_file_is_converted_once(run, tmp_path):
+    config, _ = run
+    package = models._file_in_package(config.model.name)
+    folder = models.prepare(config.model)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    by_path = load(None, [f"model.name={package}"]).model
+    assert models.prepare(by_path) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    elsewhere = load(None, [f"model.name={package}", f"model.cache_folder={tmp_path}"]).model
+    again = models.prepare(elsewhere)
+    assert again.parent == tmp_path
+    assert fingerprint(FolderWeights(str(again)).open()) == fingerprint(FolderWeights(str(folder)).open())
 
 
 def test_final_gives_the_learners_log_probs_in_transformers_and_a_fresh_vllm(run):
