@@ -224,7 +224,8 @@ class RunConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events."""
     trackers: tuple[str, ...] = ()
-    """Your own trackers, ``module:attr`` or ``file.py:attr``, each made with the run folder."""
+    """Your own trackers, ``module:attr`` or ``file.py:attr``, each made with the run folder. A resumed run tells them
+    the steps since its checkpoint again."""
     console: Literal["live", "plain", "off"] = "live"
     """A live display, one line a step, or nothing."""
 

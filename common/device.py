@@ -29,7 +29,7 @@ def pick(device: Literal["auto", "cpu", "gpu"]) -> str:
 
 def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of a configuration's ``model.dtype``."""
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def set_threads(threads: int) -> int:

@@ -141,7 +141,12 @@ def _questions(task: Task, config: Config, split: Split) -> list[Prompt]:
                 f"{label} gave {str(prompt)[:80]!r}; give common.types.Prompt with role and content messages"
             )
     system = config.task.system_prompt
-    if system and prompts and all(any(m["role"] == "system" for m in prompt.messages) for prompt in prompts):
+    if (
+        split == "train"
+        and system
+        and prompts
+        and all(any(m["role"] == "system" for m in prompt.messages) for prompt in prompts)
+    ):
         raise UserError(f"task.system_prompt={system!r} has no effect: the task's prompts bring their own; remove it")
     return prompts
 
@@ -218,7 +223,8 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         files.remove_leftovers(folder)
         ready = prepare(config)
         scorer = stack.enter_context(Scorer(config.task))
-        files.write_text(folder / "config.toml", resolved_toml(config))
+        if not resume:
+            files.write_text(folder / "config.toml", resolved_toml(config))
         stopping = stack.enter_context(_stop_signals(console))
 
         console.print(
@@ -238,6 +244,12 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         stream = PromptStream(ready.train, config.train.seed)
         state = checkpoints.restore_latest(learner) if resume else None
         if resume:
+            if learner.version > config.train.steps:
+                raise UserError(
+                    f"train.steps={config.train.steps} is less than the {learner.version} steps this run has done; "
+                    "give more, or start another run"
+                )
+            files.write_text(folder / "config.toml", resolved_toml(config))
             tracking.rewind(folder, learner.version)
 
         placement = SharedDevice(sampler, learner)
@@ -246,7 +258,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         trackers: list[Any] = [tracking.JsonlTracker(folder)]
         if config.run.tensorboard:
             trackers.append(tracking.TensorBoardTracker(folder, learner.version))
-        trackers += [plugins.make("tracker", name, {}, folder) for name in config.run.trackers]
+        trackers += [_own_tracker(name, folder) for name in config.run.trackers]
         shown = ConsoleTracker(config.run.console, config.train.steps, learner.version, console)
         tracker = tracking.Trackers([*trackers, shown])
         stack.callback(tracker.close)
@@ -280,6 +292,19 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         evaluations = report.by_step(files.read_json_lines(folder / "eval.jsonl"))
         asked = {row["step"]: row for row in evaluations}
         return Outcome(folder, finished, learner.version, asked.get(0), asked.get(config.train.steps))
+
+
+def _own_tracker(name: str, folder: Path) -> Any:
+    try:
+        tracker = plugins.make("tracker", name, {}, folder)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"run.trackers: {name!r} raised {type(error).__name__}: {error}; mend it") from error
+    lacking = [method for method in ("log", "rollouts", "evaluation", "close") if not hasattr(tracker, method)]
+    if lacking:
+        raise UserError(f"run.trackers: {name!r} has no {', '.join(lacking)}; see common.protocols.Tracker")
+    return tracker
 
 
 def _export(learner: TorchLearner, folder: Path, config: Config) -> None:
@@ -339,6 +364,9 @@ def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
             f"run.folder={str(folder)!r} is in use by an earlier run; go on with it by --resume {folder}, or choose "
             "another"
         )
+    # A start that failed leaves its lock and log; anything else is somebody's.
+    if not resume and folder.is_dir() and {path.name for path in folder.iterdir()} - {files.LOCK_NAME, "run.log"}:
+        raise UserError(f"run.folder={str(folder)!r} is not empty and holds no run; choose another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

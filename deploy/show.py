@@ -35,8 +35,11 @@ def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
     folder = Path(name).expanduser()
     if not (folder / "config.toml").is_file():
         if (folder / "adapter_config.json").is_file():
-            base = str(dict(FolderWeights(str(folder)).adapter_config or {})["base_model_name_or_path"])
-            return load(None, [f'model.name="{base}"', *words]), folder
+            described = dict(FolderWeights(str(folder)).adapter_config or {})
+            base = [f'model.name="{described["base_model_name_or_path"]}"']
+            if described.get("revision"):
+                base.append(f'model.revision="{described["revision"]}"')
+            return load(None, [*base, *words]), folder
         return load(None, [f'model.name="{name}"', *words]), None
     final = folder / "final"
     if not final.is_dir():

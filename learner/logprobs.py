@@ -47,6 +47,12 @@ def score(
     return torch.cat(logprobs), torch.cat(entropies)
 
 
+def plain_attention(config: Any) -> str:
+    """transformers' own attention for the padded path: SDPA, but it would leave Gemma 2's soft-capping out without a
+    word."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
 def _causal(model: Any) -> Any:
     """The causal language model under a possible adapter."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
@@ -55,9 +61,7 @@ def _causal(model: Any) -> Any:
 def _hidden(causal: Any, pack: Pack) -> torch.Tensor:
     """Hidden states [K, D] before the output head. The attention's name is set on the shared configuration at each
     call, and stays for the backward pass, which may recompute layers."""
-    # SDPA would leave Gemma 2's soft-capping out without a word.
-    padded = "eager" if getattr(causal.config, "attn_logit_softcapping", None) else "sdpa"
-    causal.config._attn_implementation = NAME if pack.layout is not None else padded
+    causal.config._attn_implementation = NAME if pack.layout is not None else plain_attention(causal.config)
     extra: dict[str, Any] = {"layout": pack.layout} if pack.layout is not None else {}
     output = causal.get_decoder()(
         input_ids=pack.token_ids,

@@ -182,6 +182,8 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa"
             output_loading_info=True,
         )
         model, report = loaded
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{label} cannot be loaded: {_first_line(error)}") from error
     # transformers fills what is missing with random numbers and only logs it.
@@ -209,6 +211,7 @@ def adapter_config(config: ModelConfig, folder: Path) -> Any:
         target_modules=_linear_layers(folder) if targets == ["all-linear"] else targets,
         # A hub id means the same model on any machine; a path only here.
         base_model_name_or_path=config.name if _is_hub_id(config.name) else str(folder),
+        revision=config.revision if _is_hub_id(config.name) else None,
         task_type="CAUSAL_LM",
     )
 
@@ -250,7 +253,8 @@ def adapter_tensors(model: Any) -> Mapping[str, torch.Tensor]:
     """The adapter's tensors under the names of peft's ``adapter_model.safetensors``."""
     from peft import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(model))
+    # "auto" would ask the hub about the base model, at every sync.
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -281,7 +285,7 @@ def export(model: Any, source: Path, folder: Path, merged: bool) -> None:
     is_adapter = hasattr(model, "peft_config")
     try:
         if is_adapter and not merged:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, save_embedding_layers=False)
         else:
             base = model.get_base_model() if is_adapter else model
             tensors = merged_tensors(model) if is_adapter else full_tensors(model)
@@ -289,7 +293,9 @@ def export(model: Any, source: Path, folder: Path, merged: bool) -> None:
             state = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
             base.save_pretrained(folder, state_dict=state)
     except (OSError, SafetensorError) as error:
-        raise RunFailure(f"the model cannot be written to {str(folder)!r}: {_first_line(error)}") from error
+        raise RunFailure(
+            f"the model cannot be written to {str(folder)!r} ({_first_line(error)}); free space on that disk"
+        ) from error
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
             if not file.name.endswith(".safetensors"):

@@ -43,9 +43,11 @@ def load_model(folder: str | Path, dtype: str, device: str = "cpu", trust_remote
         model, report = loaded
         if report["missing_keys"]:
             raise ValueError(f"its files lack {sorted(report['missing_keys'])[:3]}")
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"model.name: {str(folder)!r} cannot be loaded by sampler 'hf' ({str(error).splitlines()[0]}); "
+            f"model.name: {str(folder)!r} cannot be loaded by sampler 'hf' ({' '.join(str(error).split())[:200]}); "
             "name a folder with a causal language model that transformers knows"
         ) from error
     return model.to(device).eval()

@@ -97,7 +97,7 @@ class VllmSampler:
         self._adapter_count = 0
         memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
         _sweep_scratch(memory)
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"nanogrpo-{os.getpid()}-", dir=memory))
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"nanogrpo-{_pid_space()}-{os.getpid()}-", dir=memory))
         self._untie = self._must_untie()
         try:
             self._llm: Any = vllm.LLM(**(self._arguments() | options))
@@ -321,10 +321,14 @@ def _spread_seed(seed: int, index: int) -> int:
 
 def _sweep_scratch(place: Path) -> None:
     """Removes what killed processes left in shared memory."""
-    for folder in place.glob("nanogrpo-*"):
-        owner = folder.name.split("-")[1]
-        if owner.isdigit() and not Path("/proc", owner).exists():
+    for folder in place.glob(f"nanogrpo-{_pid_space()}-*"):
+        if not Path("/proc", folder.name.split("-")[2]).exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pid_space() -> int:
+    """Tells containers that share the memory but not their process ids apart."""
+    return os.stat("/proc/self/ns/pid").st_ino if Path("/proc/self/ns/pid").exists() else 0
 
 
 def _seed_worker(worker: Any, seed: int) -> None:

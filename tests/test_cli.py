@@ -239,6 +239,22 @@ def test_resume_after_every_checkpoint_was_damaged(tiny, run_file, tmp_path):
     refused(2, "damaged", "train", "--resume", folder)
 
 
+def test_fewer_steps_than_done_and_a_folder_of_somebody_elses(tiny, run_file, tmp_path):
+    folder = tmp_path / "run"
+    assert call("train", run_file, *words(tiny, f"run.folder={folder}", "train.steps=3", "eval.questions=0"))[0] == 0
+    refused(2, "train.steps=2 is less than the 3", "train", "--resume", folder, "train.steps=2")
+    assert load(folder / "config.toml").train.steps == 3
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("precious")
+    refused(2, "holds no run", "train", run_file, *words(tiny, f"run.folder={tmp_path / 'data'}"))
+
+
+def test_a_tracker_that_is_none(tiny, run_file, tmp_path):
+    (tmp_path / "mine.py").write_text("class Mine:\n    def __init__(self, folder): pass\n    def log(self): pass\n")
+    more = [f"run.trackers=['{tmp_path / 'mine.py'}:Mine']", f"run.folder={tmp_path / 'run'}"]
+    refused(2, "has no rollouts, evaluation, close", "train", run_file, *words(tiny, *more))
+
+
 def test_a_failed_start_leaves_the_folder_free(tiny, run_file, tmp_path):
     folder = tmp_path / "run"
     refused(2, "no such folder", "train", run_file, *words(tiny, f"run.folder={folder}", "model.name=/nothing"))
