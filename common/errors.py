@@ -12,3 +12,7 @@ class UserError(ValueError):
 
 class RunFailure(RuntimeError):
     """Something broke while running: one sentence naming the side that failed and what it was doing."""
+
+
+class LearnerLost(RunFailure):
+    """The learner is gone, and what it knew with it: its last checkpoint brings it back."""

@@ -3,8 +3,9 @@
 A name is one of three things: an installed entry point (``warmup``), ``module:attr`` (``my_package.tasks:MyTask``) or
 ``path/file.py:attr`` (``my_task.py:MyTask``). Whatever goes wrong on the way is a ``UserError`` of one sentence.
 
-Left out: any list of our own back ends. They are entry points of this distribution like anyone else's, so what is
-not installed is not offered. Used by the composition root and, for tasks, by every reward worker
+Left out: any list of our own back ends. They are entry points of this distribution like anyone else's; where it is not
+installed (a Ray job's working directory on a node that has only the requirements) they are read from the
+``pyproject.toml`` beside this package. Used by the composition root and, for tasks, by every reward worker
 (``common/rewards.py``), which is why nothing here may import torch.
 """
 
@@ -18,9 +19,10 @@ import inspect
 import os
 import sys
 import sysconfig
+import tomllib
 import traceback
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -92,8 +94,27 @@ def find_task(config: TaskConfig) -> Task:
 
 def _entries(kind: Kind) -> list[EntryPoint]:
     """Installed entry points by name; one that is listed twice (an old egg-info beside a wheel) counts once."""
-    unique = {(entry.name, entry.value): entry for entry in entry_points(group=f"nanogrpo.{kind}s")}
+    group = f"nanogrpo.{kind}s"
+    unique = {(entry.name, entry.value): entry for entry in (*entry_points(group=group), *_declared(group))}
     return [unique[key] for key in sorted(unique)]
+
+
+def _declared(group: str) -> list[EntryPoint]:
+    """Our own entry points out of ``pyproject.toml``, where nanogrpo runs from its source without being installed."""
+    try:
+        distribution("nanogrpo")
+        return []
+    except PackageNotFoundError:
+        pass
+    file = Path(__file__).parent.parent / "pyproject.toml"
+    try:
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    except (OSError, KeyError, ValueError):  # only the packages were copied: nothing is offered by name
+        return []
+    if project.get("name") != "nanogrpo":
+        return []
+    declared = project.get("entry-points", {}).get(group, {})
+    return [EntryPoint(name, value, group) for name, value in declared.items()]
 
 
 def _from_entry_point(kind: Kind, name: str) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 Split = Literal["train", "test"]
+Transport = Literal["same process", "shared memory", "collective", "with the call"]
 RewardFunction = Callable[[Prompt, Completion], float]
 
 
@@ -30,6 +31,15 @@ class WeightHandle(Protocol):
         """peft's adapter configuration when ``kind`` is ``adapter``."""
         ...
 
+    @property
+    def transport(self) -> Transport:
+        """How the tensors travel."""
+        ...
+
+    def sent(self) -> tuple[str, int]:
+        """The fingerprint (``common.weights.fingerprint``) and the bytes of what is offered, from the offering side."""
+        ...
+
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields ``(name, tensor)``, a tensor at a time. A tensor is lent until ``load_weights`` returns; copy what is
         kept beyond."""
@@ -42,6 +52,15 @@ class Sampler(Protocol):
 
     A back end is any callable ``make(setup: SamplerSetup, **options) -> Sampler``. Bad options raise ``UserError``; if
     it has a ``check_options(options)``, that is called before anything is loaded.
+
+    Three more members are a back end's own choice, for many machines:
+
+    - ``seeds_prompts: bool``: a seed fixes each prompt's completions by the prompt's place in the request alone
+      (``SamplingParams.seed_offset``), so that they do not depend on how the request is split over replicas.
+    - ``pump() -> bool``: does a little of the work asked for and says whether any is left. A back end with it returns
+      from ``generate`` at once and works in ``pump``, which its futures' ``result`` calls too; new requests may join
+      at any time. One without it works inside ``generate``, or by itself.
+    - ``many_at_once: bool``: works by itself on any number of requests; ``pump`` implies as much.
     """
 
     takes_adapters: bool

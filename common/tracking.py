@@ -61,8 +61,12 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "seconds_proof": "proving that the sampler holds them (seconds)",
         "seconds_step": "the whole step, without evaluation and checkpoint (seconds)",
         "sync_bytes": "weights handed over (bytes)",
+        "sync_transport": "how they travelled: 0 in the same process, 1 by shared memory, 2 by a collective broadcast, "
+        "3 with the call (an adapter)",
         "probe_diff": "mean |sampler - learner| log-prob on the fixed probe after the sync (nats)",
-        "memory_peak_gib": "peak memory: the device's, or the process's on a CPU (GiB)",
+        "memory_peak_gib": "peak memory: the device's, or the process's on a CPU (GiB); of the learner's largest rank, "
+        "where it is a service of its own",
+        "restarts": "services replaced so far, because they were lost (cluster.mode=ray)",
     }
 )
 """Every key of ``metrics.jsonl``, with its unit. A value of null was not a finite number."""
@@ -101,7 +105,8 @@ ROLLOUT_COLUMNS: Mapping[str, str] = MappingProxyType(
         "token_ids": "its tokens",
         "logprobs": "log-prob of each token under the distribution it was drawn from (nats)",
         "finish_reason": "stop: the model ended it; length: it was cut",
-        "policy_version": "version of the weights that wrote it",
+        "policy_version": "version of the weights that wrote it; the oldest, if they changed on the way",
+        "token_versions": "version behind each token, if they did; else empty",
         "reward_<name>": "one named reward before its weight; null where it failed",
         "reward": "the weighted sum; null where not scored",
         "advantage": "how much better than its group; null where not learned from",
@@ -269,7 +274,8 @@ def rollouts_card(reward_names: Sequence[str]) -> str:
         "reward": "float64", "advantage": "float64", "data": "string",
     }  # fmt: skip
     declared: list[dict[str, Any]] = [{"name": name, "dtype": kind} for name, kind in types.items()]
-    declared += [{"name": "token_ids", "list": "int64"}, {"name": "logprobs", "list": "float64"}]
+    lists = {"token_ids": "int64", "logprobs": "float64", "token_versions": "int64"}
+    declared += [{"name": name, "list": kind} for name, kind in lists.items()]
     roles = [{"name": "role", "dtype": "string"}, {"name": "content", "dtype": "string"}]
     declared.append({"name": "messages", "list": roles})
     # JSON is YAML, and needs no library to write.
@@ -303,6 +309,7 @@ def _rollout_row(step: int, group: Group, completion: Completion, reward_names: 
         "logprobs": [float(value) for value in completion.logprobs],
         "finish_reason": completion.finish_reason,
         "policy_version": completion.policy_version,
+        "token_versions": list(completion.token_versions),
         **{f"reward_{name}": _float_or_none(completion.rewards.get(name)) for name in reward_names},
         "reward": _float_or_none(completion.reward),
         "advantage": _float_or_none(completion.advantage),

@@ -45,13 +45,16 @@ class Completion:
     finish_reason: FinishReason
     """``stop``: the model ended it (EOS or a stop string); ``length``: it was cut at ``max_tokens``."""
     policy_version: int
-    """Version of the weights that wrote it, as the sampler knows it."""
+    """Version of the weights that wrote it, as the sampler knows it; the oldest, where they changed on the way."""
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Each named reward, before its weight."""
     reward: float | None = None
     """The weighted sum of ``rewards``; None until scored."""
     advantage: float | None = None
     """How much better than its group; None until assigned."""
+    token_versions: tuple[int, ...] = ()
+    """Version behind each token, where weights were swapped in the middle of it (``sampler.in_flight_updates``);
+    empty when ``policy_version`` wrote them all."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class SamplingParams:
     """Strings that end a completion; the text is cut before them, the tokens are kept."""
     seed: int | None = None
     """Fixes the request: same weights, prompts and seed give the same completions. None draws freely."""
+    seed_offset: int = 0
+    """How many prompts stand before these in the request of which they are a part. A back end that seeds each prompt
+    (``Sampler.seeds_prompts``) counts on from here, so that a request split over replicas draws as if it were whole."""
 
 
 @dataclass(frozen=True)
@@ -109,3 +115,8 @@ class SamplerSetup:
     trust_remote_code: bool = False
     threads: int = 0
     """CPU threads; 0 leaves the library's choice."""
+    tensor_parallel: int = 1
+    """Devices that this sampler spreads the model over."""
+    in_flight_updates: bool = False
+    """``load_weights`` does not wait for requests in work: they go on under the new weights, and each completion says
+    which version wrote each token."""

@@ -1,36 +1,42 @@
 """Hand-overs of weights from learner to sampler, and the fingerprint that proves what arrived.
 
-The same-process hand-over lends the learner's tensors, never copies them; a folder's are read as they are asked for.
-The proof that compares both ends is in learner/sync.py.
+Within a process the learner's tensors are lent, never copied; a folder's are read as they are asked for; between
+processes of one host they lie in shared memory, and an adapter travels inside its handle. All but the first can be
+pickled. The broadcast between hosts is in common/transport.py, the proof that compares both ends in learner/sync.py.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from common.errors import UserError
+from common.errors import RunFailure, UserError
+from common.protocols import Transport
+
+Kind = Literal["full", "adapter"]
+Tensors = Iterable[tuple[str, torch.Tensor]]
 
 _BLOCK = 4096  # numbers summed together; the position of a block counts, so moved data is seen
-
-
-@dataclass(frozen=True)
-class InProcessWeights:
-    """A ``WeightHandle`` for a sampler in the learner's own process."""
-
-    kind: Literal["full", "adapter"]
-    tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]
-    adapter_config: Mapping[str, Any] | None = None
-
-    def open(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self.tensors()
+_PIECE = 1 << 20  # numbers widened to int64 at a time, few enough for the processor's cache
+# The names of torch's number formats in a safetensors file.
+_FORMATS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
 
 
 class Fingerprint:
@@ -45,7 +51,7 @@ class Fingerprint:
         self._sums: dict[str, str] = {}
         self.bytes = 0
 
-    def watch(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def watch(self, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
         """Passes the tensors through, taking note of each."""
         for name, tensor in tensors:
             self.add(name, tensor)
@@ -60,25 +66,57 @@ class Fingerprint:
         return hashlib.sha256("\n".join(f"{n} {s}" for n, s in sorted(self._sums.items())).encode()).hexdigest()[:32]
 
 
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+def fingerprint(tensors: Tensors) -> str:
     """The digest of these tensors; see ``Fingerprint``."""
+    return digest_and_bytes(tensors)[0]
+
+
+def digest_and_bytes(tensors: Tensors) -> tuple[str, int]:
+    """What ``WeightHandle.sent`` says of these tensors: one pass over them."""
     seen = Fingerprint()
     for name, tensor in tensors:
         seen.add(name, tensor)
-    return seen.digest()
+    return seen.digest(), seen.bytes
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, uint8 [its bytes]; the tensor's own memory where that is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _bit_sum(tensor: torch.Tensor) -> int:
     """Position-weighted sum of the tensor's bit patterns, modulo 2**64 (int64 arithmetic wraps)."""
-    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    raw = raw_bytes(tensor)
     width = 4 if raw.numel() % 4 == 0 else 1
+    if width == 4 and raw.storage_offset() % 4:  # a slice of 2-byte numbers may begin between two words
+        raw = raw.clone()
     words = raw.view(torch.int32) if width == 4 else raw
     whole = words.numel() // _BLOCK * _BLOCK
     total = words[whole:].sum(dtype=torch.int64) * 7919
-    if whole:
-        blocks = words[:whole].view(-1, _BLOCK).sum(dim=1, dtype=torch.int64)
-        total = total + (blocks * torch.arange(1, len(blocks) + 1, device=blocks.device)).sum()
+    for start in range(0, whole, _PIECE):  # torch would widen the whole tensor at once
+        blocks = words[start : min(start + _PIECE, whole)].view(-1, _BLOCK).sum(dim=1, dtype=torch.int64)
+        first = start // _BLOCK + 1
+        total = total + (blocks * torch.arange(first, first + len(blocks), device=blocks.device)).sum()
     return int(total)
+
+
+@dataclass(frozen=True)
+class InProcessWeights:
+    """A ``WeightHandle`` for a sampler in the learner's own process."""
+
+    kind: Kind
+    tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]
+    adapter_config: Mapping[str, Any] | None = None
+
+    @property
+    def transport(self) -> Transport:
+        return "same process"
+
+    def sent(self) -> tuple[str, int]:
+        return digest_and_bytes(self.tensors())
+
+    def open(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.tensors()
 
 
 @dataclass(frozen=True)
@@ -88,7 +126,11 @@ class FolderWeights:
     folder: str
 
     @property
-    def kind(self) -> Literal["full", "adapter"]:
+    def transport(self) -> Transport:
+        return "shared memory"
+
+    @property
+    def kind(self) -> Kind:
         return "adapter" if (Path(self.folder) / "adapter_config.json").exists() else "full"
 
     @property
@@ -96,6 +138,9 @@ class FolderWeights:
         if self.kind == "full":
             return None
         return dict(json.loads((Path(self.folder) / "adapter_config.json").read_text()))
+
+    def sent(self) -> tuple[str, int]:
+        return digest_and_bytes(self.open())
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
         files = sorted(Path(self.folder).glob("*.safetensors"))
@@ -105,3 +150,189 @@ class FolderWeights:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
                     yield name, opened.get_tensor(name)
+
+
+@dataclass(frozen=True)
+class InlineWeights:
+    """A ``WeightHandle`` that carries its tensors with it, for an adapter's few megabytes. Can be pickled."""
+
+    kind: Kind
+    data: bytes = field(repr=False)
+    """One safetensors file."""
+    digest: str
+    bytes: int
+    adapter_config: Mapping[str, Any] | None = None
+
+    @property
+    def transport(self) -> Transport:
+        return "with the call"
+
+    @classmethod
+    def of(cls, tensors: Tensors, kind: Kind, adapter_config: Mapping[str, Any] | None = None) -> InlineWeights:
+        seen = Fingerprint()
+        data = b"".join(_file_parts(list(seen.watch(tensors))))
+        return cls(kind, data, seen.digest(), seen.bytes, adapter_config)
+
+    def sent(self) -> tuple[str, int]:
+        return self.digest, self.bytes
+
+    def open(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(safetensors.torch.load(self.data).items())
+
+
+@dataclass(frozen=True)
+class SharedMemoryWeights:
+    """A ``WeightHandle`` on tensors in the host's shared memory, for any process of the host. Can be pickled.
+
+    The writer calls ``remove`` when everyone has read. What was opened before stays readable.
+    """
+
+    folder: str
+    files: int
+    kind: Kind
+    digest: str
+    bytes: int
+    adapter_config: Mapping[str, Any] | None = None
+
+    @property
+    def transport(self) -> Transport:
+        return "shared memory"
+
+    @classmethod
+    def write(
+        cls,
+        tensors: Tensors,
+        kind: Kind,
+        adapter_config: Mapping[str, Any] | None = None,
+        bucket_bytes: int = 64 << 20,
+        place: Path | None = None,
+    ) -> SharedMemoryWeights:
+        """Writes the tensors in files of ``bucket_bytes`` (a larger tensor alone). Of what the source makes, no more
+        than one file's tensors are alive at once, and the one tensor beyond it.
+
+        ``place`` is shared memory, or another folder instead. Raises ``RunFailure`` when it is full; nothing is left
+        behind then, nor when the source raises.
+        """
+        seen = Fingerprint()
+        folder = shared_memory_folder("nanogrpo-weights", place)
+        files = 0
+        try:
+            for bucket in _buckets(seen.watch(tensors), bucket_bytes):
+                _write_file(folder / _file_name(files), bucket)
+                files += 1
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return cls(str(folder), files, kind, seen.digest(), seen.bytes, adapter_config)
+
+    def sent(self) -> tuple[str, int]:
+        return self.digest, self.bytes
+
+    def open(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Lends the shared pages themselves, copied only where the reader writes on them. Raises ``RunFailure`` if they
+        were removed before."""
+        for number in range(self.files):
+            file = Path(self.folder) / _file_name(number)
+            try:
+                opened = safe_open(file, framework="pt")
+            except FileNotFoundError:
+                raise RunFailure(
+                    f"the learner's weights are no longer in {file}: they were removed, or this is another host"
+                ) from None
+            with opened as tensors:
+                for name in tensors.keys():
+                    yield name, tensors.get_tensor(name)
+
+    def remove(self) -> None:
+        """Gives the memory back once nobody reads any more. Removing twice is allowed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def shared_memory_folder(prefix: str, place: Path | None = None) -> Path:
+    """A fresh folder of this process in shared memory (the temp folder where there is none), or in ``place``.
+
+    What killed processes left there under any prefix of ours is removed first; that of other containers, whose process
+    numbers mean nothing here, is left alone.
+    """
+    assert prefix.startswith("nanogrpo-"), prefix
+    if place is None:
+        place = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+    if Path("/proc/self/stat").exists():
+        pattern = re.compile(rf"nanogrpo-.+-{_pid_space()}-(\d+)-(\d+)-\w+")
+        for folder in place.glob("nanogrpo-*"):
+            if (owner := pattern.fullmatch(folder.name)) and _birth(owner[1]) != owner[2]:
+                shutil.rmtree(folder, ignore_errors=True)
+    name = f"{prefix}-{_pid_space()}-{os.getpid()}-{_birth('self') or 0}-"
+    return Path(tempfile.mkdtemp(prefix=name, dir=place))
+
+
+def _pid_space() -> int:
+    """Tells containers that share the memory but not their process ids apart."""
+    return os.stat("/proc/self/ns/pid").st_ino if Path("/proc/self/ns/pid").exists() else 0
+
+
+def _birth(pid: str) -> str:
+    """When the process started, in clock ticks since boot (a process id alone may be another's by now); empty if it
+    has ended."""
+    try:
+        fields = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _buckets(tensors: Tensors, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Runs of tensors of ``bucket_bytes`` at most, a larger one alone. A list is emptied when the next is asked for."""
+    held: list[tuple[str, torch.Tensor]] = []
+    filled = 0
+    for name, tensor in tensors:
+        if held and filled + tensor.nbytes > bucket_bytes:
+            yield held
+            held.clear()
+            filled = 0
+        held.append((name, tensor))
+        filled += tensor.nbytes
+    if held:
+        yield held
+        held.clear()
+
+
+def _file_name(number: int) -> str:
+    return f"{number:05}.safetensors"
+
+
+def _write_file(file: Path, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    size = sum(tensor.nbytes for _, tensor in tensors)
+    free = shutil.disk_usage(file.parent).free
+    try:
+        if size + (1 << 16) > free:  # the file's own header is small
+            raise OSError(errno.ENOSPC, "full")
+        with file.open("wb") as opened:
+            for part in _file_parts(tensors):
+                opened.write(part)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RunFailure(
+            f"the learner's weights do not fit in shared memory: the next {size / 2**20:.1f} MiB do not go into the "
+            f"{free / 2**20:.1f} MiB free in {file.parent.parent}; give the container more (docker run --shm-size), "
+            "or set sync.transport=collective"
+        ) from None
+
+
+def _file_parts(tensors: list[tuple[str, torch.Tensor]]) -> Iterator[Any]:
+    """A safetensors file, a tensor at a time: the package's own writer takes neither views nor tensors that overlap."""
+    tensors = sorted(tensors, key=lambda pair: -pair[1].element_size())  # each then lies on its own boundary
+    header, end = {}, 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _FORMATS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in tensors:
+        yield raw_bytes(tensor.cpu()).numpy()

@@ -70,6 +70,9 @@ def train(
     words: Words = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check configuration, model and data, then stop")] = False,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN_DIR", help="go on with this run")] = None,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="go on with the run in run.folder if it is there, else begin it")
+    ] = False,
 ) -> None:
     """Train: sample, score, learn, sync, every step."""
     with _in_sentences():
@@ -88,11 +91,21 @@ def train(
         _quiet_libraries()
         from rich.console import Group as Stack
 
-        from deploy import local, report
+        from deploy import guard, local, report
+        from deploy import run as runs
 
+        if resume is None and auto_resume:
+            if "{date}" in config.run.folder:
+                raise UserError(f"--auto-resume needs a fixed folder, and run.folder={config.run.folder!r} has a date")
+            folder = runs.folder_of(config)
+            if (folder / "config.toml").is_file():
+                resume = folder
+                words = [word for word in words if not word.startswith("run.folder=")]
         if resume is not None:
-            config = local.config_of(resume, words)
-        folder = resume or local.folder_of(config)
+            config = runs.config_of(resume, words)
+        folder = resume or runs.folder_of(config)
+        if config.cluster.mode == "ray":
+            folder = runs.shared_folder(folder)
         if dry_run:
             ready = local.prepare(config)
             from common.rewards import Scorer
@@ -105,9 +118,12 @@ def train(
                 soft_wrap=True,
             )
             return
+        if config.cluster.mode == "ray" and not guard.is_driver():
+            # The process that does the work is a child of this one, which starts it again when it is killed.
+            raise typer.Exit(guard.watch(folder, config.cluster.max_restarts, resuming=resume is not None))
         out.print(f"run     {folder}")
         try:
-            outcome = local.run(config, folder, out, resume=resume is not None)
+            outcome = runs.run(config, folder, out, resume=resume is not None)
         except RunFailure as error:
             if (folder / "checkpoints").is_dir():
                 raise RunFailure(f"{error}. Go on from the last checkpoint: nanogrpo train --resume {folder}") from None
@@ -144,7 +160,7 @@ def evaluate(
         with Scorer(config.task) as scorer:
             sampler = local.make_sampler(ready, shares_device=False, adapter_folder=adapter)
             try:
-                result = local.ask_test_questions(ready, sampler, scorer).as_dict()
+                result = local.ask_test_questions(ready, sampler, scorer, config.timeouts.generate_s).as_dict()
             finally:
                 sampler.close()
         if json:
@@ -187,6 +203,21 @@ def _is_setting(word: str) -> bool:
 
 
 @app.command()
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="every node of the Ray cluster, and between them")] = False,
+    address: Annotated[str, typer.Option(help="as cluster.address: auto, HOST:PORT or private")] = "auto",
+    folder: Annotated[str, typer.Option(help="a run folder: is it on storage that every node sees?")] = "",
+) -> None:
+    """Check versions, devices, memory, disk, ports and token, and say what to do."""
+    with _in_sentences():
+        _quiet_libraries()
+        from deploy.doctor import diagnose
+
+        if not diagnose(out, cluster, address, folder):
+            raise typer.Exit(1)
+
+
+@app.command()
 def tasks() -> None:
     """The tasks installed here."""
     _list("task")
@@ -205,6 +236,30 @@ def _list(kind: str) -> None:
         for name, described in plugins.installed(kind):  # type: ignore[arg-type]
             out.print(Text.assemble((f"{name:16}", "bold"), described), soft_wrap=True)
         out.print(Text(f"your own: {kind}.name=module:attr or file.py:attr", style="dim"))
+
+
+@app.command()
+def server(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="a run with sampler.name=remote")],
+    words: Words = None,
+) -> None:
+    """Print the command that starts the vLLM server which a run with sampler.name=remote needs."""
+    with _in_sentences():
+        _quiet_libraries()
+        from urllib.parse import urlsplit
+
+        from common.config import load
+        from deploy import local
+        from sampler.server import server_command, shell_line
+
+        config = load(run_file, words or [])
+        if config.sampler.name != "remote":
+            raise UserError(f"sampler.name={config.sampler.name!r} needs no server; this is for sampler.name='remote'")
+        ready = local.prepare(config)
+        where = urlsplit(str(config.sampler.options["url"]))
+        setup = local.sampler_setup(ready, shares_device=False)
+        command = server_command(setup, host=where.hostname or "127.0.0.1", port=where.port or 8000)
+        sys.stdout.write(shell_line(*command) + "\n")
 
 
 @app.command()

@@ -6,6 +6,7 @@ flight: 0 is strictly on policy; more lets sampling and learning overlap where t
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from common.errors import RunFailure
 from common.prompts import PromptStream
 from common.protocols import Learner, Placement, Sampler
 from common.rewards import RewardError
-from common.types import Group, Prompt, SamplingParams
+from common.types import Completion, Group, Prompt, SamplingParams
 from common.waits import bounded
 from learner import advantages
 from learner.checkpoint import Checkpoints
@@ -67,20 +68,38 @@ class Loop:
     tracker: Watches
     checkpoints: Checkpoints
     memory_gib: Callable[[], float]
+    restarts: Callable[[], int]
+    answer_s: float
+    """Seconds that a request to the sampler may take, with the replacement of what is lost meanwhile."""
     requests_made: int = 0
     in_flight: deque[Request] = field(default_factory=deque)
 
     def state(self) -> dict[str, Any]:
-        """Where the data stand: what a resumed run asks for first is the oldest request not yet learned from."""
-        oldest = self.in_flight[0] if self.in_flight else None
+        """Where the data stand: the answers already there (after a sync, all, unless weights are swapped in flight),
+        and the first request that a resumed run must make anew."""
+        answered = []
+        unanswered = None
+        for request in self.in_flight:
+            if not request.future.done() or request.future.exception() is not None:
+                unanswered = request
+                break
+            groups = [dataclasses.asdict(group) for group in request.future.result()]
+            answered.append({"number": request.number, "state": request.state, "groups": groups})
         return {
-            "stream": oldest.state if oldest else self.stream.state(),
-            "requests_made": oldest.number if oldest else self.requests_made,
+            "stream": unanswered.state if unanswered else self.stream.state(),
+            "requests_made": unanswered.number if unanswered else self.requests_made,
+            "in_flight": answered,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.stream.restore(state["stream"])
         self.requests_made = int(state["requests_made"])
+        for one in state["in_flight"]:
+            groups = [_group_of(group) for group in one["groups"]]
+            future: Future[list[Group]] = Future()
+            future.set_result(groups)
+            prompts = [group.prompt for group in groups]
+            self.in_flight.append(Request(int(one["number"]), one["state"], prompts, future))
 
     def save(self) -> None:
         self.tracker.phase(f"disk: writing checkpoint {self.learner.version}")
@@ -113,6 +132,7 @@ def train(loop: Loop, evaluate: Callable[[int], object], stopping: Callable[[], 
         metrics |= {
             "version": float(learner.version),
             "memory_peak_gib": loop.memory_gib(),
+            "restarts": float(loop.restarts()),
             "seconds_step": time.perf_counter() - started,
         }
         loop.tracker.log(step, metrics)
@@ -185,13 +205,13 @@ def _fill(loop: Loop) -> None:
 
 def _result(loop: Loop, request: Request) -> list[Group]:
     """The request's groups, checked: one a prompt, in order, not staler than allowed."""
-    limit_s = loop.config.timeouts.generate_s
+    limit_s = loop.answer_s
     try:
         groups = request.future.result(timeout=limit_s)
     except FutureTimeout:
         raise RunFailure(
             f"the sampler did not answer request {request.number} ({len(request.prompts)} prompts) within "
-            f"timeouts.generate_s={limit_s:g}"
+            f"{limit_s:g} s (timeouts.generate_s)"
         ) from None
     asked, got = [prompt.id for prompt in request.prompts], [group.prompt.id for group in groups]
     if asked != got:
@@ -212,6 +232,15 @@ def _result(loop: Loop, request: Request) -> list[Group]:
                     f"{loop.learner.version}; train.max_staleness={loop.config.train.max_staleness} allows no such lag"
                 )
     return groups
+
+
+def _group_of(values: Mapping[str, Any]) -> Group:
+    """A group from the plain values that ``dataclasses.asdict`` made of it, by way of JSON."""
+
+    def made(kind: Any, fields: Mapping[str, Any]) -> Any:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+    return Group(made(Prompt, values["prompt"]), tuple(made(Completion, one) for one in values["completions"]))
 
 
 def _batch_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from common.config import ModelConfig
 from common.device import dtype_of
 from common.errors import RunFailure, UserError
 from common.files import atomic_folder
+from learner.parallel import Ranks, whole
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt", "*.model")
 
@@ -199,6 +200,11 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa"
     return model.eval()
 
 
+def causal_of(model: Any) -> Any:
+    """The causal language model under a possible adapter."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def adapter_config(config: ModelConfig, folder: Path) -> Any:
     """peft's configuration of the adapter that ``config`` describes."""
     from peft import LoraConfig
@@ -257,14 +263,16 @@ def adapter_tensors(model: Any) -> Mapping[str, torch.Tensor]:
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight under its Hugging Face name, a tied output head once, buffers left out."""
+def full_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight under its Hugging Face name, a tied output head once, buffers left out; what is sliced over ranks
+    is gathered in ``dtype``, one tensor at a time, so that all ranks must iterate."""
     for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
+        yield name, whole(parameter, dtype)
 
 
-def merged_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of the base with the adapter added, under its Hugging Face name, one tensor at a time."""
+def merged_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of the base with the adapter added, under its Hugging Face name, one tensor at a time; gathered as
+    ``full_tensors``'."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
@@ -273,25 +281,38 @@ def merged_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         owner, _, leaf = name.rpartition(".base_layer.")
         if owner in layers and leaf == "weight":
             delta = layers[owner].get_delta_weight("default")
-            yield f"{owner}.weight", (parameter.detach().float() + delta.float()).to(parameter.dtype)
+            base_weight = whole(parameter, dtype)
+            yield f"{owner}.weight", (base_weight.float() + delta.float()).to(base_weight.dtype)
         elif owner in layers:
-            yield f"{owner}.{leaf}", parameter.detach()
+            yield f"{owner}.{leaf}", whole(parameter, dtype)
         elif ".lora_" not in name:
-            yield name, parameter.detach()
+            yield name, whole(parameter, dtype)
 
 
-def export(model: Any, source: Path, folder: Path, merged: bool) -> None:
-    """Writes a Hugging Face folder: the model with the source's tokenizer; under LoRA the adapter, or merged."""
-    is_adapter = hasattr(model, "peft_config")
+def export(model: Any, source: Path, folder: Path, merged: bool, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Writes a Hugging Face folder: the model with the source's tokenizer; under LoRA the adapter, or merged.
+
+    All ranks gather, rank 0 writes.
+    """
+    state: dict[str, torch.Tensor] | None = None
+    if merged or not hasattr(model, "peft_config"):
+        tensors = merged_tensors(model, dtype) if hasattr(model, "peft_config") else full_tensors(model, dtype)
+        state = {}
+        for name, tensor in tensors:  # one at a time: a second whole model might not fit on the device
+            if ranks.rank == 0:
+                state[name] = tensor.to("cpu").contiguous()
+    with ranks.together("exporting the model"):
+        if ranks.rank == 0:
+            _write_folder(model, source, folder, state)
+
+
+def _write_folder(model: Any, source: Path, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
+    """The model's folder with these weights; without any, the adapter's."""
     try:
-        if is_adapter and not merged:
+        if state is None:
             model.save_pretrained(folder, save_embedding_layers=False)
         else:
-            base = model.get_base_model() if is_adapter else model
-            tensors = merged_tensors(model) if is_adapter else full_tensors(model)
-            # One at a time: a second whole model might not fit on the device.
-            state = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
-            base.save_pretrained(folder, state_dict=state)
+            causal_of(model).save_pretrained(folder, state_dict=state)
     except (OSError, SafetensorError) as error:
         raise RunFailure(
             f"the model cannot be written to {str(folder)!r} ({_first_line(error)}); free space on that disk"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from common.config import OptimizerConfig
 
@@ -29,7 +30,11 @@ def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
 
 
 class MasterAdamW:
-    """AdamW (arXiv 1711.05101) over named parameters; float32 ones are their own masters."""
+    """AdamW (arXiv 1711.05101) over named parameters; float32 ones are their own masters.
+
+    A parameter that is sliced over ranks (a DTensor) stays so, with its averages and in ``state``; ``clip`` is then a
+    collective.
+    """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
         self._config = config
@@ -62,7 +67,12 @@ class MasterAdamW:
     def clip(self) -> float:
         """Scales the gradients to at most ``max_grad_norm``; returns their global norm before, maybe not finite."""
         limit = self._config.max_grad_norm or math.inf
-        return float(nn.utils.clip_grad_norm_([master for _, master in self._pairs.values()], limit))
+        masters = [master for _, master in self._pairs.values()]
+        norm = nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+        if isinstance(norm, DTensor):  # each rank's part of it, until asked for the whole
+            norm = norm.full_tensor()
+        nn.utils.clip_grads_with_norm_(masters, limit, norm)
+        return float(norm)
 
     def step(self, lr: float) -> None:
         """One step at this rate; the model's weights become the masters' rounding."""
@@ -86,6 +96,17 @@ class MasterAdamW:
             for part, value in self._adamw.state.get(master, {}).items():
                 tensors[f"{name}/{part}"] = value
         return tensors
+
+    def blank_state(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors for a checkpoint's values of these names of ``state``: the masters themselves, new ones for the
+        rest. Names of no parameter here are left out."""
+        blank: dict[str, torch.Tensor] = {}
+        for key in names:
+            name, _, part = key.rpartition("/")
+            if name in self._pairs:
+                master = self._pairs[name][1].detach()
+                blank[key] = master if part == "master" else torch.zeros(()) if part == "step" else master.clone()
+        return blank
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Undo of ``state``; asserts that every parameter is there."""

@@ -12,7 +12,7 @@ K predicted tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -149,6 +149,25 @@ def plan(rows: Sequence[Row], budget_tokens: int, packed: bool) -> list[Pack]:
         count += 1
 
 
+def share(rows: Sequence[Row], ranks: int, packed: bool) -> list[list[Row]]:
+    """Each rank's rows, about even in tokens to compute, whole groups so that each prompt is computed once.
+
+    With fewer groups than ranks the costliest are cut in two; with fewer rows some ranks get none.
+    """
+
+    def cost(part: Stretch) -> int:
+        return part.tokens if packed else part.tokens + len(part.prompt) * (len(part.rows) - 1)
+
+    parts = stretches(rows)
+    while len(parts) < ranks and any(len(part.rows) > 1 for part in parts):
+        widest = max((part for part in parts if len(part.rows) > 1), key=cost)
+        by_length = sorted(widest.rows, key=lambda row: len(row.completion))
+        parts.remove(widest)
+        parts += [Stretch(widest.prompt, tuple(by_length[::2])), Stretch(widest.prompt, tuple(by_length[1::2]))]
+    bins = _even_bins(parts, ranks, cost)
+    return [sorted((row for part in one for row in part.rows), key=lambda row: row.index) for one in bins]
+
+
 def _split(stretch: Stretch, budget: int) -> list[Stretch]:
     parts: list[list[Row]] = [[]]
     used = len(stretch.prompt)
@@ -161,14 +180,18 @@ def _split(stretch: Stretch, budget: int) -> list[Stretch]:
     return [Stretch(stretch.prompt, tuple(rows)) for rows in parts if rows]
 
 
-def _even_bins(parts: Sequence[Stretch], count: int) -> list[list[Stretch]]:
-    """Longest first into the emptiest bin."""
+def _tokens(part: Stretch) -> int:
+    return part.tokens
+
+
+def _even_bins(parts: Sequence[Stretch], count: int, cost: Callable[[Stretch], int] = _tokens) -> list[list[Stretch]]:
+    """Costliest first into the emptiest bin."""
     bins: list[list[Stretch]] = [[] for _ in range(max(count, 1))]
     sizes = [0] * len(bins)
-    for part in sorted(parts, key=lambda part: -part.tokens):
+    for part in sorted(parts, key=cost, reverse=True):
         emptiest = sizes.index(min(sizes))
         bins[emptiest].append(part)
-        sizes[emptiest] += part.tokens
+        sizes[emptiest] += cost(part)
     return bins
 
 

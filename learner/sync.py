@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import get_args
 
 from common.config import SyncConfig
 from common.errors import RunFailure
-from common.protocols import Learner, Placement, Sampler, WeightHandle
+from common.protocols import Learner, Placement, Sampler, Transport
 from common.types import Prompt
 from common.waits import bounded
-from common.weights import Fingerprint
 
 MOVED = 0.002  # nats: a mean change of the learner's log-probs that no engine's arithmetic can swallow whole
 
@@ -61,7 +61,8 @@ class WeightSync:
     ) -> None:
         self._learner, self._sampler, self._placement = learner, sampler, placement
         self._probe, self._config, self._timeout_s = probe, config, timeout_s
-        self._last: tuple[list[float], list[float]] | None = None  # learner's and sampler's when the sampler last moved
+        # By replica: the learner's and its own when it last moved.
+        self._last: dict[str, tuple[list[float], list[float]]] = {}
 
     def challenge(self) -> dict[str, float]:
         """Sends perturbed weights and checks that the sampler follows. The next sync must send the true ones."""
@@ -84,45 +85,56 @@ class WeightSync:
                 handle = self._learner.publish_weights(merged=not self._sampler.takes_adapters)
                 arrived = self._sampler.load_weights(handle, self._learner.version)
             synced_s = time.perf_counter() - started
-            metrics = {"seconds_sync": synced_s}
+            sent, sent_bytes = handle.sent()
+            metrics = {
+                "seconds_sync": synced_s,
+                "sync_bytes": float(sent_bytes),
+                "sync_transport": float(get_args(Transport).index(handle.transport)),
+            }
             if self._config.proof:
                 with bounded("sampler", f"answering the probe for {what}", self._timeout_s):
-                    metrics |= self._prove(handle, arrived, what)
+                    metrics |= self._prove(sent, arrived, what)
                 metrics["seconds_proof"] = time.perf_counter() - started - synced_s
-            else:
-                metrics["sync_bytes"] = float(sum(t.numel() * t.element_size() for _, t in handle.open()))
         return metrics
 
-    def _prove(self, handle: WeightHandle, arrived: str, what: str) -> dict[str, float]:
-        sent = Fingerprint()
-        for name, tensor in handle.open():
-            sent.add(name, tensor)
-        if sent.digest() != arrived:
+    def _prove(self, sent: str, arrived: str, what: str) -> dict[str, float]:
+        if sent != arrived:
             raise SyncError(
                 f"the sampler did not receive the weights that the learner sent ({what}): fingerprint {arrived} "
-                f"arrived, {sent.digest()} was sent"
+                f"arrived, {sent} was sent"
             )
-        mine = [value for row in self._learner.logprobs(self._probe) for value in row]
-        theirs = [value for row in self._sampler.logprobs(self._probe) for value in row]
+        mine = _flat(self._learner.logprobs(self._probe))
+        # A pool answers for each of its replicas: every one proves what it holds.
+        each = getattr(self._sampler, "logprobs_of_each", None)
+        answers = each(self._probe) if each is not None else {"sampler": self._sampler.logprobs(self._probe)}
+        return {"probe_diff": max(self._agrees(name, mine, _flat(theirs), what) for name, theirs in answers.items())}
+
+    def _agrees(self, name: str, mine: list[float], theirs: list[float], what: str) -> float:
+        """How far this replica's answer is from the learner's, if it is near enough and not the old one."""
         assert len(mine) == len(theirs), (len(mine), len(theirs))
         difference = _mean_difference(mine, theirs)
         if not difference <= self._config.tolerance:  # also catches nan
             raise SyncError(
-                f"the sampler computes with other weights than the learner ({what}): their log-probs on the probe "
+                f"the {name} computes with other weights than the learner ({what}): their log-probs on the probe "
                 f"differ by {difference:.3f} nats a token on average, more than sync.tolerance="
                 f"{self._config.tolerance:g}. The sampler may hold old weights, an old output head or no adapter"
             )
-        if self._last is not None:
-            learner_before, sampler_before = self._last
+        last = self._last.get(name)
+        if last is not None:
+            learner_before, sampler_before = last
             moved = _mean_difference(mine, learner_before)
             if theirs == sampler_before and moved > MOVED:
                 raise SyncError(
-                    f"the sampler still serves old weights ({what}): its log-probs on the probe are bit for bit the "
+                    f"the {name} still serves old weights ({what}): its log-probs on the probe are bit for bit the "
                     f"old ones, while the learner's moved by {moved:.4f} nats a token"
                 )
-        if self._last is None or theirs != self._last[1]:
-            self._last = (mine, theirs)
-        return {"probe_diff": difference, "sync_bytes": float(sent.bytes)}
+        if last is None or theirs != last[1]:
+            self._last[name] = (mine, theirs)
+        return difference
+
+
+def _flat(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [value for row in rows for value in row]
 
 
 def _mean_difference(one: Sequence[float], other: Sequence[float]) -> float:

@@ -25,8 +25,10 @@ Any causal model folder with a tokenizer will do; a small random one is best (re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -361,6 +363,29 @@ def _check_seed(env: Env) -> None:
 
 
 @_check
+def _check_seed_offset(env: Env) -> None:
+    """Parts of a request draw separately; where the back end ``seeds_prompts``, just as they would in the whole."""
+    texts = (MIDDLE, LONG, UNICODE, SHORT, MIDDLE + LONG, LONG, MIDDLE, SHORT)
+    prompts = [env.prompt(text, name=f"p{index}") for index, text in enumerate(texts)]
+    params: dict[str, Any] = {"n": 4, "max_tokens": 8, "seed": 13}
+    one, other = (_tokens(env.generate(prompts[:2], **params, seed_offset=offset)) for offset in (0, 2))
+    _expect(one != other, "expected separate draws for two parts of a request (seed_offset 0 and 2), got the same")
+    if not getattr(env.sampler, "seeds_prompts", False):
+        return
+    whole = _tokens(env.generate(prompts, **params))
+    for cut in (1, 5):
+        parts = env.generate(prompts[:cut], **params) + env.generate(prompts[cut:], **params, seed_offset=cut)
+        # Other neighbours in a batch round otherwise, which may move a draw, and then all that follow it.
+        moved = sum(mine != right for mine, right in zip(_tokens(parts), whole, strict=True))
+        allowed = int(len(whole) * min(0.5, params["max_tokens"] * env.tolerance))
+        _expect(
+            moved <= allowed,
+            f"expected the completions of a request cut after prompt {cut} to be those of the whole (but for "
+            f"{allowed}), got {moved} others of {len(whole)}",
+        )
+
+
+@_check
 def _check_ordering(env: Env) -> None:
     """generate, load_weights, generate: the first is by the old weights, the second by the new, nothing left over."""
     old, new = perturbed(env.base, seed=4), perturbed(env.base, seed=5)
@@ -376,6 +401,55 @@ def _check_ordering(env: Env) -> None:
         groups = request.result(timeout=WAIT_S)
         _expect_version(groups, stamp)
         _expect_scores(env, tensors, groups, params, when)
+
+
+@_check
+def _check_in_flight(env: Env) -> None:
+    """Several requests before any answer is fetched: each gets its own whatever the order, with ``logprobs`` and
+    ``load_weights`` between; the old weights write them."""
+    old, new = perturbed(env.base, seed=8), perturbed(env.base, seed=9)
+    env.load(old)
+    version = env.version
+    requests = [
+        ([env.prompt(LONG), env.prompt(SHORT)], SamplingParams(n=3, max_tokens=12, seed=21)),
+        ([env.prompt(MIDDLE)], SamplingParams(n=2, max_tokens=5, temperature=0.7, seed=22)),
+        ([env.prompt(UNICODE), env.prompt(MIDDLE), env.prompt(LONG)], SamplingParams(max_tokens=16)),
+    ]
+    futures = [env.sampler.generate(prompts, params) for prompts, params in requests]
+    _expect_logprobs(env, old, "with requests in flight")
+    env.load(new)
+    for place in (2, 0, 1):
+        prompts, params = requests[place]
+        _expect_answer(env, futures[place], prompts, params, version, old, f"of request {place} of 3 in flight")
+    _expect_logprobs(env, new, "after load_weights with requests in flight")
+
+
+@_check
+def _check_pump(env: Env) -> None:
+    """Where there is ``pump``: ``generate`` returns at once, ``pump`` alone does the work, and requests join others."""
+    pump: Callable[[], bool] | None = getattr(env.sampler, "pump", None)
+    if pump is None:
+        return
+    requests = [
+        ([env.prompt(LONG), env.prompt(MIDDLE)], SamplingParams(n=2, max_tokens=12, seed=31)),
+        ([env.prompt(UNICODE)], SamplingParams(n=3, max_tokens=8, temperature=0.7, seed=32)),
+    ]
+    idle = not pump()
+    _expect(idle, "expected pump to say False with nothing asked for, got True")
+    futures = []
+    for prompts, params in requests:
+        futures.append(env.sampler.generate(prompts, params))
+        _expect(not futures[-1].done(), "expected generate to return before its work is done, got a future done")
+        _expect(_times_out(futures[-1]), "expected TimeoutError from result(timeout=0) of work not done, got none")
+        pump()
+    end = time.monotonic() + WAIT_S
+    while not all(future.done() for future in futures) and time.monotonic() < end and pump():
+        pass
+    left = sum(not future.done() for future in futures)
+    _expect(left == 0, f"expected pump alone to do the work, got {left} of {len(futures)} requests not done at its end")
+    _expect(not pump(), "expected pump to say False once all work is done, got True")
+    for future, (prompts, params) in zip(futures, requests, strict=True):
+        _expect_answer(env, future, prompts, params, env.version, env.base, "of work done by pump")
 
 
 @_check
@@ -541,6 +615,34 @@ def _check_adapter(env: Env) -> None:
 def _expect_version(groups: Sequence[Group], version: int) -> None:
     stamps = sorted({one.policy_version for one in _flat(groups)})
     _expect(stamps == [version], f"expected every completion stamped with version {version}, got {stamps}")
+
+
+def _times_out(future: Future[list[Group]]) -> bool:
+    try:
+        future.result(timeout=0)
+    except FutureTimeout:
+        return True
+    return False
+
+
+def _expect_answer(
+    env: Env,
+    future: Future[list[Group]],
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    version: int,
+    tensors: Tensors,
+    what: str,
+) -> None:
+    """The future holds whole groups for these prompts, written by these weights alone."""
+    groups = future.result(timeout=WAIT_S)
+    asked = [(prompt.id, params.n) for prompt in prompts]
+    got = [(group.prompt.id, len(group.completions)) for group in groups]
+    _expect(got == asked, f"expected prompts and completions {asked} in the answer {what}, got {got}")
+    _expect_version(groups, version)
+    mixed = sum(bool(one.token_versions) for one in _flat(groups))
+    _expect(mixed == 0, f"expected no token_versions in the answer {what}, got them in {mixed} completions")
+    _expect_scores(env, tensors, groups, params, f"in the answer {what}, ")
 
 
 def _expect_logprobs(env: Env, tensors: Tensors, when: str) -> None:

@@ -69,14 +69,16 @@ class HfSampler:
     """A transformers model that serves the folder's weights as version 0 until ``load_weights`` brings others.
 
     ``batch_size`` (the only option): completions computed at once; lower it when memory is short. Equal seeds give
-    equal completions: each draws from its own row of uniform numbers, so that the batch size and the device change
-    nothing but rounding. Log-probs are exactly those of the distribution drawn from (``common.logits.process``); a
-    greedy completion's are of temperature 1, without top-p or top-k, as vLLM's are.
+    equal completions: each draws from its own row of uniform numbers, so that the batch size, the device and a split of
+    the request (``SamplingParams.seed_offset``) change nothing but rounding. Log-probs are exactly those of the
+    distribution drawn from (``common.logits.process``); a greedy completion's are of temperature 1, without top-p or
+    top-k, as vLLM's are.
 
     ``generate`` does its work before it returns; the future it returns is always done.
     """
 
     takes_adapters = True
+    seeds_prompts = True
 
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:
@@ -89,6 +91,16 @@ class HfSampler:
 
     def __init__(self, setup: SamplerSetup, **options: Any) -> None:
         self.check_options(options)
+        if setup.tensor_parallel > 1:
+            raise UserError(
+                f"sampler.tensor_parallel={setup.tensor_parallel} cannot be had with sampler.name='hf', which uses one "
+                "device; set it to 1, or use sampler.name='vllm'"
+            )
+        if setup.in_flight_updates:
+            raise UserError(
+                "sampler.in_flight_updates=true has no effect with sampler.name='hf', which takes weights only between "
+                "requests; set it to false, or use sampler.name='vllm'"
+            )
         batch_size = options.get("batch_size", 64)
         if setup.threads:
             torch.set_num_threads(setup.threads)
@@ -183,7 +195,11 @@ class HfSampler:
 
     def _complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
         owner_R = [index for index in range(len(prompts)) for _ in range(params.n)]
-        generator = self._generator if params.seed is None else torch.Generator().manual_seed(params.seed)
+        generator = self._generator
+        if params.seed is not None:
+            generator = torch.Generator().manual_seed(params.seed)
+            # The rows of the prompts that stand before these in the whole request.
+            torch.rand(params.seed_offset * params.n, params.max_tokens, generator=generator, dtype=torch.float64)
         uniform_RT = torch.rand(len(owner_R), params.max_tokens, generator=generator, dtype=torch.float64)
         completions: list[Completion] = []
         for start in range(0, len(owner_R), self._batch_size):

@@ -3,7 +3,8 @@
 Completions come from a table or a function, but weights and versions are real: it keeps what arrives, stamps the
 version it was given, and where the model folder exists computes ``logprobs`` with the weights it holds (through
 ``HfSampler``), so that the proof of a sync runs on it. ``fault`` makes it break that promise in one known way, which
-the proof must find. Left out: drawing, so it does not meet the sampler contract's checks of distributions.
+the proof must find. Left out: drawing, so it does not meet the sampler contract's checks of distributions, and work in
+flight: an answer is whole when ``generate`` returns.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ class ScriptedSampler:
     """
 
     takes_adapters = True
+    seeds_prompts = False
+    """Lines are taken in turn by each replica for itself, whatever the seed; a function of the prompt alone does not
+    care."""
 
     def __init__(
         self,

@@ -3,10 +3,14 @@
 Everything that depends on vLLM's ways is in this file:
 
 - the engine stays in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), so that tensors are handed over as they are;
+- it works in ``pump``, an engine step at a time, and requests join and leave between steps. One thread makes every
+  call, ``result`` of its futures included;
 - weights go in through ``reload_weights``: after loading, vLLM repacks its linear layers, and its model's own
   ``load_weights`` fails on them;
+- over several devices the shards live in worker processes, which take the weights from a folder in shared memory;
 - a tied output head is untied and sent explicitly: ``reload_weights`` leaves a tied head at its old values;
-- on the CPU a request cannot carry a seed, so the generator it draws from is seeded before the request;
+- on the CPU a request cannot carry a seed, so the generator that all draw from is seeded before the request: there
+  a seed fixes a request only while no other is in work;
 - on the CPU the cache's block is 32 tokens, so that short prompts are shared in a group (the default of 128 shares
   only longer ones).
 
@@ -19,22 +23,24 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import itertools
 import json
 import os
 import random
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 
 from common.errors import RunFailure, UserError
 from common.protocols import WeightHandle
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from common.weights import Fingerprint, FolderWeights
+from common.weights import Fingerprint, FolderWeights, SharedMemoryWeights, shared_memory_folder
 
 # Ours to set, because the loop depends on them; each with where the wish belongs instead.
 _OURS = {
@@ -51,17 +57,55 @@ _OURS = {
     "load_format": "nothing: the weights come from the learner",
     "hf_overrides": "nothing: the output head is untied here",
     "skip_tokenizer_init": "nothing: stop strings need the tokenizer",
+    "tensor_parallel_size": "sampler.tensor_parallel",
 }
 # Names of the input embedding, which is also the head of a tied model.
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 # Models whose vLLM class computes logits with the embedding module itself: nothing to untie, a reload reaches it.
-_HEAD_IS_EMBEDDING = ("gemma", "gemma2", "gemma3_text")
+HEAD_IS_EMBEDDING = ("gemma", "gemma2", "gemma3_text")
+
+
+class Answer(Future[Any]):
+    """What ``generate`` returns. Waiting for it does the engine's work, other requests' too, so only the thread that
+    owns the sampler may wait, and only by ``result`` or ``exception``."""
+
+    def __init__(self, sampler: VllmSampler, size: int, finish: Callable[[list[Any]], Any]) -> None:
+        super().__init__()
+        self._sampler, self._finish = sampler, finish
+        self._outputs: list[Any] = [None] * size
+        self._left = size
+        self.set_running_or_notify_cancel()  # or it could be cancelled, and the engine would go on with it
+
+    def take(self, place: int, output: Any) -> None:
+        """The engine's output for one of the prompts; with the last of them the future is done."""
+        self._outputs[place] = output
+        self._left -= 1
+        if not self._left:
+            self.set_result(self._finish(self._outputs))
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The groups. Raises ``concurrent.futures.TimeoutError`` once ``timeout`` seconds have passed (looked at after
+        each step), and ``RunFailure`` if the engine failed, or was closed, before they were written."""
+        self._work(timeout)
+        return super().result(timeout=0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As ``Future.exception``, working like ``result``."""
+        self._work(timeout)
+        return super().exception(timeout=0)
+
+    def _work(self, timeout: float | None) -> None:
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.done() and (end is None or time.monotonic() < end) and self._sampler.pump():
+            pass
 
 
 class VllmSampler:
     """A vLLM engine in this process; ``**options`` are arguments of ``vllm.LLM`` and win over the defaults here."""
 
     takes_adapters = True
+    seeds_prompts: bool
+    """On a GPU, where vLLM takes a seed for each prompt; not on the CPU."""
 
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:
@@ -87,29 +131,42 @@ class VllmSampler:
 
     def __init__(self, setup: SamplerSetup, **options: Any) -> None:
         self.check_options(options)
+        if setup.in_flight_updates and setup.adapter is not None:
+            raise UserError(
+                "sampler.in_flight_updates=true cannot be had with an adapter, because a completion in work keeps its "
+                "own; set it to false, or model.lora_rank to 0"
+            )
         import vllm
+        from vllm.exceptions import VLLMError
 
         self._setup = setup
         self._on_cpu = setup.device == "cpu"
-        self._version = 0
+        self.seeds_prompts = not self._on_cpu
         self._asleep = False
+        self._broken = ""  # what went wrong in a step, after which the engine is not to be trusted
+        self._torn = ""  # says that a hand-over of weights stopped half-way; the next one mends it
         self._adapter: Any = None  # the LoRARequest served now
         self._adapter_count = 0
-        memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-        _sweep_scratch(memory)
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"nanogrpo-{_pid_space()}-{os.getpid()}-", dir=memory))
+        self._numbers = itertools.count()
+        self._open: dict[str, tuple[Answer, int]] = {}  # by the engine's request id: whose, and which of its prompts
+        self._model: dict[str, Any] = json.loads((Path(setup.model_folder) / "config.json").read_text())
+        self._scratch = shared_memory_folder("nanogrpo-sampler")
         self._untie = self._must_untie()
         try:
             self._llm: Any = vllm.LLM(**(self._arguments() | options))
-        except (ValueError, TypeError, RuntimeError, OSError) as error:
+        except (ValueError, TypeError, RuntimeError, OSError, VLLMError) as error:
             self.close()
             raise UserError(f"vLLM cannot start with model {setup.model_folder!r}: {_one_line(error)}") from error
-        if setup.adapter is None:
-            try:
+        try:
+            if self._on_cpu and setup.tensor_parallel > 1:
+                self._llm.collective_rpc(_settle_worker)
+            if setup.adapter is None:
                 self.load_weights(FolderWeights(setup.model_folder), version=0)
-            except BaseException:
-                self.close()
-                raise
+            else:
+                self._llm.llm_engine.set_weight_version("0")
+        except BaseException:
+            self.close()
+            raise
 
     def _arguments(self) -> dict[str, Any]:
         setup = self._setup
@@ -134,6 +191,8 @@ class VllmSampler:
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
             # Left to itself vLLM wraps the output head too, and on the CPU prompt log-probs then fail.
             arguments["lora_target_modules"] = sorted(setup.adapter.config["target_modules"])
+        if setup.tensor_parallel > 1:  # not "ray", which vLLM would take inside a Ray actor: the devices are all here
+            arguments |= {"tensor_parallel_size": setup.tensor_parallel, "distributed_executor_backend": "mp"}
         if self._on_cpu:
             # Compiling costs half a minute at every start; sequences are short here.
             arguments |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": self._cache_bytes()}
@@ -142,27 +201,27 @@ class VllmSampler:
         return arguments
 
     def _must_untie(self) -> bool:
-        config = json.loads((Path(self._setup.model_folder) / "config.json").read_text())
-        tied = bool(config.get("tie_word_embeddings", False))
-        return tied and self._setup.adapter is None and config.get("model_type") not in _HEAD_IS_EMBEDDING
+        tied = bool(self._model.get("tie_word_embeddings", False))
+        return tied and self._setup.adapter is None and self._model.get("model_type") not in HEAD_IS_EMBEDDING
 
     def _cache_bytes(self) -> int:
-        """Room for every sequence at full length, at most 4 GiB (vLLM queues what does not fit)."""
-        config = json.loads((Path(self._setup.model_folder) / "config.json").read_text())
+        """Of one device: room for every sequence at full length, at most 4 GiB (vLLM queues what does not fit)."""
+        config = self._model
         heads = config.get("num_key_value_heads") or config.get("num_attention_heads", 16)
         width = config.get("head_dim") or config.get("hidden_size", 1024) // config.get("num_attention_heads", 16)
         size = 4 if self._setup.dtype == "float32" else 2
         block = 32
         tokens = self._setup.max_sequences * (-(-self._setup.max_model_tokens // block) + 1) * block
+        heads = max(1, heads // self._setup.tensor_parallel)
         return int(min(max(config.get("num_hidden_layers", 24) * 2 * heads * width * size * tokens, 64 << 20), 4 << 30))
 
     # -- the contract ------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
         from vllm import SamplingParams as VllmParams
-        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
-        self._alive()
+        self._ready()
         limit = self._setup.max_model_tokens
         for prompt in prompts:
             if len(prompt.token_ids) + params.max_tokens > limit:
@@ -171,40 +230,63 @@ class VllmSampler:
                     f"{params.max_tokens} is more than the {limit} this sampler was set up for; shorten the prompt "
                     "or lower sampler.max_tokens"
                 )
-        future: Future[list[Group]] = Future()
-        if not prompts:
-            future.set_result([])
-            return future
-        requests = [
-            VllmParams(
-                n=params.n,
-                max_tokens=params.max_tokens,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=params.top_k or -1,
-                stop=list(params.stop) or None,
-                logprobs=0,
-                seed=None if self._on_cpu or params.seed is None else _spread_seed(params.seed, index),
-            )
-            for index in range(len(prompts))
-        ]
+        with _refusals():
+            requests = [
+                VllmParams(
+                    n=params.n,
+                    max_tokens=params.max_tokens,
+                    temperature=params.temperature,
+                    top_p=params.top_p,
+                    top_k=params.top_k or -1,
+                    stop=list(params.stop) or None,
+                    logprobs=0,
+                    seed=None if params.seed is None or self._on_cpu else _spread_seed(params.seed, place),
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                for place in range(params.seed_offset, params.seed_offset + len(prompts))
+            ]
         if params.seed is not None:
-            # The same blocks must be computed and not found, or rounding differs between two equal requests.
-            self._llm.reset_prefix_cache()
+            if not self._open:
+                # The same blocks must be computed and not found, or rounding differs between two equal requests.
+                self._llm.reset_prefix_cache()
             if self._on_cpu:
-                self._llm.collective_rpc(_seed_worker, args=(params.seed,))
-        inputs = [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt in prompts]
-        outputs = self._run(inputs, requests)
-        future.set_result([self._group(prompt, out) for prompt, out in zip(prompts, outputs, strict=True)])
-        return future
+                self._llm.collective_rpc(_seed_worker, args=(_part_seed(params.seed, params.seed_offset),))
+        return self._begin(
+            [prompt.token_ids for prompt in prompts],
+            requests,
+            lambda outputs: [_group(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)],
+        )
+
+    def pump(self) -> bool:
+        """One step of the engine for every request in work; says whether any is left.
+
+        Raises nothing: if the step fails, the future of every request in work holds a ``RunFailure``.
+        """
+        if not self._open:
+            return False
+        try:
+            # On the CPU vLLM would spend 15 s compiling one small log-prob function that runs as fast without.
+            with torch.compiler.set_stance("force_eager") if self._on_cpu else contextlib.nullcontext():
+                outputs = self._llm.llm_engine.step()
+        except Exception as error:
+            died = getattr(self._llm.llm_engine.model_executor, "is_failed", False)  # then the error says "cancelled"
+            why = "one of its worker processes died" if died else _one_line(error)
+            self._broken = f"the vLLM sampler failed while writing: {why}"
+            self._drop(self._broken, error)
+            return False
+        for output in outputs:
+            if output.finished:
+                answer, place = self._open.pop(output.request_id)
+                answer.take(place, output)
+        return bool(self._open)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         from vllm import SamplingParams as VllmParams
-        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
-        self._alive()
-        inputs = [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in sequences]
-        outputs = self._run(inputs, VllmParams(max_tokens=1, temperature=1.0, prompt_logprobs=0))
+        self._ready()
+        ask = VllmParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+        outputs = self._begin(sequences, [ask] * len(sequences), list).result()
         return [
             [entry[token].logprob for entry, token in zip(out.prompt_logprobs[1:], sequence[1:], strict=True)]
             for out, sequence in zip(outputs, sequences, strict=True)
@@ -212,26 +294,39 @@ class VllmSampler:
 
     def load_weights(self, handle: WeightHandle, version: int) -> str:
         self._alive()
+        if not self._setup.in_flight_updates:
+            self._drain()
+        swapping = bool(self._open)
+        if swapping:  # no step may run, not even one already on its way to the device
+            self._llm.sleep(level=0, mode="keep")
+        self._torn = f"the vLLM sampler was left with a part of the weights of version {version}"
         arrived = Fingerprint()
         tensors = arrived.watch(handle.open())
         try:
             if handle.kind == "adapter":
                 self._load_adapter(tensors, dict(handle.adapter_config or {}))
             else:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(tensors)})
-        except UserError:
-            raise
+                self._reload(self._with_head(tensors))
         except Exception as error:
+            self._drop(self._torn, error)
+            if isinstance(error, UserError):
+                raise
             raise RunFailure(
                 f"the vLLM sampler could not load weights of version {version}: {_one_line(error)}"
             ) from error
-        self._llm.reset_prefix_cache()
-        self._version = version
+        finally:
+            if swapping:
+                self._llm.wake_up(tags=["scheduling"])
+        # What requests in work have cached is dropped too: they compute all their tokens anew, with these weights.
+        self._llm.reset_prefix_cache(reset_running_requests=swapping)
+        self._llm.llm_engine.set_weight_version(str(version))
+        self._torn = ""
         return arrived.digest()
 
     def sleep(self) -> None:
         if self._on_cpu or not self._setup.shares_device or self._asleep:
             return
+        self._drain()
         # Level 2 drops the weights, which the next sync sends anyway; an adapter's base must be kept (level 1).
         self._llm.sleep(level=1 if self._setup.adapter is not None else 2)
         self._asleep = True
@@ -247,6 +342,9 @@ class VllmSampler:
         if llm is not None:
             from vllm.distributed import cleanup_dist_env_and_memory
 
+            for answer in {answer for answer, _ in self._open.values()}:
+                answer.set_exception(RunFailure("the vLLM sampler was closed before it had answered"))
+            self._open.clear()
             with contextlib.suppress(AttributeError):
                 llm.llm_engine.engine_core.shutdown()
             del llm
@@ -256,46 +354,71 @@ class VllmSampler:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _run(self, inputs: list[Any], params: Any) -> list[Any]:
-        # On the CPU vLLM would spend 15 s compiling one small log-prob function that runs as fast without.
-        stance = torch.compiler.set_stance("force_eager") if self._on_cpu else contextlib.nullcontext()
-        with stance:
-            return list(self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._adapter))
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[Any], finish: Callable[[list[Any]], Any]
+    ) -> Answer:
+        from vllm.inputs import tokens_input
 
-    def _group(self, prompt: Prompt, output: Any) -> Group:
-        return Group(
-            prompt,
-            tuple(
-                Completion(
-                    token_ids=tuple(one.token_ids),
-                    text=one.text,
-                    logprobs=tuple(
-                        entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)
-                    ),
-                    finish_reason="length" if one.finish_reason == "length" else "stop",
-                    policy_version=self._version,
-                )
-                for one in output.outputs
-            ),
-        )
+        answer = Answer(self, len(prompts), finish)
+        if not prompts:
+            answer.set_result(finish([]))
+        added: list[str] = []
+        try:
+            with _refusals():
+                for place, (token_ids, one) in enumerate(zip(prompts, params, strict=True)):
+                    number = str(next(self._numbers))
+                    inputs = tokens_input(list(token_ids))
+                    self._llm.llm_engine.add_request(number, inputs, one, lora_request=self._adapter)
+                    self._open[number] = (answer, place)
+                    added.append(number)
+        except BaseException:  # those before one that is refused must not stay behind
+            self._llm.llm_engine.abort_request(added)
+            for number in added:
+                del self._open[number]
+            raise
+        return answer
+
+    def _drain(self) -> None:
+        while self.pump():
+            pass
+        self._alive()
+
+    def _drop(self, why: str, error: BaseException) -> None:
+        """Ends every request in work with a ``RunFailure``."""
+        open_, self._open = self._open, {}
+        for answer in {answer for answer, _ in open_.values()}:
+            failure = RunFailure(why)
+            failure.__cause__ = error
+            answer.set_exception(failure)
+        with contextlib.suppress(Exception):  # an engine that failed may not be able to do even this
+            self._llm.llm_engine.abort_request(list(open_))
+
+    def _reload(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if self._setup.tensor_parallel == 1:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            return
+        shared = SharedMemoryWeights.write(tensors, "full")
+        try:
+            self._llm.collective_rpc(_reload_from, args=(shared,))
+        finally:
+            shared.remove()
 
     def _with_head(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         sent_head, embedding = False, None
         for name, tensor in tensors:
             sent_head = sent_head or name == "lm_head.weight"
             yield name, tensor
-            if name.endswith(_EMBEDDINGS):
+            if name.endswith(EMBEDDINGS):
                 embedding = tensor
         if self._untie and not sent_head:
             if embedding is None:
                 raise UserError(
                     "the model ties its output head to an embedding of a name that is not known here "
-                    f"(known: {', '.join(_EMBEDDINGS)}); use sampler.name='hf', or an adapter (model.lora_rank)"
+                    f"(known: {', '.join(EMBEDDINGS)}); use sampler.name='hf', or an adapter (model.lora_rank)"
                 )
             yield "lm_head.weight", embedding
 
     def _load_adapter(self, tensors: Iterator[tuple[str, torch.Tensor]], config: dict[str, Any]) -> None:
-        from safetensors.torch import save_file
         from vllm.lora.request import LoRARequest
 
         self._adapter_count += 1  # an id that vLLM has seen would be served from its cache
@@ -312,27 +435,74 @@ class VllmSampler:
     def _alive(self) -> None:
         if getattr(self, "_llm", None) is None:
             raise RunFailure("the vLLM sampler was called after it was closed")
+        if self._broken:
+            raise RunFailure(self._broken)
+
+    def _ready(self) -> None:
+        self._alive()
+        if self._asleep:
+            raise RunFailure("the vLLM sampler was called while asleep; wake it first")
+        if self._torn:
+            raise RunFailure(self._torn)
 
 
-def _spread_seed(seed: int, index: int) -> int:
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns vLLM's own kind of error, which other processes may not even be able to unpickle, into ours."""
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        yield
+    except VLLMClientError as error:
+        raise UserError(f"vLLM refuses what it was asked to write: {_one_line(error)}") from error
+
+
+def _group(prompt: Prompt, output: Any) -> Group:
+    return Group(prompt, tuple(_completion(one) for one in output.outputs))
+
+
+def _completion(one: Any) -> Completion:
+    # vLLM notes which of the names given to set_weight_version was in force at each token.
+    versions = tuple(int(span.version) for span in one.weight_versions for _ in range(span.start, span.end))
+    assert len(versions) == len(one.token_ids), (one.weight_versions, len(one.token_ids))
+    return Completion(
+        token_ids=tuple(one.token_ids),
+        text=one.text,
+        logprobs=tuple(entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)),
+        finish_reason="length" if one.finish_reason == "length" else "stop",
+        policy_version=min(versions),
+        token_versions=versions if len(set(versions)) > 1 else (),
+    )
+
+
+def _spread_seed(seed: int, place: int) -> int:
     """A seed for one prompt, far from every other's: vLLM counts it up for each completion of a group."""
-    return random.Random(f"{seed}/{index}").getrandbits(31)
+    return random.Random(f"{seed}/{place}").getrandbits(31)
 
 
-def _sweep_scratch(place: Path) -> None:
-    """Removes what killed processes left in shared memory."""
-    for folder in place.glob(f"nanogrpo-{_pid_space()}-*"):
-        if not Path("/proc", folder.name.split("-")[2]).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+def _part_seed(seed: int, offset: int) -> int:
+    """A seed for a part of a request, its own for every ``offset``; that of a whole request (offset 0) is its own.
 
-
-def _pid_space() -> int:
-    """Tells containers that share the memory but not their process ids apart."""
-    return os.stat("/proc/self/ns/pid").st_ino if Path("/proc/self/ns/pid").exists() else 0
+    torch's CPU generator uses 32 bits. Steps of the golden ratio of that range are all different, and far apart.
+    """
+    return (seed + 0x9E3779B1 * offset) % 2**32
 
 
 def _seed_worker(worker: Any, seed: int) -> None:
     torch.manual_seed(seed)
+
+
+def _settle_worker(worker: Any) -> None:
+    """On the CPU, once every worker process has started: as ``pump`` in this process, and clean when killed."""
+    torch.compiler.set_stance("force_eager")
+    # All have joined the shared memory that they talk through; without its name it goes with the last of them.
+    for line in Path("/proc/self/maps").read_text().splitlines() if Path("/proc/self/maps").exists() else []:
+        if (file := line.split()[-1]).startswith("/dev/shm/vllm_dist_"):
+            Path(file).unlink(missing_ok=True)
+
+
+def _reload_from(worker: Any, weights: SharedMemoryWeights) -> None:
+    worker.reload_weights(weights_iterator=weights.open())
 
 
 def _environment() -> None:

@@ -1,7 +1,13 @@
-"""One thread a test process: on tiny models and a busy machine more threads mostly wait for each other."""
+"""One thread a test process: on tiny models and a busy machine more threads mostly wait for each other. And what Ray
+reads when it is imported, by whichever test is first: tokens are asked for, and nothing listens beyond loopback."""
+
+import os
 
 import pytest
 import torch
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def test_batch_size_changes_nothing(batch_size: int, tied: Path) -> None:
         for a, b in zip(one.completions, two.completions, strict=True):
             assert a.token_ids == b.token_ids
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_request_cut_in_two_draws_as_the_whole(cut: int, tied: Path) -> None:
+    sampler = HfSampler(_setup(tied))
+    prompts, params = _prompts(sampler), SamplingParams(n=3, max_tokens=16, temperature=0.9, seed=5)
+    whole = sampler.generate(prompts, params).result()
+    parts = sampler.generate(prompts[:cut], params).result()
+    parts += sampler.generate(prompts[cut:], replace(params, seed_offset=cut)).result()
+    for one, two in zip(whole, parts, strict=True):
+        assert [a.token_ids for a in one.completions] == [b.token_ids for b in two.completions]
 
 
 def test_draws_leave_the_global_generator_alone(tied: Path) -> None:
@@ -242,6 +254,10 @@ def test_setups_that_cannot_work(tied: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="comes to 513 tokens, more than the model's context of 512"):
         HfSampler(_setup(tied, max_model_tokens=513))
     HfSampler(_setup(tied, max_model_tokens=512))
+    with pytest.raises(UserError, match=r"sampler\.tensor_parallel=2 cannot be had with sampler\.name='hf'"):
+        HfSampler(_setup(tied, tensor_parallel=2))
+    with pytest.raises(UserError, match=r"sampler\.in_flight_updates=true has no effect with sampler\.name='hf'"):
+        HfSampler(_setup(tied, in_flight_updates=True))
     with pytest.raises(UserError, match="tokenizer"):
         HfSampler(_setup(tmp_path))
 

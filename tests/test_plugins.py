@@ -1,9 +1,15 @@
 """Finding tasks, samplers and trackers; every way it goes wrong is one clear sentence."""
 
 import importlib.metadata
+import json
+import os
 import pickle
+import shutil
+import subprocess
 import sys
+import sysconfig
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -242,6 +248,50 @@ def test_the_built_in_tasks_are_installed():
         assert lines[name], name
         assert "cannot be used" not in lines[name], lines[name]
     assert find_task(TaskConfig(name="warmup", options={"train_questions": 4})).prompts("train")[3].id == "train-3"
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def without_nanogrpo(tmp_path: Path, *files: str) -> subprocess.CompletedProcess:
+    """What a program sees where the requirements are installed, nanogrpo is not, and these files lie in a folder.
+
+    Python runs with ``-S``: it knows only the folder and a copy (by links) of site-packages without this project.
+    """
+    packages, sources = tmp_path / "packages", tmp_path / "sources"
+    packages.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "nanogrpo" not in path.name:
+            (packages / path.name).symlink_to(path)
+    for name in files:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, sources / name)
+    code = """if True:
+        import json
+        from common import plugins
+        names = {kind: [name for name, _ in plugins.installed(kind)] for kind in ("task", "sampler", "tracker")}
+        print(json.dumps([names, plugins.__file__, plugins.find("task", "warmup").__name__]))
+    """
+    environment = {**os.environ, "PYTHONPATH": f"{sources}{os.pathsep}{packages}"}
+    command = [sys.executable, "-S", "-c", code]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_built_ins_are_known_where_only_the_requirements_are_installed(tmp_path):
+    done = without_nanogrpo(tmp_path, "common", "sampler", "learner", "deploy", "pyproject.toml")
+    assert done.returncode == 0, done.stderr
+    names, file, warmup = json.loads(done.stdout)
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert names == {kind: sorted(groups.get(f"nanogrpo.{kind}s", {})) for kind in ("task", "sampler", "tracker")}
+    assert file.startswith(str(tmp_path))
+    assert warmup == "Warmup"
+
+
+def test_neither_installed_nor_declared(tmp_path):
+    done = without_nanogrpo(tmp_path, "common")
+    assert "task.name='warmup': no task is installed" in done.stderr
 
 
 def test_options_are_checked_by_name(good):

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from common import files
+from common import files, plugins
 from common.config import load
 from common.tokenizer import load_tokenizer, render
 from common.types import SamplerSetup
 from common.weights import FolderWeights, fingerprint
-from deploy import local
+from deploy import run as runs
 from learner import model as models
 from learner.checkpoint import Checkpoints
 from learner.learner import TorchLearner
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "run"
     config = load(DEMO, ["train.steps=2", "train.prompts_per_step=4", "eval.questions=8", "run.console=plain"])
     with open(os.devnull, "w") as nowhere:
-        outcome = local.run(config, folder, Console(file=nowhere))
+        outcome = runs.run(config, folder, Console(file=nowhere))
     assert outcome.finished
     return config, folder
 
@@ -66,7 +66,7 @@ def test_final_gives_the_learners_log_probs_in_transformers_and_a_fresh_vllm(run
     learner = TorchLearner(config, source, "cpu")
     assert Checkpoints(folder / "checkpoints", 2).restore_latest(learner) is not None
     final = folder / "final"
-    prompts = render(load_tokenizer(str(final)), list(local.plugins.find_task(config.task).prompts("test"))[:4])
+    prompts = render(load_tokenizer(str(final)), list(plugins.find_task(config.task).prompts("test"))[:4])
     asked = [prompt.token_ids for prompt in prompts]
     ours = [torch.tensor(row) for row in learner.logprobs(asked)]
 

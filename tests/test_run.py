@@ -21,7 +21,7 @@ from common import files
 from common.config import Config, load
 from common.errors import RunFailure
 from common.tracking import METRICS
-from deploy import local
+from deploy import run as runs
 from tests.tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def spec(tiny, *more: str) -> Config:
 
 
 def run(config, folder, resume=False):
-    return local.run(config, folder, Console(file=open(os.devnull, "w")), resume=resume)
+    return runs.run(config, folder, Console(file=open(os.devnull, "w")), resume=resume)
 
 
 def metrics(folder):
@@ -120,7 +120,7 @@ def test_same_seed_same_run_and_another_seed_another(tiny, tmp_path, whole):
 
 
 def resume_in_words(folder):
-    return local.config_of(folder, [])
+    return runs.config_of(folder, [])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, sampler, lora)
     run(spec(tiny, *more), whole)
     folder = tmp_path / "stopped"
     stopper = Stop(after=1)
-    outcome = local.run(spec(tiny, *more), folder, stopper)
+    outcome = runs.run(spec(tiny, *more), folder, stopper)
     assert not outcome.finished
     assert outcome.step in (1, 2)
     assert run(resume_in_words(folder), folder, resume=True).finished
@@ -190,7 +190,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_end(tiny, tmp_path):
     """SIGKILL again and again, each time at a random moment of real work, until the run is through."""
     values = words(tiny, "train.steps=8", "run.save_every=1", "eval.questions=2", "run.tensorboard=false")
     (tiny.parent / "run.toml").write_text("")
-    (tiny.parent / "run.toml").write_text(local.resolved_toml(load(None, values)))
+    (tiny.parent / "run.toml").write_text(runs.resolved_toml(load(None, values)))
     run(load(None, values), tmp_path / "whole")
     folder, draw, kills = tmp_path / "killed", random.Random(4), 0
     process = start(tiny, folder)
@@ -301,7 +301,7 @@ def test_keep_last_keeps_the_last(tiny, tmp_path):
 def test_extended_resume_is_remembered(tiny, tmp_path):
     folder = tmp_path / "run"
     run(spec(tiny, "eval.questions=0"), folder)
-    run(local.config_of(folder, ["train.steps=6"]), folder, resume=True)
+    run(runs.config_of(folder, ["train.steps=6"]), folder, resume=True)
     assert load(folder / "config.toml").train.steps == 6
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
 

@@ -249,6 +249,132 @@ class Late(HfSampler):
         return Lazy()
 
 
+class IgnoresOffset(HfSampler):
+    """Every part of a request draws as its beginning does."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        return super().generate(prompts, replace(params, seed_offset=0))
+
+
+class IgnoresOffsetAndSaysSo(IgnoresOffset):
+    seeds_prompts = False
+
+
+class OffsetInRows(HfSampler):
+    """Counts on by completions instead of prompts."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        return super().generate(prompts, replace(params, seed_offset=params.seed_offset * params.n))
+
+
+class AnswersInTurn(HfSampler):
+    """Whoever asks first for an answer gets the oldest."""
+
+    def __init__(self, setup: SamplerSetup) -> None:
+        super().__init__(setup)
+        self.answers: list[list[Group]] = []
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        self.answers.append(super().generate(prompts, params).result())
+        answers = self.answers
+
+        class Next(Future[list[Group]]):
+            def result(self, timeout: float | None = None) -> list[Group]:
+                return answers.pop(0)
+
+        return Next()
+
+
+class Pumped(HfSampler):
+    """Keeps the contract: works a request at a time when it is pumped, and before anything that must come after."""
+
+    def __init__(self, setup: SamplerSetup) -> None:
+        super().__init__(setup)
+        self.todo: list[tuple[Future[list[Group]], Sequence[Prompt], SamplingParams]] = []
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        for prompt in prompts:
+            self._check_prompt(prompt, params)
+        work = self.work
+
+        class Working(Future[list[Group]]):
+            def result(self, timeout: float | None = None) -> list[Group]:
+                while not self.done() and timeout != 0:
+                    work()
+                return super().result(timeout=0)
+
+        self.todo.append((Working(), prompts, params))
+        return self.todo[-1][0]
+
+    def work(self) -> None:
+        if self.todo:
+            future, prompts, params = self.todo.pop(0)
+            future.set_result(HfSampler.generate(self, prompts, params).result())
+
+    def pump(self) -> bool:
+        self.work()
+        return bool(self.todo)
+
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        while self.todo:
+            self.work()
+        return super().load_weights(handle, version)
+
+
+class SwapsInFlight(Pumped):
+    """Takes weights while requests wait."""
+
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        return HfSampler.load_weights(self, handle, version)
+
+
+class SwapsAndStampsOld(SwapsInFlight):
+    """As before, and names the version of the day that was asked on."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        future = super().generate(prompts, params)
+        self.asked_at = {**getattr(self, "asked_at", {}), id(future): self.version}
+        return future
+
+    def work(self) -> None:
+        if self.todo:
+            now, self.version = self.version, self.asked_at[id(self.todo[0][0])]
+            super().work()
+            self.version = now
+
+
+class WaitsForOne(Pumped):
+    """Takes weights once the oldest request is done."""
+
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        self.work()
+        return HfSampler.load_weights(self, handle, version)
+
+
+class PumpDoesNothing(Pumped):
+    """Works only when an answer is fetched."""
+
+    def pump(self) -> bool:
+        return False
+
+
+class NeverIdle(Pumped):
+    """Says that work is left when none is."""
+
+    def pump(self) -> bool:
+        self.work()
+        return True
+
+
+class WorksAtOnce(Pumped):
+    """Has a pump and does not wait for it."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        future = super().generate(prompts, params)
+        self.work()
+        return future
+
+
 class DropsEnd(_Edited):
     def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
         if len(one.token_ids) > 1 and one.token_ids[-1] in self.end_ids:
@@ -400,7 +526,17 @@ _WRONG: list[tuple[Callable[[SamplerSetup], Sampler], str]] = [
     (NeverGreedy, "greedy"),
     (IgnoresSeed, "seed"),
     (AlwaysSeeded, "seed"),
+    (IgnoresOffset, "seed_offset"),
+    (IgnoresOffsetAndSaysSo, "seed_offset"),
+    (OffsetInRows, "seed_offset"),
     (Late, "ordering"),
+    (SwapsInFlight, "ordering"),
+    (SwapsAndStampsOld, "ordering"),
+    (AnswersInTurn, "in_flight"),
+    (WaitsForOne, "in_flight"),
+    (PumpDoesNothing, "pump"),
+    (NeverIdle, "pump"),
+    (WorksAtOnce, "pump"),
     (DropsEnd, "end_of_sequence"),
     (OneEnd, "end_of_sequence"),
     (HidesEmpty, "empty"),
@@ -430,5 +566,6 @@ def test_every_check_has_a_sampler_that_fails_it() -> None:
     assert {check for _, check in _WRONG} == set(CHECKS)
 
 
-def test_check_sampler_passes_a_good_one(tiny: Path) -> None:
-    check_sampler(HfSampler, tiny)
+@pytest.mark.parametrize("make", [HfSampler, Pumped])
+def test_check_sampler_passes_a_good_one(make: Callable[[SamplerSetup], Sampler], tiny: Path) -> None:
+    check_sampler(make, tiny)

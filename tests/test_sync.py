@@ -96,7 +96,7 @@ def test_proof_off_checks_nothing_and_says_nothing(folder):
     learner, sampler, sync = make(folder, "stale")
     off = WeightSync(learner, sampler, Separate(), sync._probe, config(sync={"proof": False}).sync, 60)
     assert off.challenge() == {}
-    assert off().keys() == {"seconds_sync", "sync_bytes"}
+    assert off().keys() == {"seconds_sync", "sync_bytes", "sync_transport"}
 
 
 def test_a_sampler_that_takes_no_adapters_gets_merged_weights(folder):

@@ -138,6 +138,7 @@ def test_rollouts_load_with_datasets_and_say_everything(tmp_path: Path) -> None:
         "step": 1, "prompt_id": "train-1", "prompt": "PROMPT",
         "messages": [dict(message) for message in group().prompt.messages],
         "completion": "<answer>ä\u2028\n日本</answer>", "token_ids": [1, 2], "logprobs": [-0.5, -1.25],
+        "token_versions": [],
         "finish_reason": "stop", "policy_version": 3, "reward_correct": 1.0, "reward_format": 0.5, "reward": 1.05,
         "advantage": -0.75, "data": '{"answer": "a", "list": [1, null]}',
     }  # fmt: skip

@@ -1,14 +1,21 @@
-"""Real vLLM: the whole path of the weights, and the defects of that path that the proof must catch."""
+"""Real vLLM: the whole path of the weights and the defects of it that the proof must catch, several requests in work at
+once, weights swapped under them, and what happens when the engine fails."""
 
 import gc
+from concurrent.futures import TimeoutError as FutureTimeout
+from itertools import pairwise
+from multiprocessing import active_children
 
 import pytest
+import torch
 
-from common.errors import UserError
+from common.errors import RunFailure, UserError
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from learner import model as models
 from learner.learner import TorchLearner
 from learner.sync import SyncError, WeightSync, probe_of
+from sampler.truth import Truth, lend, perturbed
+from sampler.vllm import _part_seed, _spread_seed
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
 from tests.tiny import make_tiny
@@ -94,6 +101,7 @@ def test_an_adapter_served_from_the_cache_is_caught(folder, closing):
         ({"gpu_memory_utilisation": 0.5}, "gpu_memory_utilization"),
         ({"model": "x"}, "model.name"),
         ({"logprobs_mode": "raw_logits"}, "set by nanogrpo itself"),
+        ({"tensor_parallel_size": 2}, r"use sampler\.tensor_parallel"),
         ({"block_size": 7}, "cannot start"),
     ],
 )
@@ -103,3 +111,219 @@ def test_wrong_options_are_one_sentence(folder, options, said):
     with pytest.raises(UserError, match=said) as caught:
         VllmSampler(SamplerSetup(str(folder), "float32", 64, 16), **options)
     assert "\n" not in str(caught.value)
+
+
+# -- requests in work --------------------------------------------------------------------------------------------------
+
+# Longer than a block of the cache, so that its beginning is found there again.
+PROMPTS = [Prompt(f"p{index}", (), token_ids=tuple(range(20 + index, 70 + 9 * index))) for index in range(3)]
+
+
+def serve(folder, closing, **changes):
+    from sampler.vllm import VllmSampler
+
+    sampler = VllmSampler(SamplerSetup(str(folder), "float32", 192, 16, **changes))
+    closing(sampler)
+    truth = Truth(str(folder))
+    return sampler, truth, {name: tensor.clone() for name, tensor in truth.weights()}
+
+
+def versions_of(one):
+    return one.token_versions or (one.policy_version,) * len(one.token_ids)
+
+
+def off_by(truth, weights, groups):
+    """The largest |log-prob - truth|, each token's under the weights of its version."""
+    worst = 0.0
+    for group in groups:
+        start = len(group.prompt.token_ids) - 1
+        for one in group.completions:
+            versions = versions_of(one)
+            assert len(versions) == len(one.token_ids) == len(one.logprobs) > 0
+            assert one.policy_version == min(versions)
+            for version in set(versions):
+                right = truth.logprobs(weights[version], group.prompt.token_ids + one.token_ids)[start:]
+                rows = zip(versions, one.logprobs, right, strict=True)
+                worst = max([worst, *(abs(mine - yes) for number, mine, yes in rows if number == version)])
+    return worst
+
+
+def test_a_request_alone_is_what_vllm_itself_writes(folder, closing):
+    """Bit for bit ``LLM.generate`` from the same state of the generator, whatever was written before."""
+    from vllm import SamplingParams as VllmParams
+
+    sampler, _, _ = serve(folder, closing)
+    params = SamplingParams(n=4, max_tokens=30, temperature=0.8, top_p=0.95, seed=5)
+    sampler.generate(PROMPTS, SamplingParams(n=2, max_tokens=9)).result()
+    (first, again) = (sampler.generate(PROMPTS, params).result() for _ in range(2))
+    assert first == again
+    sampler._llm.reset_prefix_cache()
+    torch.manual_seed(5)
+    own = VllmParams(n=4, max_tokens=30, temperature=0.8, top_p=0.95, logprobs=0)
+    with torch.compiler.set_stance("force_eager"):
+        outputs = sampler._llm.generate([{"prompt_token_ids": list(p.token_ids)} for p in PROMPTS], own, use_tqdm=False)
+    for group, output in zip(first, outputs, strict=True):
+        for one, right in zip(group.completions, output.outputs, strict=True):
+            assert (list(one.token_ids), one.text) == (list(right.token_ids), right.text)
+            assert list(one.logprobs) == [
+                entry[token].logprob for entry, token in zip(right.logprobs, right.token_ids, strict=True)
+            ]
+
+
+def test_requests_are_in_work_together(folder, closing):
+    """A short one overtakes a long one; log-probs and new weights between them disturb neither."""
+    sampler, truth, base = serve(folder, closing)
+    new = perturbed(base, seed=1)
+    assert not sampler.pump()
+    long = sampler.generate(PROMPTS[:2], SamplingParams(n=3, max_tokens=60, seed=1))
+    with pytest.raises(FutureTimeout):
+        long.result(timeout=0)
+    assert not long.cancel()
+    for _ in range(5):
+        assert sampler.pump()
+    short = sampler.generate(PROMPTS[1:], SamplingParams(n=2, max_tokens=4, temperature=0.7, seed=1))
+    assert [group.prompt for group in short.result(timeout=60)] == PROMPTS[1:]
+    assert not long.done()
+    ids = PROMPTS[0].token_ids
+    assert sampler.logprobs([ids, ids[:9]])[1] == pytest.approx(truth.logprobs(base, ids[:9]), abs=1e-4)
+    assert not long.done()
+    sampler.load_weights(lend(new), 1)
+    assert long.done()
+    assert not sampler.pump()
+    assert off_by(truth, {0: base}, long.result()) < 1e-3
+    assert {one.policy_version for group in long.result() for one in group.completions} == {0}
+    assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(new, ids), abs=1e-4)
+
+
+def test_weights_swapped_in_flight(folder, closing):
+    """What was written stays as it is; what follows is by the new weights alone, which also read all before it."""
+    sampler, truth, base = serve(folder, closing, in_flight_updates=True)
+    weights = {0: base, 4: perturbed(base, seed=1), 5: perturbed(base, seed=2)}
+    first = sampler.generate(PROMPTS, SamplingParams(n=3, max_tokens=60, seed=1))
+    for _ in range(10):
+        sampler.pump()
+    sampler.load_weights(lend(weights[4]), 4)
+    second = sampler.generate(PROMPTS[:1], SamplingParams(n=3, max_tokens=30, seed=2))  # its beginning was cached
+    ids = PROMPTS[1].token_ids
+    assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(weights[4], ids), abs=1e-4)
+    for _ in range(10):
+        sampler.pump()
+    assert not first.done()
+    assert not second.done()
+    sampler.load_weights(lend(weights[5]), 5)
+    third = sampler.generate(PROMPTS, SamplingParams(max_tokens=3))
+    answers = [future.result(timeout=60) for future in (first, second, third)]
+    assert max(off_by(truth, weights, groups) for groups in answers) < 1e-3
+    seen = [{versions_of(one) for group in groups for one in group.completions} for groups in answers]
+    assert all(list(versions) == sorted(versions) for kinds in seen for versions in kinds)
+    assert any(set(versions) == {0, 4, 5} and versions[:11] == (0,) * 10 + (4,) for versions in seen[0])
+    assert any(set(versions) == {4, 5} for versions in seen[1])
+    assert {version for versions in seen[2] for version in versions} == {5}
+    assert all(not one.token_versions for group in answers[2] for one in group.completions)
+
+
+def test_an_adapter_cannot_be_swapped_in_flight(folder):
+    from sampler.vllm import VllmSampler
+
+    setup = SamplerSetup(str(folder), "float32", 64, 16, adapter=AdapterSpec(4, {}), in_flight_updates=True)
+    with pytest.raises(UserError, match=r"sampler\.in_flight_updates=true cannot be had with an adapter"):
+        VllmSampler(setup)
+
+
+def lose_model(worker):
+    worker.model_runner.model = None
+
+
+def test_failures_reach_every_request_in_work(folder, closing):
+    """A hand-over cut off half-way, which the next one mends; a step that fails, which nothing mends; closing."""
+    sampler, truth, base = serve(folder, closing, in_flight_updates=True)
+    params = SamplingParams(n=2, max_tokens=30, seed=1)
+    ids = PROMPTS[0].token_ids
+
+    class CutOff:
+        kind, adapter_config = "full", None
+
+        def open(self):
+            yield from list(perturbed(base, seed=1).items())[:5]
+            raise ConnectionError("the learner is gone")
+
+    one, two = sampler.generate(PROMPTS, params), sampler.generate(PROMPTS[:1], params)
+    sampler.pump()
+    with pytest.raises(RunFailure, match=r"could not load weights of version 7: the learner is gone"):
+        sampler.load_weights(CutOff(), 7)
+    for future in (one, two):
+        assert isinstance(future.exception(timeout=0), RunFailure)
+    for call in (lambda: sampler.generate(PROMPTS, params), lambda: sampler.logprobs([ids])):
+        with pytest.raises(RunFailure, match="left with a part of the weights of version 7"):
+            call()
+    new = perturbed(base, seed=2)
+    sampler.load_weights(lend(new), 8)
+    assert off_by(truth, {8: new}, sampler.generate(PROMPTS, params).result(timeout=60)) < 1e-3
+
+    one, two = sampler.generate(PROMPTS, params), sampler.generate(PROMPTS[:1], params)
+    sampler.pump()
+    sampler._llm.collective_rpc(lose_model)
+    assert not sampler.pump()
+    for future in (one, two):
+        with pytest.raises(RunFailure, match=r"the vLLM sampler failed while writing: .*NoneType"):
+            future.result(timeout=60)
+    with pytest.raises(RunFailure, match="failed while writing"):
+        sampler.load_weights(lend(base), 9)
+
+
+def test_closing_ends_requests_in_work(folder, closing):
+    sampler, _, _ = serve(folder, closing)
+    future = sampler.generate(PROMPTS, SamplingParams(max_tokens=30))
+    with pytest.raises(UserError, match="Token id 1000000 is out of vocabulary"):  # and the one before it is taken back
+        sampler.generate([PROMPTS[0], Prompt("wrong", (), token_ids=(10**6,))], SamplingParams(max_tokens=5))
+    assert len(sampler._open) == len(PROMPTS)
+    sampler.pump()
+    sampler.close()
+    with pytest.raises(RunFailure, match="closed before it had answered"):
+        future.result(timeout=60)
+    assert not sampler.pump()
+
+
+def test_two_devices(folder, closing):
+    """Shards in two processes: weights (a tied head too) and seeds reach both, and the death of one is told."""
+    sampler, truth, base = serve(folder, closing, tensor_parallel=2)
+    new = perturbed(base, seed=1)
+    params = SamplingParams(n=3, max_tokens=20, seed=3)
+    for version, tensors in ((0, base), (1, new)):
+        if version:
+            sampler.load_weights(lend(tensors), version)
+        first, again = (sampler.generate(PROMPTS, params).result(timeout=120) for _ in range(2))
+        assert first == again
+        assert off_by(truth, {version: tensors}, first) < 1e-3
+    ids = PROMPTS[2].token_ids
+    assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(new, ids), abs=1e-4)
+    future = sampler.generate(PROMPTS, params)
+    sampler.pump()
+    workers = [one for one in active_children() if one.name.startswith("VllmWorker")]
+    assert len(workers) == 2
+    workers[0].kill()
+    with pytest.raises(RunFailure, match="one of its worker processes died"):
+        future.result(timeout=120)
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
+def test_seeds_of_prompts_are_far_apart(seed):
+    """vLLM gives the k-th completion of a prompt the prompt's seed + k; no two completions of a request may share."""
+    seeds = sorted(_spread_seed(seed, place) for place in range(256))
+    assert seeds == sorted(_spread_seed(seed, place) for place in range(256))
+    assert all(0 <= one < 2**31 for one in seeds)
+    assert min(b - a for a, b in pairwise(seeds)) > 64
+
+
+def test_seeds_of_parts_are_all_different():
+    """Also from those of the next requests, which count their seeds up by one; a whole request's is its own."""
+    assert _part_seed(7, 0) == 7
+    seeds = [_part_seed(seed, offset) for seed in range(1000, 1200) for offset in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    torch.manual_seed(_part_seed(1000, 3))
+    drawn = torch.rand(4)
+    torch.manual_seed(_part_seed(1000, 4))
+    assert not torch.equal(drawn, torch.rand(4))

@@ -1,0 +1,392 @@
+"""Many machines: joins a Ray cluster, sees that the run fits on it, and starts sampler replicas and learner ranks.
+
+Everything that can be wrong with the cluster is said before a model is loaded: no cluster or token, too little of
+something (said with what is missing, and not an endless wait), nodes with other versions. Where the parts sit is one
+placement group, which Ray mends by itself when a node is lost and another has room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+from common.errors import LearnerLost, RunFailure, UserError
+from deploy import doctor
+from deploy.local import Parts, Prepared, sampler_setup
+
+log = logging.getLogger("nanogrpo.cluster")
+_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0 when ray is imported: a private cluster keeps to loopback
+Need = Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A ``Placement`` where each side has devices of its own: nobody has to make room."""
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def syncing(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator[Parts]:
+    """Sampler replicas and learner ranks as services; what is lost of them is replaced."""
+    config = ready.config
+    cluster = Cluster(config, say)
+    from deploy.group import LearnerGroup
+    from deploy.pool import SamplerPool
+
+    setup = sampler_setup(ready, shares_device=False, threads=max(1, int(config.cluster.sampler_cpus)))
+    vocabulary = len(ready.tokenizer)
+    pool = SamplerPool(config, lambda index: cluster.start_sampler(index, setup), setup, vocabulary, say)
+    learner = LearnerGroup(config, cluster.start_learner)
+    learner_restarts = 0
+
+    def restarts() -> int:
+        return learner_restarts + pool.restarts
+
+    def recover(loss: LearnerLost) -> None:
+        nonlocal learner_restarts
+        learner_restarts += 1
+        if restarts() > config.cluster.max_restarts:
+            raise RunFailure(f"{loss}; that was one more than cluster.max_restarts allows") from None
+        pool.forget()
+        learner.restart()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(cluster.close)
+        cluster.take_room()
+        stack.callback(pool.close)
+        stack.callback(learner.close)
+        _side_by_side(pool.open, learner.open)
+        if blind := learner.sees(folder / "config.toml"):
+            raise UserError(
+                f"run.folder={str(folder)!r} is not on storage that every node sees: {', '.join(blind)} does not find "
+                "config.toml in it; give a folder that is"
+            )
+        facts = learner.facts
+        yield Parts(
+            pool,
+            learner,
+            Apart(),
+            f"sampler {config.sampler.name} x {config.cluster.samplers}: {', '.join(pool.places())}\n"
+            f"learner {facts['parameters_trained'] / 1e6:.1f} M of {facts['parameters_total'] / 1e6:.1f} M weights, "
+            f"{'packed' if facts['packed'] else 'padded'}, {facts['device']}: {', '.join(learner.places())}",
+            memory_gib=learner.memory_gib,
+            # A request may be asked anew after each loss.
+            answer_s=(config.cluster.max_restarts + 1)
+            * (config.timeouts.generate_s + config.timeouts.start_s + config.timeouts.load_s + config.timeouts.sync_s),
+            restarts=restarts,
+            recover=recover,
+        )
+
+
+def _side_by_side(*calls: Callable[[], None]) -> None:
+    """Runs these at once; raises what the first of them that failed raised."""
+    with futures.ThreadPoolExecutor(len(calls)) as threads:
+        running = [threads.submit(call) for call in calls]
+    for one in running:
+        one.result()
+
+
+def connect(address: str) -> bool:
+    """Joins the cluster, if this process is in none yet; returns whether it now has one to leave. The cluster is the
+    one at this address: ``auto`` (the job's, or this machine's), ``HOST:PORT``, or ``private`` (one of this machine
+    alone, on loopback). Raises ``UserError`` when there is none, it cannot be reached, or the token is not right."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # answers that nobody waits for any more
+    if address == "private":
+        os.environ.setdefault(_LOOPBACK_ONLY, "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            f"cluster.mode='ray' but ray does not import ({error}); install it with `pip install nanogrpo[ray]`"
+        ) from None
+    if ray.is_initialized():
+        return False
+    label = f"cluster.address={address!r}"
+    if doctor.knock(address).verdict == "wrong":  # Ray itself would try for minutes
+        raise UserError(
+            f"{label}: nothing answers there; start the head (ray start --head) and give its address and port"
+        )
+    common: dict[str, Any] = {"namespace": "nanogrpo", "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address == "private":
+            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **common)
+        else:
+            ray.init(address=address, **common)
+    except ConnectionError:
+        if address == "auto":
+            raise UserError(
+                f"{label}: no Ray cluster runs on this machine; start one (ray start --head), submit the run to one "
+                "(ray job submit), or set cluster.address to HOST:PORT or private"
+            ) from None
+        raise UserError(f"{label}: no Ray cluster answers there; check the address (ray status on the head)") from None
+    except ValueError as error:
+        raise UserError(f"{label} is not the address of a cluster ({_brief(error)}); give HOST:PORT") from None
+    except Exception as error:
+        text = str(error)
+        if "auth" in text.lower() or "token" in text.lower():
+            raise UserError(
+                f"{label}: the cluster refused this process's token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH "
+                "(or ~/.ray/auth_token) to the same token on every node"
+            ) from None
+        raise UserError(f"{label}: cannot join the cluster ({_brief(error)})") from None
+    return True
+
+
+def needs(config: Config, gpus: bool) -> list[dict[str, float]]:
+    """What each part takes from one node: the sampler replicas first, then the learner's ranks."""
+    cluster, wide = config.cluster, config.sampler.tensor_parallel
+    sampler: dict[str, float] = {"CPU": cluster.sampler_cpus}
+    rank: dict[str, float] = {"CPU": cluster.learner_cpus}
+    if gpus:
+        sampler["GPU"], rank["GPU"] = wide, 1
+    return [dict(sampler) for _ in range(cluster.samplers)] + [dict(rank) for _ in range(cluster.learner_ranks)]
+
+
+def missing_room(wanted: Sequence[Need], nodes: Mapping[str, Need]) -> str:
+    """What these nodes lack for these parts, each of which must fit on one node; nothing when all fit."""
+    left = {name: dict(has) for name, has in nodes.items()}
+    homeless = []
+    for need in sorted(wanted, key=lambda one: sorted(one.items()), reverse=True):
+        home = next(
+            (n for n, has in left.items() if all(has.get(what, 0) >= much for what, much in need.items())), None
+        )
+        if home is None:
+            homeless.append(need)
+            continue
+        for what, much in need.items():
+            left[home][what] -= much
+    if not homeless:
+        return ""
+    lacking = {what: sum(need[what] for need in homeless) for what in homeless[0]}
+    has = "; ".join(f"{name} has {_amounts(node)}" for name, node in sorted(nodes.items()))
+    whole = {what: sum(need[what] for need in wanted) for what in wanted[0]}
+    return (
+        f"the run needs {_amounts(whole)} in {len(wanted)} parts ({_kinds(wanted)}), and {_amounts(lacking)} of it has "
+        f"no place ({has})"
+    )
+
+
+class Cluster:
+    """The run's place on a cluster: starts its parts, and starts them anew."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        """Connects and checks the room. Raises ``UserError`` for a cluster too small for the run."""
+        self._joined = connect(config.cluster.address)
+        self._config, self._say = config, say
+        has_gpus = any(node.get("GPU") for node in self._nodes().values())
+        if config.train.device == "gpu" and not has_gpus:
+            raise UserError("train.device='gpu' but no node of the cluster has a GPU; set train.device='cpu'")
+        self._needs = needs(config, has_gpus and config.train.device != "cpu")
+        if lacking := missing_room(self._needs, self._nodes()):
+            raise UserError(
+                f"cluster.samplers={config.cluster.samplers} and cluster.learner_ranks={config.cluster.learner_ranks} "
+                f"do not fit on the cluster: {lacking}; add nodes, or lower them, cluster.sampler_cpus or "
+                "cluster.learner_cpus"
+            )
+        self._versions: Mapping[str, str] = {}
+        self._group: Any = None
+
+    def take_room(self) -> None:
+        """Reserves the places. Raises ``RunFailure`` when others hold them longer than ``timeouts.start_s``."""
+        import ray
+        from ray.util.placement_group import placement_group
+
+        self._group = placement_group(self._needs, strategy="SPREAD" if self._config.cluster.spread else "PACK")
+        limit_s = self._config.timeouts.start_s
+        ready, started = self._group.ready(), time.monotonic()
+        told = False
+        while not ray.wait([ready], timeout=2.0)[0]:
+            waited = time.monotonic() - started
+            if waited > limit_s:
+                raise RunFailure(
+                    f"the cluster had no room for the run within timeouts.start_s={limit_s:g}: it is large enough "
+                    f"({'; '.join(f'{n} has {_amounts(h)}' for n, h in self._nodes().items())}), so other jobs hold it"
+                )
+            if waited > 5 and not told:
+                self._say(f"waiting for room on the cluster, which others use (at most {limit_s:g} s)")
+                told = True
+
+    def start_sampler(self, index: int, setup: Any) -> Any:
+        """Sampler replica ``index``, ready to take weights. Blocks; raises ``Lost``, or ``NoRoom``."""
+        from deploy.actors import Member, SamplerService
+        from deploy.pool import NoRoom
+
+        if not self._placed(index):
+            if self._config.cluster.on_lost_node == "shrink":
+                raise NoRoom("the cluster has no room for a replacement")
+            self._wait_for_place(index, f"sampler {index}")
+        member = Member(f"sampler {index}", self._actor(SamplerService, index))
+        self._begin(member, member.actor.start.remote(self._config, setup))
+        return member
+
+    def start_learner(self) -> list[Any]:
+        """Every rank of the learner, with fresh weights. Blocks; raises ``LearnerLost`` when one dies on the way."""
+        from deploy.actors import LearnerService, Member, gather
+
+        places = self._learner_places()
+        members = [
+            Member(f"learner rank {rank}", self._actor(LearnerService, place)) for rank, place in enumerate(places)
+        ]
+        timeouts = self._config.timeouts
+        limit_s = timeouts.load_s
+
+        def ask(calls: Mapping[Any, Any], doing: str) -> dict[Any, Any]:
+            answers, lost = gather(calls, doing, limit_s, limit_s, together=True)
+            if lost:
+                for member in members:
+                    member.kill()
+                raise LearnerLost(str(next(iter(lost.values()))))
+            return answers
+
+        where = ask({member: member.actor.where.remote() for member in members}, "starting")
+        first = members[0]
+        one_host = len({node for node, _ in where.values()}) == 1
+        url = ask({first: first.actor.rendezvous.remote(one_host)}, "opening a port")[first]
+        # A collective waits no longer than the longest thing between two of them.
+        wait_s = max(timeouts.update_s, timeouts.sync_s, timeouts.load_s)
+        calls = {m: m.actor.start.remote(self._config, r, len(members), url, wait_s) for r, m in enumerate(members)}
+        for member, about in ask(calls, "loading its model").items():
+            member.about = about
+            self._same_versions(member)
+        return members
+
+    def close(self) -> None:
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        if self._group is not None:
+            with contextlib.suppress(Exception):
+                remove_placement_group(self._group)
+            self._group = None
+        if self._joined:
+            ray.shutdown()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _learner_places(self) -> list[int]:
+        """The bundles to start ranks in: all of them, or after a lost node those that are left (``shrink``)."""
+        all_places = list(range(self._config.cluster.samplers, len(self._needs)))
+        if self._config.cluster.on_lost_node == "shrink":
+            placed = [place for place in all_places if self._placed(place)]
+            if placed:
+                if len(placed) < len(all_places):
+                    self._say(f"the learner goes on with {len(placed)} of {len(all_places)} ranks")
+                return placed
+        for place in all_places:
+            self._wait_for_place(place, f"learner rank {place - all_places[0]}")
+        return all_places
+
+    def _wait_for_place(self, index: int, name: str) -> None:
+        limit_s = self._config.timeouts.start_s
+        until = time.monotonic() + limit_s
+        told = False
+        while not self._placed(index):
+            if time.monotonic() > until:
+                raise RunFailure(f"the cluster had no room for {name} within timeouts.start_s={limit_s:g} after a loss")
+            if not told:
+                self._say(f"waiting for room for {name} on the cluster (at most {limit_s:g} s)")
+                told = True
+            time.sleep(1.0)
+
+    def _placed(self, index: int) -> bool:
+        """Whether this part of the placement group has a living node."""
+        import ray
+        from ray.util import placement_group_table
+
+        home = placement_group_table(self._group)["bundles_to_node_id"].get(index)
+        return any(node["NodeID"] == home and node["Alive"] and _answers(node) for node in ray.nodes())
+
+    def _actor(self, service: type, index: int) -> Any:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from deploy.actors import actor_of
+
+        need = self._needs[index]
+        return actor_of(
+            service,
+            num_cpus=need["CPU"],
+            num_gpus=need.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+        )
+
+    def _begin(self, member: Any, call: Any) -> None:
+        from deploy.actors import gather
+
+        limit_s = self._config.timeouts.load_s
+        answers, lost = gather({member: call}, "loading its model", limit_s, limit_s)
+        for loss in lost.values():
+            member.kill()
+            raise loss
+        member.about = answers[member]
+        self._same_versions(member)
+
+    def _same_versions(self, member: Any) -> None:
+        """Raises ``UserError`` when a service runs with other versions than the first one did."""
+        theirs = member.about.versions
+        if not self._versions:
+            self._versions = theirs
+        differing = sorted(
+            f"{name} {theirs.get(name, 'missing')} instead of {self._versions.get(name, 'none')}"
+            for name in theirs.keys() | self._versions.keys()
+            if theirs.get(name) != self._versions.get(name)
+        )
+        if differing:
+            raise UserError(
+                f"{member.place} has {', '.join(differing)} on the node that answered first; install the same "
+                "versions on every node (nanogrpo doctor --cluster compares them)"
+            )
+
+    def _nodes(self) -> dict[str, Need]:
+        import ray
+
+        return {
+            f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})": {
+                "CPU": node["Resources"].get("CPU", 0.0), "GPU": node["Resources"].get("GPU", 0.0)
+            }
+            for node in ray.nodes()
+            if node["Alive"]
+        }  # fmt: skip
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether a node is there. Ray takes one for alive until some 15 s after its end, and would start services on it
+    that never come."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _amounts(resources: Need) -> str:
+    return " and ".join(f"{much:g} {what}" for what, much in sorted(resources.items()) if much) or "nothing"
+
+
+def _kinds(wanted: Sequence[Need]) -> str:
+    texts = [_amounts(need) for need in wanted]
+    return ", ".join(f"{texts.count(text)} x {text}" for text in dict.fromkeys(texts))
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

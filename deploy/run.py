@@ -1,0 +1,289 @@
+"""One run from start to end: its folder, log and signals, the parts, and going on after the learner was lost.
+
+The parts come from deploy/local.py (one process) or deploy/cluster.py (services on Ray); the loop is learner/loop.py's
+and knows neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import signal
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from common import files, plugins, tracking
+from common.config import Config, build, fields, resolved_toml
+from common.console import ConsoleTracker
+from common.errors import LearnerLost, UserError
+from common.prompts import PromptStream
+from common.protocols import Learner
+from common.rewards import Scorer
+from deploy import local, report
+from deploy.local import Parts, Prepared
+from learner.checkpoint import Checkpoints
+from learner.loop import Loop, train
+from learner.sync import WeightSync, probe_of
+
+log = logging.getLogger("nanogrpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    folder: Path
+    finished: bool
+    """False: it was stopped, and its last checkpoint is the step it reached."""
+    step: int
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+    """Evaluations as ``eval.jsonl`` holds them."""
+
+
+def run(config: Config, folder: Path, console: Console, *, resume: bool = False) -> Outcome:
+    """Trains, writing everything into ``folder``; see the README for what it will hold."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_run_folder(folder, resume))
+        stack.enter_context(_logging_to(folder / "run.log"))
+        files.remove_leftovers(folder)
+        ready = local.prepare(config)
+        scorer = stack.enter_context(Scorer(config.task))
+        if not resume:
+            files.write_text(folder / "config.toml", resolved_toml(config))
+        stopping = stack.enter_context(_stop_signals(console))
+        console.print(
+            f"model   {ready.folder}\n"
+            f"task    {config.task.name}: {len(ready.train)} training and {len(ready.test)} test questions"
+        )
+        parts = stack.enter_context(_parts(ready, folder, lambda text: _tell(console, text)))
+        console.print(parts.described, soft_wrap=True)
+        lost: LearnerLost | None = None
+        while True:
+            try:
+                if lost is not None:
+                    assert parts.recover is not None
+                    parts.recover(lost)
+                begin = not resume and lost is None
+                return _train(config, folder, console, ready, scorer, parts, stopping, begin=begin)
+            except LearnerLost as loss:
+                if parts.recover is None:
+                    raise
+                lost = loss
+                _tell(console, f"{loss}; the learner starts again from its last checkpoint")
+
+
+def _parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Parts]:
+    if ready.config.cluster.mode == "local":
+        return local.parts(ready)
+    from deploy import cluster  # ray is only needed here
+
+    return cluster.parts(ready, folder, say)
+
+
+def _tell(console: Console, text: str) -> None:
+    log.info("%s", text)  # a warning would come to the terminal twice
+    console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+
+def _train(
+    config: Config, folder: Path, console: Console, ready: Prepared, scorer: Scorer, parts: Parts,
+    stopping: Callable[[], bool], *, begin: bool,
+) -> Outcome:  # fmt: skip
+    """From the last checkpoint, or with ``begin`` from the start, to the end of the run or its stop."""
+    learner, sampler, placement = parts.learner, parts.sampler, parts.placement
+    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
+    stream = PromptStream(ready.train, config.train.seed)
+    state = None if begin else checkpoints.restore_latest(learner)
+    if not begin:
+        if learner.version > config.train.steps:
+            raise UserError(
+                f"train.steps={config.train.steps} is less than the {learner.version} steps this run has done; "
+                "give more, or start another run"
+            )
+        files.write_text(folder / "config.toml", resolved_toml(config))
+        tracking.rewind(folder, learner.version)
+
+    probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
+    sync = WeightSync(learner, sampler, placement, probe, config.sync, config.timeouts.sync_s)
+    with contextlib.ExitStack() as stack:
+        trackers: list[Any] = [tracking.JsonlTracker(folder)]
+        if config.run.tensorboard:
+            trackers.append(tracking.TensorBoardTracker(folder, learner.version))
+        trackers += [_own_tracker(name, folder) for name in config.run.trackers]
+        shown = ConsoleTracker(config.run.console, config.train.steps, learner.version, console)
+        tracker = tracking.Trackers([*trackers, shown])
+        stack.callback(tracker.close)
+        loop = Loop(
+            config, learner, sampler, placement, scorer, stream, sync, tracker, checkpoints,
+            memory_gib=parts.memory_gib, restarts=parts.restarts, answer_s=parts.answer_s,
+        )  # fmt: skip
+        if state is not None:
+            loop.restore(state)
+
+        tracker.phase("sampler: following perturbed weights (the proof's challenge)")
+        sync.challenge()
+        sync()
+
+        def measure(step: int) -> None:
+            if ready.test:
+                tracker.phase(f"evaluation: {len(ready.test)} test questions at step {step}")
+                with placement.sampling():
+                    tracker.evaluation(step, local.ask_test_questions(ready, sampler, scorer, parts.answer_s).as_dict())
+
+        if learner.version == 0 and not files.read_lines(folder / "eval.jsonl"):
+            measure(0)
+        finished = train(loop, measure, stopping)
+        if finished:
+            measure(config.train.steps)
+            tracker.phase("disk: writing the final model")
+            with placement.learning():
+                _export(learner, folder, config)
+    report.write(folder)
+    evaluations = report.by_step(files.read_json_lines(folder / "eval.jsonl"))
+    asked = {row["step"]: row for row in evaluations}
+    return Outcome(folder, finished, learner.version, asked.get(0), asked.get(config.train.steps))
+
+
+def _own_tracker(name: str, folder: Path) -> Any:
+    try:
+        tracker = plugins.make("tracker", name, {}, folder)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"run.trackers: {name!r} raised {type(error).__name__}: {error}; mend it") from error
+    lacking = [method for method in ("log", "rollouts", "evaluation", "close") if not hasattr(tracker, method)]
+    if lacking:
+        raise UserError(f"run.trackers: {name!r} has no {', '.join(lacking)}; see common.protocols.Tracker")
+    return tracker
+
+
+def _export(learner: Learner, folder: Path, config: Config) -> None:
+    with files.atomic_folder(folder / "final") as final:
+        learner.export(final)
+        if config.model.lora_rank and config.run.export_merged:
+            (final / "merged").mkdir()
+            learner.export(final / "merged", merged=True)
+
+
+# -- the run folder, its log and its signals ---------------------------------------------------------------------------
+
+
+def folder_of(config: Config) -> Path:
+    """``run.folder`` with its {task}, {model} and {date} filled in."""
+    words = {
+        "task": Path(config.task.name.split(":")[0]).stem,
+        "model": Path(config.model.name).stem,
+        "date": datetime.datetime.now().strftime("%Y%m%d-%H%M%S"),
+    }
+    try:
+        return Path(config.run.folder.format(**words)).expanduser()
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"run.folder={config.run.folder!r} cannot be filled in ({error}); it knows {{task}}, {{model}} and {{date}}"
+        ) from None
+
+
+def shared_folder(folder: Path) -> Path:
+    """The folder's full path, which services on other nodes need. Raises ``UserError`` where it would lie in the
+    temporary copy of a submitted job's working directory, which goes away with the job."""
+    if not folder.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
+        raise UserError(
+            f"run.folder={str(folder)!r} is relative, and a submitted job works in a temporary copy of its folder; "
+            "give a full path on storage that every node sees"
+        )
+    return folder.absolute()
+
+
+def config_of(folder: Path, words: Sequence[str]) -> Config:
+    """The configuration that a run folder was made with, changed by ``words``."""
+    from common.config import load
+
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"--resume {str(folder)!r}: there is no run (no config.toml in it); name a run folder")
+    saved = tomllib.loads((folder / "config.toml").read_text())
+    config = load(folder / "config.toml", words)
+    before = build(saved)
+    free = {
+        "eval",
+        "run",
+        "timeouts",
+        "cluster",
+        "train.steps",
+        "train.threads",
+        "train.device",
+        "sync.transport",
+        "sync.bucket_mib",
+    }
+    for key, _ in fields():
+        section, name = key.split(".")
+        if section not in free and key not in free:
+            old, new = (getattr(getattr(one, section), name) for one in (before, config))
+            if old != new:
+                raise UserError(
+                    f"{key}={new!r} cannot change from {old!r} when a run is resumed, or it would not be the same run; "
+                    "train.steps, eval, run and timeouts can"
+                )
+    if config.run.folder != before.run.folder:
+        raise UserError(f"run.folder={config.run.folder!r} has no effect with --resume, which names the folder")
+    return config
+
+
+@contextlib.contextmanager
+def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
+    if not resume and (folder / "config.toml").exists():
+        raise UserError(
+            f"run.folder={str(folder)!r} is in use by an earlier run; go on with it by --resume {folder}, or choose "
+            "another"
+        )
+    # A start that failed leaves its lock and log; anything else is somebody's.
+    if not resume and folder.is_dir() and {path.name for path in folder.iterdir()} - {files.LOCK_NAME, "run.log"}:
+        raise UserError(f"run.folder={str(folder)!r} is not empty and holds no run; choose another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.folder={str(folder)!r} cannot be made ({error.strerror}); choose another") from None
+    with files.lock_folder(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Our own log lines go to the run's log; warnings also to the terminal, through the handlers set up before."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("nanogrpo")
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def _stop_signals(console: Console) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C or SIGTERM asks the run to save and stop after its step; a second Ctrl-C ends it at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one")
+
+    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -1,0 +1,343 @@
+"""Sampler and learner as services: the same numbers as one process, whatever is lost on the way.
+
+Real Ray, real processes, on a private cluster of this machine that the tests share; tests/cluster/ holds what needs
+more than one node, and strikes at random moments.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from common import files
+from common.config import Config, load
+from common.errors import RunFailure, UserError
+from common.types import Completion, Group, Prompt
+from deploy import cluster, guard
+from deploy import run as runs
+from tests.cluster.disturb import CLUSTER, Run, numbers, same, weights, words
+from tests.tiny import make_tiny
+
+ROOT = Path(__file__).parent.parent
+FAULTY = f"sampler.name={ROOT / 'tests' / 'faulty.py'}:Faulty"
+REPLAY = f"sampler.name={ROOT / 'tests' / 'replay.py'}:Replay"
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A cluster of this machine, on loopback, that the runs of this module join."""
+    import ray
+
+    assert cluster.connect("private")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+class Heard(Console):
+    """A console that remembers what was said, and can press Ctrl-C once a step's line is printed."""
+
+    def __init__(self, stop_after: int = 0) -> None:
+        super().__init__(file=open(os.devnull, "w"))  # noqa: SIM115
+        self.said: list[str] = []
+        self._stop = re.compile(rf"step +{stop_after}/")
+
+    def print(self, *args, **kwargs) -> None:
+        super().print(*args, **kwargs)
+        self.said += [str(one) for one in args]
+        if args and self._stop.match(str(args[0])):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def spec(tiny: Path, folder: Path, *more: str, steps: int = 6) -> Config:
+    return load(None, words(tiny, folder, steps, *more))
+
+
+def run(config: Config, folder: Path, *, resume: bool = False, stop_after: int = 0) -> Heard:
+    console = Heard(stop_after)
+    outcome = runs.run(config, folder, console, resume=resume)
+    assert outcome.finished is not bool(stop_after)
+    return console
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """Ten steps in one process."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    run(spec(tiny, folder, steps=10), folder)
+    return folder
+
+
+# -- the same numbers --------------------------------------------------------------------------------------------------
+
+
+def test_one_replica_and_one_rank_give_the_numbers_of_one_process(shared, tiny, alone, tmp_path):
+    """Bit for bit, over ten steps; and the weights really went from one process to another."""
+    folder = tmp_path / "services"
+    run(spec(tiny, folder, *CLUSTER, steps=10), folder)
+    assert same(folder, alone)
+    rows = files.read_json_lines(folder / "metrics.jsonl")
+    assert {row["sync_transport"] for row in rows} == {1}
+    assert {row["sync_transport"] for row in files.read_json_lines(alone / "metrics.jsonl")} == {0}
+    assert all(row["probe_diff"] < 1e-3 and row["sync_bytes"] > 1e5 for row in rows)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("lora", [0, 4])
+def test_with_vllm_too(shared, tiny, tmp_path, lora):
+    more = ["sampler.name=vllm"] + ([f"model.lora_rank={lora}", "run.export_merged=true"] if lora else [])
+    folders = [tmp_path / "alone", tmp_path / "services"]
+    for folder, extra in zip(folders, ([], CLUSTER), strict=True):
+        run(spec(tiny, folder, *more, *extra, steps=3), folder)
+    assert numbers(folders[0]) == numbers(folders[1])
+    one, other = (weights(folder, merged=bool(lora)) for folder in folders)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    transports = {row["sync_transport"] for row in files.read_json_lines(folders[1] / "metrics.jsonl")}
+    assert transports == ({3} if lora else {1})
+
+
+def test_two_replicas_and_two_ranks_learn_the_same_from_the_same_completions(shared, tiny, alone, tmp_path):
+    """Ten steps on the completions of the one process, weights broadcast: losses within 1e-5."""
+    folder = tmp_path / "two"
+    two = ("cluster.samplers=2", "cluster.learner_ranks=2", "sync.transport=collective")
+    run(spec(tiny, folder, *CLUSTER, *two, REPLAY, f"sampler.options.rollouts={alone / 'rollouts'}", steps=10), folder)
+    mine, theirs = numbers(folder), numbers(alone)
+    assert len(mine) == 10
+    for row, truth in zip(mine, theirs, strict=True):
+        for key in ("grad_norm", "entropy", "reward_mean", "tokens_learned", "tokens_prompt"):
+            assert row[key] == pytest.approx(truth[key], rel=1e-5), (truth["step"], key)
+        assert row["loss"] == pytest.approx(truth["loss"], rel=1e-5, abs=1e-6), truth["step"]
+    one, other = weights(folder), weights(alone)
+    assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=2e-4) for name in other)
+    assert {row["sync_transport"] for row in files.read_json_lines(folder / "metrics.jsonl")} == {2}
+
+
+def test_replicas_change_no_completion_where_requests_are_seeded(shared, tiny, alone, tmp_path):
+    folder = tmp_path / "three"
+    run(spec(tiny, folder, *CLUSTER, "cluster.samplers=3", "cluster.sampler_cpus=0.25", steps=2), folder)
+    for file in sorted((folder / "rollouts").glob("step-*.jsonl")):
+        mine, theirs = (files.read_json_lines(one / "rollouts" / file.name) for one in (folder, alone))
+        assert [(row["prompt_id"], row["token_ids"]) for row in mine] == [
+            (row["prompt_id"], row["token_ids"]) for row in theirs
+        ]
+
+
+# -- stopping and going on ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lora", "stop"), [(0, 1), (0, 4), (4, 2), (4, 5), (0, 3)])
+def test_stopped_and_resumed_equals_never_stopped(shared, tiny, tmp_path, lora, stop):
+    """The stop points lie on and between checkpoints (every third step)."""
+    more = [*CLUSTER, *([f"model.lora_rank={lora}"] if lora else [])]
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    run(spec(tiny, whole, *(more[len(CLUSTER) :])), whole)  # in one process: equal to services, as shown above
+    run(spec(tiny, folder, *more), folder, stop_after=stop)
+    run(runs.config_of(folder, []), folder, resume=True)
+    assert same(folder, whole)
+
+
+def test_goes_on_with_another_number_of_ranks(shared, tiny, alone, tmp_path):
+    """Two ranks' checkpoint read by one process, and the end is that of a run that never changed."""
+    folder = tmp_path / "changed"
+    run(spec(tiny, folder, *CLUSTER, "cluster.learner_ranks=2", steps=10), folder, stop_after=4)
+    run(runs.config_of(folder, ["cluster.learner_ranks=1"]), folder, resume=True)
+    one, other = weights(folder), weights(alone)
+    assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=2e-4) for name in other)
+
+
+def test_staleness_overlaps_and_resumes_exactly(shared, tiny, tmp_path):
+    """With completions one step old the answers in flight are in the checkpoint: a resumed run still ends the same."""
+    more = (*CLUSTER, "train.max_staleness=1")
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    run(spec(tiny, whole, *more), whole)
+    rows = files.read_json_lines(whole / "metrics.jsonl")
+    lags = [row["step"] - 1 - row["sampler_version_min"] for row in rows]
+    assert lags == [0, 1, 1, 1, 1, 1]
+    run(spec(tiny, folder, *more), folder, stop_after=4)
+    run(runs.config_of(folder, []), folder, resume=True)
+    assert same(folder, whole)
+
+
+@pytest.mark.vllm
+def test_weights_swapped_in_flight_leave_every_tokens_version(shared, tiny, tmp_path):
+    folder = tmp_path / "swapped"
+    more = ("sampler.name=vllm", "train.max_staleness=1", "sampler.in_flight_updates=true", "sampler.max_tokens=120")
+    run(spec(tiny, folder, *CLUSTER, *more, "train.prompts_per_step=8", "task.options.words=1", steps=6), folder)
+    mixed = 0
+    for file in (folder / "rollouts").glob("step-*.jsonl"):
+        for row in files.read_json_lines(file):
+            versions = row["token_versions"]
+            assert versions == sorted(versions)
+            if versions:
+                mixed += 1
+                assert len(versions) == len(row["token_ids"])
+                assert row["policy_version"] == versions[0] < versions[-1]
+    assert mixed, "no completion saw two versions"
+
+
+# -- what is lost is replaced ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["exit", "raise", "garbage", "hang", "exit_at_sync"])
+def test_a_sampler_that_fails_is_replaced_and_nothing_changes(shared, tiny, alone, tmp_path, fault):
+    folder, marker = tmp_path / "run", tmp_path / "happened"
+    options = (FAULTY, f"sampler.options.fault={fault}", f"sampler.options.marker={marker}", "timeouts.generate_s=4")
+    console = run(spec(tiny, folder, *CLUSTER, *options, "run.save_every=0", steps=3), folder)
+    assert marker.exists()
+    assert any("is being replaced (1 of 5)" in text for text in console.said)
+    assert files.read_json_lines(folder / "metrics.jsonl")[-1]["restarts"] == 1
+    assert numbers(folder) == numbers(alone)[:3]
+
+
+def test_a_sampler_that_always_fails_ends_the_run_in_a_sentence(shared, tiny, tmp_path):
+    folder = tmp_path / "run"
+    options = (FAULTY, "sampler.options.fault=raise", f"sampler.options.marker={tmp_path / 'x'}")
+    config = spec(tiny, folder, *CLUSTER, *options, "sampler.options.always=true", "cluster.max_restarts=1")
+    with pytest.raises(RunFailure, match=r"sampler 0 on node 127\.0\.0\.1.*the engine broke.*max_restarts"):
+        run(config, folder)
+
+
+def test_a_replica_with_old_weights_is_found_by_name(shared, tiny, tmp_path):
+    """It says that the bytes arrived, and serves the old ones."""
+    folder = tmp_path / "run"
+    options = (FAULTY, "sampler.options.fault=stale", f"sampler.options.marker={tmp_path / 'x'}", "optimizer.lr=0.1")
+    with pytest.raises(RunFailure, match=r"sampler [01].*(old weights|other weights)"):
+        run(spec(tiny, folder, *CLUSTER, *options, "cluster.samplers=2", "cluster.sampler_cpus=0.25"), folder)
+
+
+@pytest.mark.timeout(900)
+def test_struck_services_and_driver_leave_the_run_as_it_would_have_been(tiny, tmp_path):
+    """SIGKILL and SIGSTOP of a replica, a rank and the driver; the real command, on a cluster of its own. The same
+    with more rounds and a table: ``python -m tests.cluster.disturb``."""
+    more = (*CLUSTER, "cluster.learner_ranks=2", "cluster.samplers=2", "timeouts.pulse_s=8", "cluster.max_restarts=20")
+    model = tiny
+    whole = Run(words(model, tmp_path / "whole", 40, *more), tmp_path / "whole.log")
+    assert whole.wait() == 0, whole.said
+    struck = Run(words(model, tmp_path / "struck", 40, *more), tmp_path / "struck.log")
+    try:
+        for step, name, number in (
+            (3, "sampler", signal.SIGKILL),
+            (9, "learner", signal.SIGKILL),
+            (16, "sampler", signal.SIGSTOP),
+            (22, "driver", signal.SIGKILL),
+            (29, "learner", signal.SIGSTOP),
+        ):
+            struck.wait_for_step(step)
+            struck.seconds_to_recover(name, number, which=0)
+        assert struck.wait() == 0, struck.said
+    finally:
+        struck.end()
+    assert same(tmp_path / "struck", tmp_path / "whole")
+    assert "starting it again, from the last checkpoint" in struck.said
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------------
+
+
+def test_too_small_a_cluster_is_said_at_once(shared, tiny, tmp_path):
+    folder = tmp_path / "run"
+    started = time.monotonic()
+    config = spec(tiny, folder, "cluster.mode=ray", "cluster.address=private", "cluster.samplers=4000")
+    with pytest.raises(UserError, match=r"cluster\.samplers=4000.*do not fit.*4001 x 1 CPU.*127\.0\.0\.1"):
+        run(config, folder)
+    assert time.monotonic() - started < config.timeouts.start_s
+
+
+def test_missing_room_packs_whole_parts():
+    one = {"CPU": 1.0, "GPU": 2.0}
+    assert not cluster.missing_room([one, one], {"a": {"CPU": 8, "GPU": 2}, "b": {"CPU": 8, "GPU": 2}})
+    lacking = cluster.missing_room([one], {"a": {"CPU": 8, "GPU": 1}, "b": {"CPU": 8, "GPU": 1}})
+    assert "1 CPU and 2 GPU of it has no place (a has 8 CPU and 1 GPU; b has 8 CPU and 1 GPU)" in lacking
+
+
+def test_the_wrong_address_is_one_sentence(tmp_path, tiny):
+    run = Run(words(tiny, tmp_path / "run", 2, "cluster.mode=ray", "cluster.address=127.0.0.1:1"), tmp_path / "log")
+    assert run.wait() == 2
+    assert "error: cluster.address='127.0.0.1:1'" in run.said
+    assert "Traceback" not in run.said
+
+
+def test_staleness_needs_services_and_a_correction(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"train\.max_staleness=1.*cluster\.mode to ray"):
+        run(spec(tiny, tmp_path / "run", "train.max_staleness=1"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"learner\.importance='off' would not correct"):
+        spec(tiny, tmp_path, *CLUSTER, "train.max_staleness=1", "learner.importance=off")
+    with pytest.raises(UserError, match=r"cluster\.samplers=2 has no effect: cluster\.mode is local"):
+        spec(tiny, tmp_path, "cluster.samplers=2")
+
+
+def test_services_with_other_versions_are_named(shared, tiny, tmp_path):
+    from deploy.actors import About, Member
+
+    place = cluster.Cluster(spec(tiny, tmp_path, *CLUSTER), print)
+    about = {"python": "3.11", "torch": "2.13.0", "vllm": "0.32.0"}
+    first = Member("sampler 0", None, About("n1", "10.0.0.1", 1, about, {}))
+    other = Member("sampler 1", None, About("n2", "10.0.0.2", 2, about | {"vllm": "0.33.0"}, {}))
+    place._same_versions(first)
+    with pytest.raises(UserError, match=r"sampler 1 on node 10\.0\.0\.2.*vllm 0\.33\.0 instead of 0\.32\.0"):
+        place._same_versions(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"token_ids": (1, 9999)}, "vocabulary"),
+        ({"logprobs": (-1.0,)}, "without all log-probs"),
+        ({"logprobs": (-1.0, float("nan"))}, "that is none"),
+        ({"logprobs": (-1.0, 2.0)}, "that is none"),
+        ({}, ""),
+    ],
+)
+def test_garbage_is_recognised(change, says):
+    import dataclasses
+
+    from deploy.pool import fault_of
+
+    prompt = Prompt("p", ())
+    good = Completion((1, 2), "", (-1.0, -2.0), "stop", 0)
+    group = Group(prompt, (dataclasses.replace(good, **change), good))
+    found = fault_of([group], [prompt], 2, 384)
+    assert says in found if says else not found
+    assert "other prompts" in fault_of([group], [Prompt("q", ())], 2, 384)
+    assert "2 completions" in fault_of([group], [prompt], 3, 384)
+
+
+# -- the process above the driver --------------------------------------------------------------------------------------
+
+_CHILD = """
+import os, signal, sys
+from pathlib import Path
+folder, how = Path(sys.argv[-1]) if '--resume' in sys.argv else Path(sys.argv[2]), 'KILLED'
+folder.mkdir(exist_ok=True); (folder / 'config.toml').touch()
+with open(folder / 'calls', 'a') as calls: calls.write(' '.join(sys.argv[1:]) + '\\n')
+count = len((folder / 'calls').read_text().splitlines())
+if count <= int(os.environ['KILLS']): os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(os.environ['CODE']))
+"""
+
+
+@pytest.mark.parametrize(("kills", "code", "ends"), [(0, 0, 0), (2, 0, 0), (1, 2, 2), (0, 130, 130), (9, 0, 1)])
+def test_a_killed_driver_goes_on_and_one_that_ends_is_left_alone(tmp_path, monkeypatch, capfd, kills, code, ends):
+    monkeypatch.setenv("KILLS", str(kills))
+    monkeypatch.setenv("CODE", str(code))
+    child = tmp_path / "child.py"
+    child.write_text(_CHILD)
+    folder = tmp_path / "run"
+    command = [sys.executable, str(child), "train", str(folder)]
+    assert guard.watch(folder, 3, resuming=False, command=command) == ends
+    calls = (folder / "calls").read_text().splitlines()
+    assert len(calls) == min(kills, 3) + 1
+    assert calls[1:] == [f"train --resume {folder}"] * (len(calls) - 1)
+    assert ("once more than cluster.max_restarts=3" in capfd.readouterr().err) is (kills > 3)
