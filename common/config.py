@@ -233,8 +233,8 @@ class ClusterConfig(Section):
     on_lost_node: Literal["wait", "shrink"] = "wait"
     """When replacements do not fit on what is left: wait for room (timeouts.start_s), or go on with fewer."""
     max_restarts: Whole = 5
-    """Times in a run that a sampler replica, the learner group or the driver is replaced after it was lost; then the
-    run ends with the last error."""
+    """Times that lost sampler replicas and learner groups are replaced, all together, and as often again the driver;
+    then the run ends with the last error."""
 
 
 class EvalConfig(Section):
@@ -356,6 +356,8 @@ def inert(config: Config) -> dict[str, str]:
     services = [f"cluster.{name}" for name in ClusterConfig.model_fields if name != "mode"]
     services += ["sampler.tensor_parallel", "sampler.in_flight_updates", "sync.transport", "sync.bucket_mib"]
     check(config.cluster.mode == "local", alone, *services, "timeouts.start_s", "timeouts.pulse_s")
+    check(config.cluster.address == "private", "a private cluster has one node", "cluster.spread",
+          "cluster.on_lost_node")  # fmt: skip
     check(model.lora_rank > 0 and config.cluster.mode == "ray", "an adapter travels with the call, not by a transport",
           "sync.transport", "sync.bucket_mib")  # fmt: skip
     check(config.train.max_staleness == 0, "train.max_staleness is 0, so nothing is in flight at a sync",
@@ -416,8 +418,10 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"learner.ratio=sequence is not defined for learner.loss={learner.loss}; use token"
 
 
-def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load(path: Path | None, overrides: Sequence[str] = (), *, drop_idle: bool = False) -> Config:
     """The configuration of a run: defaults, then the TOML file, then the ``section.key=value`` words.
+
+    ``drop_idle`` leaves out what stands in the file and has no effect any more because of the words.
 
     Raises ``UserError`` for a file that cannot be read, an unknown key, a wrong value or a setting without effect.
     """
@@ -435,7 +439,20 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"run file {str(path)!r} is not valid TOML: {error}") from None
     for word in overrides:
         _override(values, word)
+    if drop_idle:
+        said = {word.partition("=")[0].strip() for word in overrides}
+        _drop_idle(values, said)
     return build(values)
+
+
+def _drop_idle(values: dict[str, Any], said: set[str]) -> None:
+    try:
+        idle = inert(Config.model_validate(values))
+    except ValidationError:
+        return  # ``build`` says what is wrong
+    for key in idle.keys() - said:
+        section, name = key.split(".")
+        values.get(section, {}).pop(name, None)
 
 
 def build(values: dict[str, Any]) -> Config:

@@ -14,7 +14,9 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
@@ -71,11 +73,26 @@ class Member:
 
 
 class Lost(RunFailure):
-    """A service died or hangs (``died``), or failed at what it was asked."""
+    """A service died or hangs (``died``), or failed at what it was asked; ``echo``: because another rank died."""
 
-    def __init__(self, member: Member, why: str, died: bool = True) -> None:
+    def __init__(self, member: Member, why: str, died: bool = True, echo: bool = False) -> None:
         super().__init__(f"{member.place} {why}")
-        self.member, self.died = member, died
+        self.member, self.died, self.echo = member, died, echo
+
+
+class Restarts:
+    """How often services were replaced, all of them together, and how often they may be."""
+
+    def __init__(self, limit: int) -> None:
+        self.made, self._limit, self._lock = 0, limit, threading.Lock()
+
+    def one_more(self, why: str) -> str:
+        """Counts one, and says so. Raises ``RunFailure`` beyond the limit."""
+        with self._lock:
+            if self.made == self._limit:
+                raise RunFailure(f"{why}; that was once more than cluster.max_restarts={self._limit} allows")
+            self.made += 1
+            return f"{why}; it is being replaced ({self.made} of {self._limit})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +144,6 @@ class SamplerService:
             else:
                 futures.wait(list(self._open.values()), until - time.monotonic(), futures.FIRST_COMPLETED)
 
-    def forget(self) -> None:
-        """Drops what is in work: nobody wants it any more."""
-        for future in self._open.values():
-            with contextlib.suppress(Exception):
-                future.result()
-        self._open = {}
-
-    def rendezvous(self, one_host: bool) -> str:
-        return _rendezvous(one_host)
-
     def join(self, url: str, rank: int, size: int, timeout_s: float) -> None:
         """Enters the group of processes that weights are broadcast in, leaving an earlier one."""
         _bind()
@@ -174,9 +181,19 @@ class LearnerService:
     _offer: SharedMemoryWeights | None = None
     _broadcast: Broadcast | None = None
 
+    def __init__(self) -> None:
+        self._meetings: list[Path] = []
+
     def rendezvous(self, one_host: bool) -> str:
-        """Where the ranks, or a broadcast's members, find each other."""
-        return _rendezvous(one_host)
+        """Where the ranks, or a broadcast's members, find each other: a file where all are on one host, so that
+        nothing listens; else a free port of this node."""
+        if one_host:
+            self._meetings.append(shared_memory_folder("nanogrpo-meet"))
+            return f"file://{self._meetings[-1]}/store"
+        ip = ray.util.get_node_ip_address()
+        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
+            probe.bind((ip, 0))
+            return f"tcp://{f'[{ip}]' if ':' in ip else ip}:{probe.getsockname()[1]}"
 
     def where(self) -> tuple[str, str]:
         """Ray's id of the node, and its address."""
@@ -283,6 +300,8 @@ class LearnerService:
     def close(self) -> None:
         if self._offer is not None:
             self._offer.remove()
+        for folder in self._meetings:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def actor_of(service: type, **options: Any) -> Any:
@@ -333,8 +352,8 @@ def answer(member: Member, ref: Any, doing: str) -> Any:
         if not isinstance(cause, RunFailure):  # that says all there is; anything else needs its traceback
             log.warning("%s failed while %s:\n%s", member.place, doing, error)
         said = str(cause) if isinstance(cause, RunFailure) else f"{type(cause).__name__}: {cause}"
-        echo = isinstance(cause, RankLost)  # of another rank's death
-        raise Lost(member, f"failed while {doing}: {' '.join(said.split())[:500]}", died=echo) from None
+        echo = isinstance(cause, RankLost)
+        raise Lost(member, f"failed while {doing}: {' '.join(said.split())[:500]}", died=False, echo=echo) from None
     except (RayActorError, GetTimeoutError) as error:
         raise Lost(member, f"died while {doing} ({_last_line(error)})") from None
     except RayError as error:
@@ -377,16 +396,6 @@ def _about(facts: Mapping[str, Any]) -> About:
 
 def _bind() -> None:
     devices.bind_collectives(ray.util.get_node_ip_address())
-
-
-def _rendezvous(one_host: bool) -> str:
-    """A meeting place: a file where all are on one host, so that nothing listens; else a free port of this node."""
-    if one_host:
-        return f"file://{shared_memory_folder('nanogrpo-meet')}/store"
-    ip = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
-        probe.bind((ip, 0))
-        return f"tcp://{f'[{ip}]' if ':' in ip else ip}:{probe.getsockname()[1]}"
 
 
 def _environment() -> dict[str, str]:

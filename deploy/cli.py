@@ -120,7 +120,9 @@ def train(
             return
         if config.cluster.mode == "ray" and not guard.is_driver():
             # The process that does the work is a child of this one, which starts it again when it is killed.
-            raise typer.Exit(guard.watch(folder, config.cluster.max_restarts, resuming=resume is not None))
+            raise typer.Exit(
+                guard.watch(folder, config.cluster.max_restarts, config.timeouts.pulse_s, resuming=resume is not None)
+            )
         out.print(f"run     {folder}")
         try:
             outcome = runs.run(config, folder, out, resume=resume is not None)

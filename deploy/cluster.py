@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import logging
 import os
+import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -20,11 +22,17 @@ from typing import Any
 
 from common.config import Config
 from common.errors import LearnerLost, RunFailure, UserError
+from common.waits import bounded
 from deploy import doctor
 from deploy.local import Parts, Prepared, sampler_setup
+from learner import model as models
 
 log = logging.getLogger("nanogrpo.cluster")
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0 when ray is imported: a private cluster keeps to loopback
+_OTHER_TOKEN = (
+    "the cluster refused this process's token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (or ~/.ray/auth_token) "
+    "to the same token on every node"
+)
 Need = Mapping[str, float]
 
 
@@ -49,24 +57,26 @@ class Apart:
 def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator[Parts]:
     """Sampler replicas and learner ranks as services; what is lost of them is replaced."""
     config = ready.config
-    cluster = Cluster(config, say)
+    cluster = Cluster(config, say, resuming=any((folder / "checkpoints").glob("step-*")))
+    from deploy.actors import Restarts
     from deploy.group import LearnerGroup
     from deploy.pool import SamplerPool
 
+    restarts = Restarts(config.cluster.max_restarts)
     setup = sampler_setup(ready, shares_device=False, threads=max(1, int(config.cluster.sampler_cpus)))
-    vocabulary = len(ready.tokenizer)
-    pool = SamplerPool(config, lambda index: cluster.start_sampler(index, setup), setup, vocabulary, say)
+    vocabulary = max(len(ready.tokenizer), models.vocabulary(ready.folder))
+    pool = SamplerPool(config, lambda i: cluster.start_sampler(i, setup), setup, vocabulary, restarts, say)
     learner = LearnerGroup(config, cluster.start_learner)
-    learner_restarts = 0
 
-    def restarts() -> int:
-        return learner_restarts + pool.restarts
+    def open_learner() -> None:
+        while True:
+            try:
+                return learner.open()
+            except LearnerLost as loss:
+                say(restarts.one_more(str(loss)))
 
     def recover(loss: LearnerLost) -> None:
-        nonlocal learner_restarts
-        learner_restarts += 1
-        if restarts() > config.cluster.max_restarts:
-            raise RunFailure(f"{loss}; that was one more than cluster.max_restarts allows") from None
+        say(restarts.one_more(str(loss)))
         pool.forget()
         learner.restart()
 
@@ -75,13 +85,15 @@ def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator
         cluster.take_room()
         stack.callback(pool.close)
         stack.callback(learner.close)
-        _side_by_side(pool.open, learner.open)
+        _side_by_side(pool.open, open_learner)
         if blind := learner.sees(folder / "config.toml"):
             raise UserError(
                 f"run.folder={str(folder)!r} is not on storage that every node sees: {', '.join(blind)} does not find "
                 "config.toml in it; give a folder that is"
             )
-        facts = learner.facts
+        facts, timeouts = learner.facts, config.timeouts
+        replaced_s = timeouts.start_s + timeouts.load_s + 2 * timeouts.sync_s
+        tries = config.cluster.max_restarts + 1
         yield Parts(
             pool,
             learner,
@@ -90,10 +102,10 @@ def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator
             f"learner {facts['parameters_trained'] / 1e6:.1f} M of {facts['parameters_total'] / 1e6:.1f} M weights, "
             f"{'packed' if facts['packed'] else 'padded'}, {facts['device']}: {', '.join(learner.places())}",
             memory_gib=learner.memory_gib,
-            # A request may be asked anew after each loss.
-            answer_s=(config.cluster.max_restarts + 1)
-            * (config.timeouts.generate_s + config.timeouts.start_s + config.timeouts.load_s + config.timeouts.sync_s),
-            restarts=restarts,
+            # Each wait inside has its own limit; these are the sums, should all of them be needed.
+            answer_s=tries * (timeouts.generate_s + replaced_s),
+            sync_s=timeouts.generate_s + tries * replaced_s,
+            restarts=lambda: restarts.made,
             recover=recover,
         )
 
@@ -130,10 +142,13 @@ def connect(address: str) -> bool:
     common: dict[str, Any] = {"namespace": "nanogrpo", "log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address == "private":
+            _make_token()
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **common)
         else:
             ray.init(address=address, **common)
-    except ConnectionError:
+    except ConnectionError as error:
+        if _refused(error):
+            raise UserError(f"{label}: {_OTHER_TOKEN}") from None
         if address == "auto":
             raise UserError(
                 f"{label}: no Ray cluster runs on this machine; start one (ray start --head), submit the run to one "
@@ -143,14 +158,27 @@ def connect(address: str) -> bool:
     except ValueError as error:
         raise UserError(f"{label} is not the address of a cluster ({_brief(error)}); give HOST:PORT") from None
     except Exception as error:
-        text = str(error)
-        if "auth" in text.lower() or "token" in text.lower():
-            raise UserError(
-                f"{label}: the cluster refused this process's token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH "
-                "(or ~/.ray/auth_token) to the same token on every node"
-            ) from None
+        if _refused(error):
+            raise UserError(f"{label}: {_OTHER_TOKEN}") from None
         raise UserError(f"{label}: cannot join the cluster ({_brief(error)})") from None
     return True
+
+
+def _make_token() -> None:
+    """A token for clusters of this user, where there is none: Ray would make one that everybody may read."""
+    place = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if "RAY_AUTH_TOKEN" in os.environ or place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether Ray failed for want of the right token. Ray 2.60 says so only in the text of what lies behind."""
+    return "token" in f"{error} {error.__cause__}".lower()
 
 
 def needs(config: Config, gpus: bool) -> list[dict[str, float]]:
@@ -159,7 +187,9 @@ def needs(config: Config, gpus: bool) -> list[dict[str, float]]:
     sampler: dict[str, float] = {"CPU": cluster.sampler_cpus}
     rank: dict[str, float] = {"CPU": cluster.learner_cpus}
     if gpus:
-        sampler["GPU"], rank["GPU"] = wide, 1
+        rank["GPU"] = 1
+        if config.sampler.name != "remote":  # whose server has its own
+            sampler["GPU"] = wide
     return [dict(sampler) for _ in range(cluster.samplers)] + [dict(rank) for _ in range(cluster.learner_ranks)]
 
 
@@ -190,20 +220,30 @@ def missing_room(wanted: Sequence[Need], nodes: Mapping[str, Need]) -> str:
 class Cluster:
     """The run's place on a cluster: starts its parts, and starts them anew."""
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        """Connects and checks the room. Raises ``UserError`` for a cluster too small for the run."""
-        self._joined = connect(config.cluster.address)
+    def __init__(self, config: Config, say: Callable[[str], None], *, resuming: bool = False) -> None:
+        """Connects and checks the room. Raises ``UserError`` for a cluster too small for the run: at once, or for a run
+        that has been on it before after ``timeouts.start_s``, because a lost node may come back."""
+        with bounded("cluster", "taking this process in", config.timeouts.start_s):
+            self._joined = connect(config.cluster.address)
         self._config, self._say = config, say
         has_gpus = any(node.get("GPU") for node in self._nodes().values())
         if config.train.device == "gpu" and not has_gpus:
             raise UserError("train.device='gpu' but no node of the cluster has a GPU; set train.device='cpu'")
         self._needs = needs(config, has_gpus and config.train.device != "cpu")
-        if lacking := missing_room(self._needs, self._nodes()):
-            raise UserError(
-                f"cluster.samplers={config.cluster.samplers} and cluster.learner_ranks={config.cluster.learner_ranks} "
-                f"do not fit on the cluster: {lacking}; add nodes, or lower them, cluster.sampler_cpus or "
-                "cluster.learner_cpus"
-            )
+        self._lock = threading.Lock()
+        until = time.monotonic() + (config.timeouts.start_s if resuming else 0.0)
+        told = False
+        while lacking := missing_room(self._needs, self._nodes()):
+            if time.monotonic() >= until:
+                raise UserError(
+                    f"cluster.samplers={config.cluster.samplers} and cluster.learner_ranks="
+                    f"{config.cluster.learner_ranks} do not fit on the cluster: {lacking}; add nodes, or lower them, "
+                    "cluster.sampler_cpus or cluster.learner_cpus"
+                )
+            if not told:
+                say(f"waiting for nodes to come back (timeouts.start_s): {lacking}")
+                told = True
+            time.sleep(2.0)
         self._versions: Mapping[str, str] = {}
         self._group: Any = None
 
@@ -256,7 +296,8 @@ class Cluster:
             if lost:
                 for member in members:
                     member.kill()
-                raise LearnerLost(str(next(iter(lost.values()))))
+                loss = next((one for one in lost.values() if one.died), next(iter(lost.values())))
+                raise LearnerLost(str(loss)) if loss.died or loss.echo else RunFailure(str(loss))
             return answers
 
         where = ask({member: member.actor.where.remote() for member in members}, "starting")
@@ -344,8 +385,8 @@ class Cluster:
     def _same_versions(self, member: Any) -> None:
         """Raises ``UserError`` when a service runs with other versions than the first one did."""
         theirs = member.about.versions
-        if not self._versions:
-            self._versions = theirs
+        with self._lock:  # replicas start side by side
+            self._versions = self._versions or theirs
         differing = sorted(
             f"{name} {theirs.get(name, 'missing')} instead of {self._versions.get(name, 'none')}"
             for name in theirs.keys() | self._versions.keys()

@@ -38,6 +38,11 @@ class LearnerGroup:
         self._joined: tuple[Member, ...] = ()  # the samplers in the broadcast's group
         self.facts: Mapping[str, Any] = {}
 
+    @property
+    def alive(self) -> bool:
+        """Whether every rank shows a pulse."""
+        return not self._dead()
+
     def open(self) -> None:
         self._ranks = self._start()
         assert self._ranks[0].about is not None
@@ -79,7 +84,7 @@ class LearnerGroup:
             self._all("settle", doing="taking the noise back")
 
     def save(self, folder: Path) -> None:
-        self._all("save", folder, doing=f"writing checkpoint {self.version}")
+        self._all("save", folder, doing=f"writing checkpoint {self.version}", limit="load_s")
 
     def restore(self, folder: Path) -> None:
         self.version = self._all("restore", folder, doing=f"reading checkpoint {folder.name}", limit="load_s")
@@ -120,20 +125,19 @@ class LearnerGroup:
     def finish(self, calls: Mapping[Member, Any], doing: str, limit: str = "sync_s") -> dict[Member, Any]:
         """All ranks' answers. Raises ``LearnerLost`` when one died or hangs, ``RunFailure`` when one says so itself."""
         timeouts = self._config.timeouts
+        doing = f"{doing} (timeouts.{limit})"
         answers, lost = gather(calls, doing, getattr(timeouts, limit) * _SHARE, timeouts.pulse_s, together=True)
         if not lost:
             return answers
-        # Of several, the one that died is the cause and the others' errors follow from it.
-        loss = next((one for one in lost.values() if one.died), next(iter(lost.values())))
-        if not loss.died and self._someone_died():
-            loss = Lost(loss.member, f"lost another rank while {doing}")
-        raise LearnerLost(str(loss)) if loss.died else RunFailure(str(loss))
+        loss = next(iter(lost.values()))
+        # Who died is the cause, and what the others report follows from it.
+        if not loss.died and (dead := self._dead()):
+            loss = Lost(next(iter(dead)), f"died while {doing}")
+        raise LearnerLost(str(loss)) if loss.died or loss.echo else RunFailure(str(loss))
 
-    def _someone_died(self) -> bool:
-        """Whether a failure that a rank reports is only the echo of another's death."""
+    def _dead(self) -> dict[Member, Lost]:
         calls = {member: member.actor.pulse.remote() for member in self._ranks}
-        _, lost = gather(calls, "showing a pulse", self._config.timeouts.pulse_s, self._config.timeouts.pulse_s)
-        return bool(lost)
+        return gather(calls, "showing a pulse", self._config.timeouts.pulse_s, self._config.timeouts.pulse_s)[1]
 
     def join(self, samplers: Sequence[Member], timeout_s: float) -> dict[Member, Lost]:
         """A group of processes for broadcasts: the first rank and these samplers. Says which could not be reached."""
@@ -209,7 +213,7 @@ class Offer:
     def deliver(self, samplers: Sequence[Member], version: int) -> tuple[dict[Member, str], dict[Member, Lost]]:
         """Has these samplers load the weights: the fingerprints that arrived, and who was lost on the way.
 
-        Raises ``LearnerLost`` when the learner is, or has other weights by now.
+        Raises ``LearnerLost`` when the learner is, and ``Busy`` when it works on the next version.
         """
         group = self._group
         limit_s = group._config.timeouts.sync_s * _SHARE
@@ -219,12 +223,15 @@ class Offer:
         self.transport = group.transport(self.kind, samplers)
         if self.transport != "collective" and self._handle is not None:
             calls = {m: m.actor.load_weights.remote(self._handle, version) for m in samplers}
-            return gather(calls, f"taking the weights of version {version}", limit_s, pulse_s)
-        if not group.turn.acquire(timeout=1.0):  # busy with the next update: the next sync will bring newer ones
-            raise LearnerLost("the learner is busy")
+            arrived, lost = gather(calls, f"taking the weights of version {version}", limit_s, pulse_s)
+            if lost and not group.alive:  # what it wrote into shared memory may have gone with it
+                raise LearnerLost("the learner died, and its weights in shared memory with it")
+            return arrived, lost
+        if not group.turn.acquire(timeout=1.0):
+            raise Busy("the learner is at work")
         try:
             if group.version != self.version:
-                raise LearnerLost("the learner has gone on to other weights")
+                raise Busy("the learner has gone on to other weights")
             if self.transport == "collective":
                 return self._broadcast(samplers, version, limit_s, pulse_s)
             method = "inline" if self.kind == "adapter" else "write_shared"
@@ -256,6 +263,10 @@ class Offer:
         answers = group.finish(sending, "sending its weights")
         self._sent = answers[group._ranks[0]]
         return arrived, {}
+
+
+class Busy(Exception):
+    """The learner cannot hand out these weights now; the next sync will bring newer ones."""
 
 
 def _end(lost: Mapping[Member, Lost]) -> None:

@@ -1,23 +1,28 @@
 """The process above a run on a cluster: starts the one that does the work, and starts it again when it is killed.
 
 A run that ends by itself, well or badly, has said why and is left alone; one that was killed (no memory, a stray
-signal) goes on from its last checkpoint. It knows nothing of the run but its folder. What becomes of a submitted job
-whose whole node dies is up to who submitted it (``--auto-resume``; see deploy/README.md).
+signal) or stopped and never continued goes on from its last checkpoint. It knows nothing of the run but its folder.
+What becomes of a submitted job whose whole node dies is up to who submitted it (``--auto-resume``; deploy/README.md).
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 _MARK = "NANOGRPO_DRIVER"
 _ENDED_BY_ITSELF = (0, 1, 2, 130)
+_STOPPED = 130
 
 
 def is_driver() -> bool:
@@ -25,26 +30,35 @@ def is_driver() -> bool:
     return os.environ.get(_MARK) == "1"
 
 
-def watch(folder: Path, max_restarts: int, *, resuming: bool, command: Sequence[str] | None = None) -> int:
-    """Runs this very command in a child, again with --resume after each time that it was killed, and returns its exit
-    code. Signals are passed on to it."""
-    command = list(command or [sys.executable, "-m", "deploy.cli", *sys.argv[1:]])
-    for attempt in range(max_restarts + 1):
-        code = _child(command)
-        if code in _ENDED_BY_ITSELF:
-            return code
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if attempt == max_restarts:
-            break
-        begun = (folder / "config.toml").is_file()
-        sys.stderr.write(
-            f"the driver was killed ({how}); starting it again, "
-            f"{'from the last checkpoint' if begun else 'from the start'} ({attempt + 1} of {max_restarts})\n"
-        )
-        if begun and not resuming:
-            command = _resuming(command, folder)
-            resuming = True
-        time.sleep(1.0)
+def watch(
+    folder: Path, max_restarts: int, pulse_s: float, *, resuming: bool, command: Sequence[str] | None = None
+) -> int:
+    """Runs this very command in a child, with the run's folder, and again with --resume after each time that it was
+    killed; returns its exit code. Signals are passed on to it. A child that stays stopped for ``pulse_s`` seconds is
+    killed."""
+    command = list(command or [sys.executable, *sys.orig_argv[1:]])
+    if not resuming:
+        command.append(f"run.folder={folder}")  # a {date} in it must not be another one the next time
+    with _signals() as told:
+        for attempt in range(max_restarts + 1):
+            code = _child(command, pulse_s, told)
+            if code in _ENDED_BY_ITSELF:
+                return code
+            if told:  # stopped before it could save: there is nothing to go on with but what was saved before
+                return _STOPPED
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            if attempt == max_restarts:
+                break
+            begun = (folder / "config.toml").is_file()
+            sys.stderr.write(
+                f"the driver was killed ({how}); starting it again, "
+                f"{'from the last checkpoint' if begun else 'from the start'} ({attempt + 1} of {max_restarts})\n"
+            )
+            if begun and not resuming:
+                # Without run file and words: the folder's own configuration holds them.
+                command = [*command[: command.index("train") + 1], "--resume", str(folder)]
+                resuming = True
+            time.sleep(1.0)
     sys.stderr.write(
         f"failed: the driver was killed ({how}) once more than cluster.max_restarts={max_restarts} allows. Go on from "
         f"the last checkpoint: nanogrpo train --resume {folder}\n"
@@ -52,24 +66,45 @@ def watch(folder: Path, max_restarts: int, *, resuming: bool, command: Sequence[
     return 1
 
 
-def _resuming(command: Sequence[str], folder: Path) -> list[str]:
-    """The same command, going on with the run in the folder: without run file, and with its settings, which the
-    folder's own configuration already holds."""
-    at = command.index("train")
-    return [*command[: at + 1], "--resume", str(folder)]
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals to end that have come, in the order they came."""
+    told: list[int] = []
 
+    def note(number: int, frame: FrameType | None) -> None:
+        told.append(number)
 
-def _child(command: Sequence[str]) -> int:
-    child = subprocess.Popen(command, env=os.environ | {_MARK: "1"})
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches the whole terminal; a signal to this process alone must be handed down.
-        if number != signal.SIGINT or not sys.stdin.isatty():
-            child.send_signal(number)
-
-    kept = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return child.wait()
+        yield told
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+def _child(command: Sequence[str], pulse_s: float, told: list[int]) -> int:
+    # A group of its own: Ctrl-C in a terminal then comes once, through here.
+    child = subprocess.Popen(command, env=os.environ | {_MARK: "1"}, process_group=0, preexec_fn=_end_with_parent)
+    passed, stopped_since = 0, 0.0
+    while True:
+        while passed < len(told):
+            child.send_signal(told[passed])
+            passed += 1
+        try:
+            return child.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            pass
+        with contextlib.suppress(psutil.Error):
+            if psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
+                stopped_since = 0.0
+            elif not stopped_since:
+                stopped_since = time.monotonic()
+            elif time.monotonic() - stopped_since > pulse_s:
+                sys.stderr.write(f"the driver has been stopped for {pulse_s:g} s\n")
+                child.kill()
+
+
+def _end_with_parent() -> None:
+    """Has the kernel end the child (SIGTERM: it saves) when this process dies; Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

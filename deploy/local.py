@@ -73,6 +73,8 @@ class Parts:
     memory_gib: Callable[[], float]
     answer_s: float
     """Seconds that a request to the sampler may take, with the replacement of what is lost meanwhile."""
+    sync_s: float
+    """Seconds that a sync may take, with the same."""
     restarts: Callable[[], int] = lambda: 0
     """Services replaced so far."""
     recover: Callable[[LearnerLost], None] | None = None
@@ -239,6 +241,7 @@ def parts(ready: Prepared) -> Iterator[Parts]:
             f"{ready.device}",
             memory_gib=lambda: devices.peak_memory_gib(ready.device),
             answer_s=ready.config.timeouts.generate_s,
+            sync_s=ready.config.timeouts.sync_s,
         )
     finally:
         sampler.close()

@@ -26,13 +26,12 @@ from common.config import Config
 from common.errors import LearnerLost, RunFailure, UserError
 from common.protocols import WeightHandle
 from common.types import Group, Prompt, SamplerSetup, SamplingParams
-from deploy.actors import Lost, Member, Pulses, Unit, answer, gather
-from deploy.group import Offer
+from deploy.actors import Lost, Member, Pulses, Restarts, Unit, answer, gather
+from deploy.group import Busy, Offer
 from learner.sync import SyncError
 
 log = logging.getLogger("nanogrpo.cluster")
 _TURN_S = 0.2  # a replica reports at least so often: new weights wait no longer for it
-_AGREE = 0.12  # nats: a replacement must agree so closely with what proven replicas said of the probe
 
 
 @dataclasses.dataclass
@@ -42,8 +41,6 @@ class _Request:
     number: int
     future: Future[list[Group]]
     groups: list[Group | None]
-    asked: float
-    """When, on the monotonic clock."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,6 +50,8 @@ class _Part:
     unit: Unit
     request: _Request
     first: int
+    told: float = 0.0
+    """When its replica was given it, on the monotonic clock."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,7 +65,6 @@ class _Replica:
     new: list[_Part] = dataclasses.field(default_factory=list)
     """Given to it and not yet told."""
     call: Any = None
-    since: float = 0.0
 
 
 class SamplerPool:
@@ -79,11 +77,12 @@ class SamplerPool:
         start: Callable[[int], Member],
         setup: SamplerSetup,
         vocabulary: int,
+        restarts: Restarts,
         say: Callable[[str], None],
     ) -> None:
         """``setup`` is every replica's; ``vocabulary`` its number of tokens; ``say`` tells people of losses."""
         self._config, self._start, self._say = config, start, say
-        self._setup, self._vocabulary = setup, vocabulary
+        self._setup, self._vocabulary, self._restarts = setup, vocabulary, restarts
         self._lock = threading.Condition(threading.RLock())
         self._weights = threading.Lock()  # one hand-over at a time
         self._replicas: list[_Replica] = []
@@ -96,7 +95,7 @@ class SamplerPool:
         self._offer: tuple[Offer, int] | None = None  # what is served, or about to be
         self._probe: tuple[Sequence[Sequence[int]], list[list[float]]] | None = None
         self._closing = False
-        self.restarts = 0
+        self._lost_learner: LearnerLost | None = None
         self.transport = ""
 
     def open(self) -> None:
@@ -105,10 +104,16 @@ class SamplerPool:
         results: dict[int, Any] = {}
 
         def one(index: int) -> None:
-            try:
-                results[index] = self._start(index)
-            except BaseException as error:
-                results[index] = error
+            while index not in results:
+                try:
+                    results[index] = self._start(index)
+                except Lost as loss:
+                    try:
+                        self._say(self._restarts.one_more(str(loss)))
+                    except RunFailure as error:
+                        results[index] = error
+                except BaseException as error:
+                    results[index] = error
 
         threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(count)]
         for thread in threads:
@@ -147,7 +152,7 @@ class SamplerPool:
             if not prompts:
                 future.set_result([])
                 return future
-            request = _Request(self._count("request"), future, [None] * len(prompts), time.monotonic())
+            request = _Request(self._count("request"), future, [None] * len(prompts))
             self._requests[request.number] = request
             size = len(prompts) if self._config.cluster.samplers == 1 else 1
             for first in range(0, len(prompts), size):
@@ -223,8 +228,9 @@ class SamplerPool:
         """Nothing; see ``sleep``."""
 
     def forget(self) -> None:
-        """Drops every request in work, as when the learner has gone back to a checkpoint."""
-        with self._lock:
+        """Drops every request in work, and the weights offered: the learner goes back to a checkpoint."""
+        with self._weights, self._lock:
+            self._offer = self._lost_learner = None
             self._queue.clear()
             self._requests.clear()
             for replica in self._replicas:
@@ -284,8 +290,9 @@ class SamplerPool:
         for replica in self._replicas:
             if replica.call is None and replica.parts:
                 told, replica.new = replica.new, []
+                for part in told:
+                    part.told = time.monotonic()
                 replica.call = replica.member.actor.work.remote([part.unit for part in told], _TURN_S)
-                replica.since = time.monotonic()
 
     def _depth(self, replica: _Replica, unit: Unit) -> int:
         """How many units a replica holds at once: as many as it has sequences for, if it works on many at a time."""
@@ -326,15 +333,15 @@ class SamplerPool:
         limit_s = self._config.timeouts.generate_s
         with self._lock:
             for replica in list(self._replicas):
-                asked = [part.request.asked for part in replica.parts.values()]
-                if replica.call is not None and asked and time.monotonic() - max(replica.since, min(asked)) > limit_s:
+                told = [part.told for part in replica.parts.values() if part.told]
+                if told and time.monotonic() - min(told) > limit_s:
                     self._lose(replica, f"{replica.member.place} was still writing after {limit_s:g} s")
 
     def _drain(self) -> None:
         """Until nothing is in work: weights never touch an earlier request. Units that no replica can work on, all
         being without weights, wait for the new ones instead."""
         with self._lock:
-            while not self._failure:
+            while not self._failure and not self._lost_learner:
                 busy = any(replica.parts for replica in self._replicas)
                 able = any(replica.holds for replica in self._replicas)
                 if not busy and not (self._queue and able):
@@ -352,15 +359,18 @@ class SamplerPool:
             self._replicas.remove(replica)
             # Kept in their order, ahead of everything that was asked later.
             self._queue.extendleft(reversed(replica.parts.values()))
+            for part in replica.parts.values():
+                part.told = 0.0
             replica.parts = {}
             if self._closing or self._failure:
                 return
-            self.restarts += 1
-            if self.restarts > self._config.cluster.max_restarts:
-                self._fail(RunFailure(f"{why}; that was one more than cluster.max_restarts allows"))
+            try:
+                said = self._restarts.one_more(why)
+            except RunFailure as error:
+                self._fail(error)
                 return
             self._starting.add(replica.index)
-        self._say(f"{why}; it is being replaced ({self.restarts} of {self._config.cluster.max_restarts})")
+        self._say(said)
         threading.Thread(target=self._renew, args=(replica,), daemon=True).start()
 
     def _renew(self, old: _Replica) -> None:
@@ -372,7 +382,8 @@ class SamplerPool:
                 self._starting.discard(old.index)
                 self._resting.add(old.index)
                 if self._replicas or self._starting:
-                    self._say(f"{old.member.name}: {error}; the run goes on without it until there is room")
+                    if old.member.actor is not None:  # said once, and not at each further try
+                        self._say(f"{old.member.name}: {error}; the run goes on without it until there is room")
                 else:
                     self._fail(RunFailure(f"{error}, and no other sampler is left"))
                 self._lock.notify_all()
@@ -380,8 +391,9 @@ class SamplerPool:
         except Lost as loss:
             with self._lock:
                 self._starting.discard(old.index)
-                self._replicas.append(_Replica(old.member, old.index))
-            self._lose(self._replicas[-1], str(loss))
+                again = _Replica(loss.member, old.index)
+                self._replicas.append(again)
+                self._lose(again, str(loss))
             return
         except Exception as error:
             self._fail(error)
@@ -412,17 +424,31 @@ class SamplerPool:
                     sequences, expected = self._probe
                     got = ray.get(replica.member.actor.logprobs.remote(sequences), timeout=self._config.timeouts.sync_s)
                     flat = [abs(a - b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True)]
-                    if not sum(flat) / len(flat) <= _AGREE:
+                    if not sum(flat) / len(flat) <= self._config.sync.tolerance:
                         self._lose(replica, f"{replica.member.place} computes with other weights than were sent")
                         return
                 with self._lock:
                     replica.holds = True
                     self._lock.notify_all()
                 self._say(f"{replica.member.place} took the place of the lost one, with version {version}")
-        except LearnerLost:
-            return  # the loop will notice, and sync after the learner's restart
+        except Busy:
+            return  # the next sync brings newer ones
+        except LearnerLost as loss:
+            self._learner_is_lost(loss)
         except ray.exceptions.RayError as error:
             self._lose(replica, f"{replica.member.place} was lost while taking weights ({type(error).__name__})")
+        except Exception as error:
+            self._fail(error)
+
+    def _learner_is_lost(self, loss: LearnerLost) -> None:
+        """Tells the loop, which waits for completions that nobody can write: it brings another learner."""
+        with self._lock:
+            self._lost_learner = loss
+            for request in self._requests.values():
+                request.future.set_exception(loss)
+            self._requests.clear()
+            self._queue.clear()
+            self._lock.notify_all()
 
     def _wait_for_weights(self) -> None:
         """Until a replacement holds the weights."""
@@ -457,6 +483,8 @@ class SamplerPool:
     def _check(self) -> None:
         if self._failure is not None:
             raise self._failure
+        if self._lost_learner is not None:
+            raise self._lost_learner
         if self._closing:
             raise RunFailure("the sampler pool was called after it was closed")
 

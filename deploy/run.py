@@ -72,13 +72,13 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
                 if lost is not None:
                     assert parts.recover is not None
                     parts.recover(lost)
+                    files.remove_leftovers(folder)  # of a checkpoint that it was writing
                 begin = not resume and lost is None
                 return _train(config, folder, console, ready, scorer, parts, stopping, begin=begin)
             except LearnerLost as loss:
                 if parts.recover is None:
                     raise
                 lost = loss
-                _tell(console, f"{loss}; the learner starts again from its last checkpoint")
 
 
 def _parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Parts]:
@@ -113,7 +113,7 @@ def _train(
         tracking.rewind(folder, learner.version)
 
     probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
-    sync = WeightSync(learner, sampler, placement, probe, config.sync, config.timeouts.sync_s)
+    sync = WeightSync(learner, sampler, placement, probe, config.sync, parts.sync_s)
     with contextlib.ExitStack() as stack:
         trackers: list[Any] = [tracking.JsonlTracker(folder)]
         if config.run.tensorboard:
@@ -134,12 +134,13 @@ def _train(
         sync()
 
         def measure(step: int) -> None:
-            if ready.test:
+            done = {row["step"] for row in files.read_json_lines(folder / "eval.jsonl")}
+            if ready.test and step not in done:
                 tracker.phase(f"evaluation: {len(ready.test)} test questions at step {step}")
                 with placement.sampling():
                     tracker.evaluation(step, local.ask_test_questions(ready, sampler, scorer, parts.answer_s).as_dict())
 
-        if learner.version == 0 and not files.read_lines(folder / "eval.jsonl"):
+        if learner.version == 0:
             measure(0)
         finished = train(loop, measure, stopping)
         if finished:
@@ -210,7 +211,7 @@ def config_of(folder: Path, words: Sequence[str]) -> Config:
     if not (folder / "config.toml").is_file():
         raise UserError(f"--resume {str(folder)!r}: there is no run (no config.toml in it); name a run folder")
     saved = tomllib.loads((folder / "config.toml").read_text())
-    config = load(folder / "config.toml", words)
+    config = load(folder / "config.toml", words, drop_idle=True)
     before = build(saved)
     free = {
         "eval",
@@ -230,7 +231,7 @@ def config_of(folder: Path, words: Sequence[str]) -> Config:
             if old != new:
                 raise UserError(
                     f"{key}={new!r} cannot change from {old!r} when a run is resumed, or it would not be the same run; "
-                    "train.steps, eval, run and timeouts can"
+                    "train.steps, eval, run, timeouts, cluster and where it computes can"
                 )
     if config.run.folder != before.run.folder:
         raise UserError(f"run.folder={config.run.folder!r} has no effect with --resume, which names the folder")

@@ -66,7 +66,16 @@ if [ "$others" -gt 0 ]; then
     steps+=($!)
 fi
 
-# The run waits for the nodes that it needs (timeouts.start_s), and starts its driver again when that is killed.
+# All nodes first: a cluster too small for a run is refused at once.
+for attempt in $(seq 60); do
+    joined=$(python -c "import ray; ray.init('$cluster', log_to_driver=False, logging_level='ERROR'); \
+print(sum(node['Alive'] for node in ray.nodes()))" | tail -n 1)
+    if [ "$joined" = "${#nodes[@]}" ]; then break; fi
+    if [ "$attempt" = 60 ]; then echo "only $joined of ${#nodes[@]} nodes have joined Ray" >&2; exit 1; fi
+    sleep 2
+done
+
+# The run starts its driver again when that is killed.
 nanogrpo train "$run" --auto-resume cluster.mode=ray cluster.address="$cluster" cluster.spread=true \
     run.folder="$folder" run.console=plain "$@" &
 driver=$!

@@ -211,7 +211,7 @@ def _result(loop: Loop, request: Request) -> list[Group]:
     except FutureTimeout:
         raise RunFailure(
             f"the sampler did not answer request {request.number} ({len(request.prompts)} prompts) within "
-            f"{limit_s:g} s (timeouts.generate_s)"
+            f"{limit_s:g} s"
         ) from None
     asked, got = [prompt.id for prompt in request.prompts], [group.prompt.id for group in groups]
     if asked != got:

@@ -161,6 +161,12 @@ def context_tokens(folder: Path) -> int:
     return int(config.get("max_position_embeddings") or config.get("n_positions") or 2**20)
 
 
+def vocabulary(folder: Path) -> int:
+    """The rows of the model's embedding, which may be more than its tokenizer's tokens."""
+    config = _config_json(folder)
+    return int((config | config.get("text_config", {})).get("vocab_size") or 0)
+
+
 def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa") -> Any:
     """The causal language model on ``device``, in ``config.dtype``, without dropout until ``train()`` is called.
 

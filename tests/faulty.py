@@ -5,6 +5,7 @@ Used as ``sampler.name = "tests/faulty.py:Faulty"``. ``marker`` is a file that s
 
 import os
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,3 +49,14 @@ class Faulty(HfSampler):
             self.version = version
             return handle.sent()[0]
         return super().load_weights(handle, version)
+
+
+class Endless(Faulty):
+    """Works, answers every question about itself, and never finishes, until the marker is there."""
+
+    def generate(self, prompts, params):
+        return Future() if self._now("endless") else super().generate(prompts, params)
+
+    def pump(self):
+        time.sleep(0.01)
+        return True

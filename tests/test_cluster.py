@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
 
 from common import files
-from common.config import Config, load
+from common.config import Config, load, resolved_toml
 from common.errors import RunFailure, UserError
 from common.types import Completion, Group, Prompt
 from deploy import cluster, guard
@@ -201,6 +203,30 @@ def test_a_sampler_that_fails_is_replaced_and_nothing_changes(shared, tiny, alon
     assert numbers(folder) == numbers(alone)[:3]
 
 
+def test_a_sampler_that_works_without_end_is_replaced(shared, tiny, alone, tmp_path):
+    """It shows a pulse and reports each turn; only its work never ends."""
+    folder, marker = tmp_path / "run", tmp_path / "happened"
+    name = f"sampler.name={ROOT / 'tests' / 'faulty.py'}:Endless"
+    options = (name, "sampler.options.fault=endless", f"sampler.options.marker={marker}", "timeouts.generate_s=4")
+    console = run(spec(tiny, folder, *CLUSTER, *options, "run.save_every=0", steps=3), folder)
+    assert any("was still writing after 4 s" in text for text in console.said)
+    assert numbers(folder) == numbers(alone)[:3]
+
+
+def test_sampler_and_learner_lost_together(tiny, alone, tmp_path):
+    """Nobody is left who could give the new sampler its weights: the learner comes back first."""
+    more = (*CLUSTER, "sync.transport=collective", "timeouts.pulse_s=8")
+    struck = Run(words(tiny, tmp_path / "run", 10, *more), tmp_path / "log")
+    try:
+        struck.wait_for_step(4)
+        struck.strike("learner", signal.SIGKILL)
+        struck.strike("sampler", signal.SIGKILL)
+        assert struck.wait() == 0, struck.said
+    finally:
+        struck.end()
+    assert same(tmp_path / "run", alone)
+
+
 def test_a_sampler_that_always_fails_ends_the_run_in_a_sentence(shared, tiny, tmp_path):
     folder = tmp_path / "run"
     options = (FAULTY, "sampler.options.fault=raise", f"sampler.options.marker={tmp_path / 'x'}")
@@ -233,6 +259,7 @@ def test_struck_services_and_driver_leave_the_run_as_it_would_have_been(tiny, tm
             (16, "sampler", signal.SIGSTOP),
             (22, "driver", signal.SIGKILL),
             (29, "learner", signal.SIGSTOP),
+            (34, "driver", signal.SIGSTOP),
         ):
             struck.wait_for_step(step)
             struck.seconds_to_recover(name, number, which=0)
@@ -336,8 +363,61 @@ def test_a_killed_driver_goes_on_and_one_that_ends_is_left_alone(tmp_path, monke
     child.write_text(_CHILD)
     folder = tmp_path / "run"
     command = [sys.executable, str(child), "train", str(folder)]
-    assert guard.watch(folder, 3, resuming=False, command=command) == ends
+    assert guard.watch(folder, 3, 30, resuming=False, command=command) == ends
     calls = (folder / "calls").read_text().splitlines()
     assert len(calls) == min(kills, 3) + 1
+    assert calls[0] == f"train {folder} run.folder={folder}"
     assert calls[1:] == [f"train --resume {folder}"] * (len(calls) - 1)
     assert ("once more than cluster.max_restarts=3" in capfd.readouterr().err) is (kills > 3)
+
+
+def guarded(tmp_path: Path, code: str, pulse_s: float = 30) -> subprocess.Popen[str]:
+    """A guard over a child of this code, in a process of its own."""
+    child = tmp_path / "child.py"
+    child.write_text(code)
+    watch = f"guard.watch(Path({str(tmp_path / 'run')!r}), 1, {pulse_s}, resuming=False, command={['train']!r})"
+    watch = watch.replace("['train']", f"[sys.executable, {str(child)!r}, 'train']")
+    program = f"import sys; from pathlib import Path; from deploy import guard; sys.exit({watch})"
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_driver_asked_to_stop_before_it_listens_is_not_started_again(tmp_path):
+    started = tmp_path / "started"
+    above = guarded(tmp_path, f"import time; open({str(started)!r}, 'a').write('x'); time.sleep(60)")
+    while not started.exists():
+        time.sleep(0.05)
+    above.send_signal(signal.SIGTERM)
+    assert above.wait(30) == 130
+    assert started.read_text() == "x"
+
+
+def test_a_stopped_driver_is_started_again_and_one_without_a_guard_ends(tmp_path):
+    pids = tmp_path / "pids"
+    above = guarded(
+        tmp_path, f"import os, time; open({str(pids)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(60)", 1
+    )
+
+    def started(count: int) -> list[int]:
+        until = time.monotonic() + 60
+        while not pids.exists() or len(pids.read_text().split()) < count:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        return [int(pid) for pid in pids.read_text().split()]
+
+    os.kill(started(1)[0], signal.SIGSTOP)
+    second = started(2)[1]
+    above.kill()
+    above.wait()
+    until = time.monotonic() + 30
+    while psutil.pid_exists(second) and psutil.Process(second).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_resumed_run_may_change_where_it_runs(tiny, tmp_path):
+    """Settings that the words make idle are left out; a word that is idle itself is still an error."""
+    folder = tmp_path / "run"
+    files.write_text(folder / "config.toml", resolved_toml(spec(tiny, folder, *CLUSTER, "cluster.samplers=2")))
+    assert runs.config_of(folder, ["cluster.mode=local"]).cluster.samplers == 1
+    with pytest.raises(UserError, match=r"cluster\.samplers=3 has no effect"):
+        runs.config_of(folder, ["cluster.mode=local", "cluster.samplers=3"])

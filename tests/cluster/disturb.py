@@ -81,7 +81,10 @@ class Run:
             self.end()
 
     def end(self) -> None:
-        for process in reversed(self._all()):
+        known = self._all()  # before it goes, and they with other parents
+        with _gone_is_fine():
+            self.process.kill()  # first: it would start its driver again
+        for process in reversed(known):
             with _gone_is_fine():
                 process.kill()
         self._log.close()
@@ -177,7 +180,6 @@ def main() -> None:
     undisturbed = Run(words(model, chosen.folder / "undisturbed", steps, *more), chosen.folder / "undisturbed.log")
     assert undisturbed.wait() == 0, undisturbed.said
     kinds = [(name, number) for name in ("sampler", "learner", "driver") for number in (signal.SIGKILL, signal.SIGSTOP)]
-    kinds.remove(("driver", signal.SIGSTOP))  # nobody can tell it from one that waits
     print("| struck | signal | at step | seconds until a step further |\n|---|---|---|---|")
     done = 0
     while done < chosen.rounds:
