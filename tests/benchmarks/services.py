@@ -119,7 +119,7 @@ def sync() -> list[dict[str, Any]]:
     return rows
 
 
-def staleness(steps: int = 16) -> list[dict[str, Any]]:
+def staleness(steps: int = 10) -> list[dict[str, Any]]:
     """The demo's task and model, one core for each side, learning from this step's completions or the last one's."""
     runs = {}
     for lag in (0, 1):
