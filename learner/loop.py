@@ -210,8 +210,7 @@ def _result(loop: Loop, request: Request) -> list[Group]:
         groups = request.future.result(timeout=limit_s)
     except FutureTimeout:
         raise RunFailure(
-            f"the sampler did not answer request {request.number} ({len(request.prompts)} prompts) within "
-            f"{limit_s:g} s"
+            f"the sampler did not answer request {request.number} ({len(request.prompts)} prompts) within {limit_s:g} s"
         ) from None
     asked, got = [prompt.id for prompt in request.prompts], [group.prompt.id for group in groups]
     if asked != got:
