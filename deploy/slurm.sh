@@ -69,7 +69,7 @@ fi
 # All nodes first: a cluster too small for a run is refused at once.
 for attempt in $(seq 60); do
     joined=$(python -c "import ray; ray.init('$cluster', log_to_driver=False, logging_level='ERROR'); \
-print(sum(node['Alive'] for node in ray.nodes()))" | tail -n 1)
+print(sum(node['Alive'] for node in ray.nodes()))" | tail -n 1) || joined=0
     if [ "$joined" = "${#nodes[@]}" ]; then break; fi
     if [ "$attempt" = 60 ]; then echo "only $joined of ${#nodes[@]} nodes have joined Ray" >&2; exit 1; fi
     sleep 2

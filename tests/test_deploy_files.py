@@ -177,6 +177,8 @@ STANDINS = {
         port=$(echo "$*" | sed 's/.*--port=\\([0-9]*\\).*/\\1/')
         exec python3 -c "import socket, time
 s = socket.create_server(('127.0.0.1', $port)); time.sleep(60)";; *) exec sleep 60;; esac""",
+    # Asked how many nodes have joined.
+    "python": 'if grep -q "ray start --block" "$LOG"; then echo 2; else echo 1; fi',
     "nanogrpo": """echo "nanogrpo $*" >>"$LOG"
         for _ in $(seq 100); do grep -q "ray start --block" "$LOG" && break; sleep 0.1; done
         if [ "$END" = now ]; then exit 0; fi
