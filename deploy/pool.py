@@ -96,7 +96,7 @@ class SamplerPool:
         self._probe: tuple[Sequence[Sequence[int]], list[list[float]]] | None = None
         self._closing = False
         self._lost_learner: LearnerLost | None = None
-        self.transport = ""
+        self._transport = ""  # said in the log when it changes
 
     def open(self) -> None:
         """Starts all replicas at once and then gives out work. Raises what starting one raised."""
@@ -203,7 +203,9 @@ class SamplerPool:
                 died = [member for member in lost if lost[member].died]
                 for member in died or lost:
                     self._lose(todo.pop(member), str(lost[member]))
-            self.transport = offer.transport
+            if offer.transport != self._transport:
+                self._transport = offer.transport
+                log.info("weights travel to the samplers by: %s", offer.transport)
             for member, digest in arrived.items():
                 if digest != offer.sent()[0]:
                     raise SyncError(
@@ -444,11 +446,7 @@ class SamplerPool:
         """Tells the loop, which waits for completions that nobody can write: it brings another learner."""
         with self._lock:
             self._lost_learner = loss
-            for request in self._requests.values():
-                request.future.set_exception(loss)
-            self._requests.clear()
-            self._queue.clear()
-            self._lock.notify_all()
+            self._end_requests(loss)
 
     def _wait_for_weights(self) -> None:
         """Until a replacement holds the weights."""
@@ -473,12 +471,14 @@ class SamplerPool:
     def _fail(self, error: Exception) -> None:
         with self._lock:
             self._failure = self._failure or error
-            for request in self._requests.values():
-                if not request.future.done():
-                    request.future.set_exception(self._failure)
-            self._requests.clear()
-            self._queue.clear()
-            self._lock.notify_all()
+            self._end_requests(self._failure)
+
+    def _end_requests(self, error: Exception) -> None:
+        for request in self._requests.values():
+            request.future.set_exception(error)
+        self._requests.clear()
+        self._queue.clear()
+        self._lock.notify_all()
 
     def _check(self) -> None:
         if self._failure is not None:
