@@ -72,6 +72,16 @@ def render(
     return rendered
 
 
+def check_room(prompts: Sequence[Prompt], max_tokens: int, limit: int) -> None:
+    """Raises ``UserError`` for a prompt that leaves no room for ``max_tokens`` within a sampler's ``limit`` tokens."""
+    for prompt in prompts:
+        if len(prompt.token_ids) + max_tokens > limit:
+            raise UserError(
+                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, which with max_tokens={max_tokens} is more "
+                f"than the {limit} this sampler was set up for; shorten the prompt or lower sampler.max_tokens"
+            )
+
+
 def check_lengths(prompts: Sequence[Prompt], max_tokens: int, max_prompt_tokens: int, context: int) -> int:
     """The longest prompt's length in tokens, once every prompt is known to fit.
 

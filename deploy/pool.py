@@ -25,6 +25,7 @@ import ray
 from common.config import Config
 from common.errors import LearnerLost, RunFailure, UserError
 from common.protocols import WeightHandle
+from common.tokenizer import check_room
 from common.types import Group, Prompt, SamplerSetup, SamplingParams
 from deploy.actors import Lost, Member, Pulses, Restarts, Unit, answer, gather
 from deploy.group import Busy, Offer
@@ -139,14 +140,7 @@ class SamplerPool:
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
         future: Future[list[Group]] = Future()
-        limit = self._setup.max_model_tokens
-        for prompt in prompts:
-            if len(prompt.token_ids) + params.max_tokens > limit:
-                raise UserError(
-                    f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, which with max_tokens="
-                    f"{params.max_tokens} is more than the {limit} that the samplers were set up for; shorten the "
-                    "prompt or lower sampler.max_tokens"
-                )
+        check_room(prompts, params.max_tokens, self._setup.max_model_tokens)
         with self._lock:
             self._check()
             if not prompts:

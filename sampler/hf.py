@@ -22,7 +22,7 @@ from common.device import dtype_of, release
 from common.errors import RunFailure, UserError
 from common.logits import logprobs_of, process
 from common.protocols import WeightHandle
-from common.tokenizer import load_tokenizer
+from common.tokenizer import check_room, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import Fingerprint
 
@@ -350,14 +350,9 @@ class HfSampler:
             )
 
     def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
-        length, limit = len(prompt.token_ids), self.setup.max_model_tokens
-        if not length:
+        if not prompt.token_ids:
             raise UserError(f"prompt {prompt.id!r} has no tokens; render it with common.tokenizer.render first")
-        if length + params.max_tokens > limit:
-            raise UserError(
-                f"prompt {prompt.id!r} has {length} tokens, which with max_tokens={params.max_tokens} is more than the "
-                f"{limit} this sampler was set up for; shorten the prompt or lower sampler.max_tokens"
-            )
+        check_room([prompt], params.max_tokens, self.setup.max_model_tokens)
 
     @contextmanager
     def _memory_advice(self) -> Iterator[None]:

@@ -42,7 +42,7 @@ import torch
 
 from common.errors import RunFailure, UserError
 from common.protocols import WeightHandle
-from common.tokenizer import load_tokenizer
+from common.tokenizer import check_room, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights, InlineWeights, SharedMemoryWeights, fingerprint, shared_memory_folder
 from sampler.server import HEAD, lora_rank
@@ -285,14 +285,8 @@ class RemoteSampler:
     # -- the contract --------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
-        wire, limit = self._open(), self._setup.max_model_tokens
-        for prompt in prompts:
-            if len(prompt.token_ids) + params.max_tokens > limit:
-                raise UserError(
-                    f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, which with max_tokens="
-                    f"{params.max_tokens} is more than the {limit} this sampler was set up for; shorten the prompt "
-                    "or lower sampler.max_tokens"
-                )
+        wire = self._open()
+        check_room(prompts, params.max_tokens, self._setup.max_model_tokens)
         # The same blocks must be computed and not found, or rounding differs between two equal requests.
         salt = f"{self._run}-{next(self._calls)}" if params.seed is not None else None
         work = [

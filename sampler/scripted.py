@@ -21,6 +21,7 @@ from torch import nn
 from common.errors import RunFailure, UserError
 from common.logits import logprobs_of, process
 from common.protocols import WeightHandle
+from common.tokenizer import check_room
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import Fingerprint, InProcessWeights
 from sampler.hf import HfSampler
@@ -84,13 +85,7 @@ class ScriptedSampler:
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
         self._note("generate", tuple(prompt.id for prompt in prompts), params)
-        for prompt in prompts:
-            if len(prompt.token_ids) + params.max_tokens > self.setup.max_model_tokens:
-                raise UserError(
-                    f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, which with max_tokens="
-                    f"{params.max_tokens} is more than the {self.setup.max_model_tokens} this sampler was set up for; "
-                    "shorten the prompt or lower sampler.max_tokens"
-                )
+        check_room(prompts, params.max_tokens, self.setup.max_model_tokens)
         groups = [Group(prompt, tuple(self._completion(prompt, params) for _ in range(params.n))) for prompt in prompts]
         future: Future[list[Group]] = Future()
         future.set_result(groups)

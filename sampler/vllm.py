@@ -39,6 +39,7 @@ from safetensors.torch import save_file
 
 from common.errors import RunFailure, UserError
 from common.protocols import WeightHandle
+from common.tokenizer import check_room
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import Fingerprint, FolderWeights, SharedMemoryWeights, shared_memory_folder
 
@@ -222,14 +223,7 @@ class VllmSampler:
         from vllm.sampling_params import RequestOutputKind
 
         self._ready()
-        limit = self._setup.max_model_tokens
-        for prompt in prompts:
-            if len(prompt.token_ids) + params.max_tokens > limit:
-                raise UserError(
-                    f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, which with max_tokens="
-                    f"{params.max_tokens} is more than the {limit} this sampler was set up for; shorten the prompt "
-                    "or lower sampler.max_tokens"
-                )
+        check_room(prompts, params.max_tokens, self._setup.max_model_tokens)
         with _refusals():
             requests = [
                 VllmParams(
