@@ -52,8 +52,15 @@ class ModelConfig(Section):
     """Share of the adapter's inputs zeroed in training. Above 0 the learner's log-probs differ from the sampler's."""
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Module names that get an adapter; ``all-linear`` is every linear layer but the output head."""
+    lora_variant: Literal["lora", "rslora", "dora"] = "lora"
+    """rslora: the update is multiplied by alpha / sqrt(rank) instead (arXiv 2312.03732); dora: magnitude and direction
+    are learned apart (arXiv 2402.09353), which vLLM does not serve as an adapter: merged weights are sent at each sync.
+    """
+    quantize: Literal["off", "nf4"] = "off"
+    """nf4: the frozen base under the adapter is held in 4 bits (QLoRA, arXiv 2305.14314; bitsandbytes), on both sides:
+    a quarter of the memory, some precision and speed lost. Needs lora_rank."""
     cache_folder: str = "~/.cache/nanogrpo"
-    """Where converted GGUF models are kept."""
+    """Where converted GGUF models are kept, and dense copies of 4-bit ones for samplers without 4-bit weights."""
 
 
 class TaskConfig(Section):
@@ -152,11 +159,24 @@ class LearnerConfig(Section):
     """packed computes each prompt once for its group; padded repeats it; auto packs where the model can."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    head_tokens: Count = 512
+    """Predicted tokens whose logits exist at once; each takes some 6 to 10 bytes an entry of the vocabulary."""
+    compile: Literal["off", "auto", "on"] = "off"
+    """on: compile each layer's pointwise work (torch.compile; needs a C++ compiler on a CPU): less memory and faster
+    steps, after a first one some 5 to 40 s longer; auto: on where there is a compiler."""
 
 
 class OptimizerConfig(Section):
+    name: Literal["adamw", "adamw_8bit", "adamw_4bit", "adafactor", "muon"] = "adamw"
+    """adamw: two float32 averages a weight; adamw_8bit and adamw_4bit: the same in 8 or 4 bits (torchao); adafactor:
+    one average a row and a column (arXiv 1804.04235); muon: one average a weight, its update orthogonalised, for
+    matrices inside the layers, AdamW for the rest (arXiv 2502.16982)."""
+    master: Literal["float32", "stochastic"] = "float32"
+    """float32: the optimizer steps a float32 copy of bfloat16 weights; stochastic: it steps the bfloat16 weights
+    themselves, rounded up or down at random so that small updates are kept on average (adamw, adamw_8bit, adamw_4bit):
+    4 bytes a weight less, and gradients in bfloat16."""
     lr: Positive = 1e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay of the averages of the gradient and of its square."""
     eps: Positive = 1e-8
@@ -202,7 +222,7 @@ class SyncConfig(Section):
     challenge: bool = True
     """Before the first step send perturbed weights once and check that the sampler follows them."""
     probe_tokens: Annotated[int, Field(ge=8)] = 256
-    """Length of the fixed probe, in tokens of the task's own prompts."""
+    """Length of the fixed probe, in tokens of the task's own prompts; after the first sync its first 64 are asked."""
     tolerance: Positive = 0.12
     """Largest allowed mean |sampler - learner| log-prob on the probe, in nats; bfloat16 differs by 0.03 to 0.05."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
@@ -210,6 +230,20 @@ class SyncConfig(Section):
     broadcast (gloo or NCCL) else; auto takes the one that fits. An adapter travels with the call, in megabytes."""
     bucket_mib: Count = 64
     """Weights gathered and sent together (MiB); a learner rank holds at most two such buckets of the whole model."""
+
+
+class MemoryConfig(Section):
+    plan: Literal["refuse", "warn", "off"] = "refuse"
+    """Before the run its peak memory is worked out (as `nanogrpo plan` shows it): refuse stops a run that cannot fit,
+    warn says so and goes on."""
+    device_gib: NotNegative = 0.0
+    """Memory of the device that the plan counts with (GiB); 0 asks the device."""
+    rehearsal: bool = True
+    """Before the first step the longest possible completions and the largest pack go through sampler, learner and sync,
+    with nothing kept, so that memory runs out in the first minute or never."""
+    offload_while_sampling: bool = False
+    """One GPU for both sides: the learner's weights, masters and averages wait in host memory while the sampler
+    works."""
 
 
 class ClusterConfig(Section):
@@ -291,11 +325,13 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     """The algorithm."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
     train: TrainConfig = TrainConfig()
     """The size and length of the run."""
     sync: SyncConfig = SyncConfig()
     """The proof that the sampler holds the learner's weights."""
+    memory: MemoryConfig = MemoryConfig()
+    """What fits, before it is tried."""
     eval: EvalConfig = EvalConfig()
     """Measuring on the test split."""
     run: RunConfig = RunConfig()
@@ -318,8 +354,10 @@ def inert(config: Config) -> dict[str, str]:
     local = Path(model.name).expanduser().exists() or model.name.startswith("package:")
     check(local, "model.name is a local file, which has no revisions", "model.revision")
     check(model.lora_rank == 0, "model.lora_rank is 0, so no adapter is trained",
-          "model.lora_alpha", "model.lora_dropout", "model.lora_targets", "run.export_merged")  # fmt: skip
-    check(not model.name.endswith(".gguf"), "only GGUF models are converted", "model.cache_folder")
+          "model.lora_alpha", "model.lora_dropout", "model.lora_targets", "model.lora_variant",
+          "run.export_merged")  # fmt: skip
+    check(not model.name.endswith(".gguf") and model.quantize == "off", "only GGUF and 4-bit models are converted",
+          "model.cache_folder")  # fmt: skip
     check(config.task.prompt_format == "plain" and not config.task.system_prompt,
           "an empty system prompt adds nothing to a plain prompt", "task.system_prompt")  # fmt: skip
     check(learner.kl_coef == 0, "learner.kl_coef is 0, so no KL is computed", "learner.kl_estimator")
@@ -344,6 +382,9 @@ def inert(config: Config) -> dict[str, str]:
         )
     if config.train.group_size == 1 and learner.advantage == "leave_one_out":
         found["train.group_size"] = "leave_one_out needs the mean of the others; use at least 2"
+    check(model.lora_rank > 0 or model.dtype == "float32", "the weights that are trained are float32 already",
+          "optimizer.master")  # fmt: skip
+    check(optimizer.name == "adafactor", "adafactor has no such setting", "optimizer.betas", "optimizer.eps")
     check(optimizer.schedule == "constant", "optimizer.schedule is constant", "optimizer.min_lr_ratio")
     check(not config.sync.proof, "sync.proof is off", "sync.challenge", "sync.probe_tokens", "sync.tolerance")
     check(config.eval.questions == 0, "eval.questions is 0, so nothing is evaluated",
@@ -356,9 +397,12 @@ def inert(config: Config) -> dict[str, str]:
     services = [f"cluster.{name}" for name in ClusterConfig.model_fields if name != "mode"]
     services += ["sampler.tensor_parallel", "sampler.in_flight_updates", "sync.transport", "sync.bucket_mib"]
     check(config.cluster.mode == "local", alone, *services, "timeouts.start_s", "timeouts.pulse_s")
+    check(config.cluster.mode == "ray", "each side has devices of its own", "memory.offload_while_sampling")
+    check(config.memory.plan == "off", "memory.plan is off", "memory.device_gib")
     check(config.cluster.address == "private", "a private cluster has one node", "cluster.spread",
           "cluster.on_lost_node")  # fmt: skip
-    check(model.lora_rank > 0 and config.cluster.mode == "ray", "an adapter travels with the call, not by a transport",
+    adapter = model.lora_rank > 0 and model.lora_variant != "dora"
+    check(adapter and config.cluster.mode == "ray", "an adapter travels with the call, not by a transport",
           "sync.transport", "sync.bucket_mib")  # fmt: skip
     check(config.train.max_staleness == 0, "train.max_staleness is 0, so nothing is in flight at a sync",
           "sampler.in_flight_updates")  # fmt: skip
@@ -377,6 +421,18 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"learner.delta={learner.delta} and learner.dual_clip={learner.dual_clip} both bound the ratio of negative "
             "advantages; set one of them to 0"
         )
+    if config.model.quantize != "off" and config.model.lora_rank == 0:
+        yield (
+            f"model.quantize={config.model.quantize!r} needs an adapter to train: set model.lora_rank (8 or 16), "
+            "or quantize='off'"
+        )
+    if learner.compile != "off" and config.cluster.learner_ranks > 1:
+        yield (
+            f"learner.compile={learner.compile!r} is known for one learner rank only, and cluster.learner_ranks="
+            f"{config.cluster.learner_ranks}; set it to 'off'"
+        )
+    if optimizer.master == "stochastic" and optimizer.name in ("adafactor", "muon"):
+        yield f"optimizer.master='stochastic' is not known to optimizer.name={optimizer.name!r}; use 'float32'"
     if learner.truncated == "penalize" and learner.overlong_tokens > config.sampler.max_tokens:
         yield (
             f"learner.overlong_tokens={learner.overlong_tokens} is more than "
@@ -409,7 +465,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"cluster.samplers={config.cluster.samplers} cannot share the one server of sampler.name='remote'; "
             "set it to 1, and give the server more devices instead"
         )
-    if config.sampler.in_flight_updates and config.model.lora_rank:
+    if config.sampler.in_flight_updates and config.model.lora_rank and config.model.lora_variant != "dora":
         yield (
             "sampler.in_flight_updates=true cannot be had with model.lora_rank above 0, because a completion in work "
             "keeps its adapter; set it to false"

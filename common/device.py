@@ -9,8 +9,10 @@ import contextlib
 import ctypes
 import os
 import resource
+from collections.abc import Callable
 from typing import Literal
 
+import psutil
 import torch
 
 from common.errors import UserError
@@ -57,13 +59,42 @@ def peak_memory_gib(device: str) -> float:
 
 
 def release(device: str) -> None:
-    """Hands cached, unused memory back: to the driver on a GPU, to the system on a CPU, where freed blocks are kept
-    (``set_threads``) and would otherwise crumble into ever more of them."""
+    """Hands cached, unused memory back: to the driver on a GPU; on a CPU to the system, once the process has grown.
+
+    Freed blocks are kept there (``set_threads``) and the next step uses them again: handing them back after every step
+    cost up to a third of it. But they crumble, and the process would grow by a little with each step.
+    """
     if device != "cpu":
         torch.cuda.empty_cache()
     else:
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _HEAP.release(psutil.Process().memory_info().rss)
+
+
+class _Heap:
+    """Trims the C library's heap when the process is a tenth larger than a fresh heap made it."""
+
+    def __init__(self, trim: Callable[[], None]) -> None:
+        self.allowed_bytes = 0
+        self._trim = trim
+        self._calls = 0  # since the last trim
+
+    def release(self, resident_bytes: int) -> None:
+        self._calls += 1
+        if resident_bytes <= 1.1 * self.allowed_bytes:
+            return
+        if self._calls <= 4:  # about two steps on a fresh heap: the work itself needs this much
+            self.allowed_bytes = resident_bytes
+            return
+        self._calls = 0
+        self._trim()
+
+
+def _trim() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+_HEAP = _Heap(_trim)
 
 
 def collective_backend(device: str) -> Literal["gloo", "nccl"]:
@@ -77,8 +108,6 @@ def bind_collectives(ip: str) -> None:
 
     Raises ``UserError`` when no interface here has that address.
     """
-    import psutil
-
     every = {
         one.address.partition("%")[0]: name for name, addresses in psutil.net_if_addrs().items() for one in addresses
     }

@@ -113,6 +113,11 @@ class Learner(Protocol):
         """
         ...
 
+    def rehearse(self, groups: Sequence[Group]) -> None:
+        """The largest pass that groups of these prompts can make, every completion at full length, through forward,
+        backward and a step at rate 0. Afterwards everything is as before, bit for bit."""
+        ...
+
     def publish_weights(self, merged: bool = False) -> WeightHandle:
         """The current weights: the adapter alone under LoRA, unless ``merged``."""
         ...

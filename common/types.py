@@ -72,6 +72,10 @@ class SamplingParams:
     n: int = 1
     """Completions per prompt."""
     max_tokens: int = 128
+    min_tokens: int = 0
+    """No completion ends before it has so many tokens: until then the model's end-of-sequence tokens cannot be drawn
+    (the log-probs are of the distribution without them), and stop strings count only in what is written later. At most
+    ``max_tokens``; equal to it, every completion has that length."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -94,6 +98,11 @@ class AdapterSpec:
     config: Mapping[str, Any]
     """The contents of peft's ``adapter_config.json``."""
 
+    @property
+    def layers(self) -> list[str]:
+        """The last names of the modules that have a part of it."""
+        return sorted({str(name).rpartition(".")[2] for name in self.config["target_modules"]})
+
 
 @dataclass(frozen=True)
 class SamplerSetup:
@@ -112,6 +121,9 @@ class SamplerSetup:
     shares_device: bool = True
     """The learner lives on the same device, so memory must be left for it."""
     adapter: AdapterSpec | None = None
+    quantize: str = "off"
+    """``nf4``: hold the base under the adapter in 4 bits (bitsandbytes' NF4 with double quantization, made from the
+    files of ``model_folder`` as they are), so that it is the learner's base to the bit."""
     trust_remote_code: bool = False
     threads: int = 0
     """CPU threads; 0 leaves the library's choice."""

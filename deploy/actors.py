@@ -114,7 +114,8 @@ class SamplerService:
         self._open: dict[int, Any] = {}
         device = devices.pick(config.train.device)
         folder = models.prepare(config.model)
-        setup = dataclasses.replace(setup, model_folder=str(folder), device=device, shares_device=False)
+        base = models.sampler_base(folder, config.model, config.sampler.name, device)
+        setup = dataclasses.replace(setup, **base, device=device, shares_device=False)
         self._device = device
         self._sampler = local.load_sampler(config, setup)
         facts = {
@@ -227,6 +228,9 @@ class LearnerService:
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         return self._learner.update(groups)
+
+    def rehearse(self, groups: Sequence[Group]) -> None:
+        self._learner.rehearse(groups)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return self._learner.logprobs(sequences)

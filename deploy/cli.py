@@ -140,6 +140,30 @@ def train(
         out.print(f"done: model in {folder / 'final'}, report in {folder / 'report.html'}", soft_wrap=True)
 
 
+@app.command()
+def plan(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run; see deploy/configs")],
+    words: Words = None,
+    device_memory: Annotated[str, typer.Option("--device-memory", metavar="SIZE", help="8GiB: a card like that")] = "",
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Work out the run's peak memory, and what would make it fit or how far it can grow. Loads no weights."""
+    with _in_sentences():
+        _quiet_libraries()
+        from common.config import load
+        from common.files import to_json
+        from deploy import plan as plans
+
+        config = load(run_file, words or [])
+        found, proposals, limits = plans.answer(
+            config, device_memory, lambda text: err.print(text, style="dim", soft_wrap=True)
+        )
+        if json:
+            sys.stdout.write(to_json(plans.as_dict(found, proposals, limits)) + "\n")
+        else:
+            plans.show(found, out, proposals, limits)
+
+
 @app.command("eval")
 def evaluate(
     model: Model,

@@ -67,6 +67,9 @@ class LearnerGroup:
         self.version = step
         return metrics
 
+    def rehearse(self, groups: Sequence[Group]) -> None:
+        self._all("rehearse", ray.put(list(groups)), doing="rehearsing", limit="update_s")
+
     def publish_weights(self, merged: bool = False) -> Offer:
         kind, adapter_config = self._all("kind", merged, doing="naming its weights")
         return Offer(self, kind, adapter_config, merged, self.version)

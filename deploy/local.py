@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from common import device as devices
 from common import plugins
@@ -26,38 +26,44 @@ from common.weights import FolderWeights
 from learner import model as models
 from learner.evaluate import Evaluation, evaluate
 from learner.learner import TorchLearner
+from learner.optim import check as check_optimizer
 
 log = logging.getLogger("nanogrpo")
 AT_ONCE = 256  # completions in work at most; vLLM queues what a request holds beyond
 
 
 class Sleeps(Protocol):
-    def sleep(self) -> None: ...
+    def sleep(self, part: Literal["averages", "all"] = "all") -> None: ...
+
+    def wake(self, part: Literal["weights", "all"] = "all") -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedDevice:
-    """A ``Placement`` where sampler and learner take turns: the one that does not work gives its memory back."""
+    """A ``Placement`` where sampler and learner take turns: the one that does not work gives its memory back, before
+    the other takes it, so that the peak is the larger need and not the sum. A sync needs both sides' weights."""
 
     sampler: Sampler
     learner: Sleeps
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        self.learner.sleep()
+        self.learner.sleep("all")
         self.sampler.wake("all")
         yield
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
         self.sampler.sleep()
+        self.learner.wake("all")
         yield
 
     @contextlib.contextmanager
     def syncing(self) -> Iterator[None]:
-        self.learner.sleep()
-        # The proof's probe needs the cache too.
-        self.sampler.wake("all")
+        self.learner.sleep("averages")
+        self.learner.wake("weights")
+        self.sampler.wake("weights")
+        self.sampler.wake("cache")  # the proof's probe needs it
         yield
 
 
@@ -107,6 +113,12 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         )
     if config.optimizer.offload and (config.train.device == "cpu" or (alone and device == "cpu")):
         raise UserError("optimizer.offload=true has no effect on a CPU, where everything is in host memory; remove it")
+    if config.memory.offload_while_sampling and device == "cpu" and alone:
+        raise UserError(
+            "memory.offload_while_sampling=true has no effect on a CPU, where everything is in host memory; remove it"
+        )
+    check_optimizer(config, config.cluster.learner_ranks)
+    models.check(config.model, config.cluster.learner_ranks)
     back_end = plugins.find("sampler", config.sampler.name)
     if hasattr(back_end, "check_options"):
         back_end.check_options(config.sampler.options)
@@ -174,8 +186,13 @@ def sampler_setup(
     adapter = None
     if adapter_folder is not None:
         described = dict(FolderWeights(str(adapter_folder)).adapter_config or {})
+        if described.get("use_dora"):
+            raise UserError(
+                f"the adapter in {str(adapter_folder)!r} is a DoRA, which samplers do not serve; name the merged model "
+                "(final/merged, written with run.export_merged=true)"
+            )
         adapter = AdapterSpec(int(described["r"]), described)
-    elif config.model.lora_rank:
+    elif models.sends_adapter(config.model):
         described = models.adapter_config(config.model, ready.folder).to_dict()
         adapter = AdapterSpec(config.model.lora_rank, described)
     at_once = max(
@@ -183,7 +200,7 @@ def sampler_setup(
         len(ready.test) * max(config.eval.samples, 1),
     )
     return SamplerSetup(
-        model_folder=str(ready.folder),
+        **models.sampler_base(ready.folder, config.model, config.sampler.name, ready.device),
         dtype=config.model.dtype,
         max_model_tokens=ready.longest_prompt + config.sampler.max_tokens,
         max_sequences=min(at_once, AT_ONCE),

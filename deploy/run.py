@@ -23,14 +23,14 @@ from rich.console import Console
 from common import files, plugins, tracking
 from common.config import Config, build, fields, resolved_toml
 from common.console import ConsoleTracker
-from common.errors import LearnerLost, UserError
+from common.errors import LearnerLost, RunFailure, UserError
 from common.prompts import PromptStream
 from common.protocols import Learner
 from common.rewards import Scorer
-from deploy import local, report
+from deploy import local, plan, report
 from deploy.local import Parts, Prepared
 from learner.checkpoint import Checkpoints
-from learner.loop import Loop, train
+from learner.loop import Loop, rehearse, train
 from learner.sync import WeightSync, probe_of
 
 log = logging.getLogger("nanogrpo")
@@ -64,6 +64,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
             f"model   {ready.folder}\n"
             f"task    {config.task.name}: {len(ready.train)} training and {len(ready.test)} test questions"
         )
+        planned = plan.before_run(ready, console)
         parts = stack.enter_context(_parts(ready, folder, lambda text: _tell(console, text)))
         console.print(parts.described, soft_wrap=True)
         lost: LearnerLost | None = None
@@ -74,7 +75,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
                     parts.recover(lost)
                     files.remove_leftovers(folder)  # of a checkpoint that it was writing
                 begin = not resume and lost is None
-                return _train(config, folder, console, ready, scorer, parts, stopping, begin=begin)
+                return _train(config, folder, console, ready, scorer, parts, stopping, planned, begin=begin)
             except LearnerLost as loss:
                 if parts.recover is None:
                     raise
@@ -96,7 +97,7 @@ def _tell(console: Console, text: str) -> None:
 
 def _train(
     config: Config, folder: Path, console: Console, ready: Prepared, scorer: Scorer, parts: Parts,
-    stopping: Callable[[], bool], *, begin: bool,
+    stopping: Callable[[], bool], planned: plan.Plan | None, *, begin: bool,
 ) -> Outcome:  # fmt: skip
     """From the last checkpoint, or with ``begin`` from the start, to the end of the run or its stop."""
     learner, sampler, placement = parts.learner, parts.sampler, parts.placement
@@ -132,6 +133,8 @@ def _train(
         tracker.phase("sampler: following perturbed weights (the proof's challenge)")
         sync.challenge()
         sync()
+        if begin and config.memory.rehearsal:  # a run that goes on has been through it
+            _rehearse(loop, ready, planned, console)
 
         def measure(step: int) -> None:
             done = {row["step"] for row in files.read_json_lines(folder / "eval.jsonl")}
@@ -152,6 +155,20 @@ def _train(
     evaluations = report.by_step(files.read_json_lines(folder / "eval.jsonl"))
     asked = {row["step"]: row for row in evaluations}
     return Outcome(folder, finished, learner.version, asked.get(0), asked.get(config.train.steps))
+
+
+def _rehearse(loop: Loop, ready: Prepared, planned: plan.Plan | None, console: Console) -> None:
+    try:
+        took = rehearse(loop, ready.train)
+    except RunFailure as failure:
+        if "ran out of memory" not in str(failure):
+            raise
+        raise RunFailure(f"{failure}. {plan.cures(ready, planned)}") from failure
+    said = ", ".join(f"{side} {took[side]:.1f} s" for side in ("sample", "learn", "sync"))
+    compared = f" (planned {planned.peak / plan.GIB:.2f})" if planned is not None else ""
+    line = f"rehearsed the longest batch: {said}; peak {took['peak_gib']:.2f} GiB{compared}"
+    log.info("%s", line)
+    console.print(line, soft_wrap=True, markup=False)
 
 
 def _own_tracker(name: str, folder: Path) -> Any:

@@ -1,12 +1,13 @@
 """Attention over a packed sequence: a prompt sees itself, a completion sees its prompt and itself, causally.
 
 Registered with transformers under the name ``packed``, so no model is touched; the pack's layout travels to every
-layer as a keyword argument. Two parts: the prompts among themselves, then every completion against
-``[its prompt, itself]``; tokens are gathered to padded blocks and scattered back with index tensors, because a dense
-mask over the pack would cost T x T. Sliding windows and logit soft-capping are honoured; attention sinks and learned
-biases are refused.
+layer as a keyword argument. On a CPU the pack is worked on in tiles: stretches of a prompt or of completions, each
+against the keys it may see, gathered and scattered with index tensors, because a dense mask over the pack would cost
+T x T; on a GPU by the kernels of ``learner/flex.py``. Sliding windows and logit soft-capping are honoured; attention
+sinks and learned biases are refused.
 
-Shapes: T tokens, H query heads, J key heads (H = J x R), D head width; the rest as in ``learner/packing.py``.
+Shapes: T tokens, H query heads, J key heads, D head width; Z = tiles' stretches x J; the rest as in
+``learner/packing.py``.
 """
 
 from __future__ import annotations
@@ -14,21 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
-from learner.packing import Layout
+from learner import flex
+from learner.packing import Layout, Tile
 
 NAME = "packed"
-FAMILIES = frozenset(
-    {"llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "olmo2", "granite", "gemma2", "gemma3_text"}
-)
-"""``model_type``s whose packed log-probs and gradients are tested equal to the padded ones."""
-
-
-SHORT = 384
-"""Tokens of a prompt up to which writing attention out beats SDPA's backward pass (measured on a CPU in bfloat16)."""
 
 
 def register() -> None:
@@ -38,6 +31,7 @@ def register() -> None:
     AttentionInterface.register(NAME, packed_attention)
 
 
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -59,104 +53,88 @@ def packed_attention(
             "learner.packing='packed' does not know attention sinks or biases; use learner.packing='padded'"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query_blocks, key_blocks, value_blocks = (
-        _Blocks.apply(states[0].transpose(0, 1), layout) for states in (query, key, value)
-    )
-    prompt_query, prompt_key, prompt_value = (
-        blocks[0].transpose(1, 2) for blocks in (query_blocks, key_blocks, value_blocks)
-    )
-    longest = layout.prompt_GP.shape[1]
-    if longest > SHORT and softcap is None and (sliding_window is None or longest <= sliding_window):
-        # Padding stands behind every real token of its row, so causality alone hides it.
-        prompt_out = F.scaled_dot_product_attention(
-            prompt_query, prompt_key, prompt_value, is_causal=True, scale=scale, enable_gqa=True
-        )
-    else:
-        bias_GPP = layout.prompt_bias(sliding_window)
-        prompt_out = _attend(prompt_query, prompt_key, prompt_value, bias_GPP, scale, softcap)
-
-    own_query, own_key, own_value = (blocks[1].transpose(1, 2) for blocks in (query_blocks, key_blocks, value_blocks))
-    own_out = _attend(
-        own_query,
-        torch.cat([_Repeat.apply(prompt_key, layout.group_C), own_key], dim=2),
-        torch.cat([_Repeat.apply(prompt_value, layout.group_C), own_value], dim=2),
-        layout.own_bias(sliding_window),
-        scale,
-        softcap,
-    )
-    return _Sequence.apply(prompt_out.transpose(1, 2), own_out.transpose(1, 2), layout)[None], None
+    if query.is_cuda:
+        return flex.attend(query, key, value, layout, float(scale), sliding_window, softcap).transpose(1, 2), None
+    # Tokens first: each is then one row to gather.
+    query_THD, key_TJD, value_TJD = (states[0].transpose(0, 1) for states in (query, key, value))
+    out_THD = _Tiled.apply(query_THD, key_TJD, value_TJD, layout, float(scale), sliding_window, softcap)
+    return out_THD[None], None
 
 
-def _attend(
-    query_BHQD: torch.Tensor,
-    key_BJSD: torch.Tensor,
-    value_BJSD: torch.Tensor,
-    bias_BQS: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Attention written out, its softmax in float32: on a CPU its backward pass is several times faster than SDPA's
-    with a mask. ``bias`` is 0 where a key is seen and very negative elsewhere."""
-    B, H, Q, D = query_BHQD.shape
-    J, S = key_BJSD.shape[1:3]
-    scores = query_BHQD.reshape(B, J, (H // J) * Q, D) @ key_BJSD.transpose(2, 3)
+class _Tiled(torch.autograd.Function):
+    """Attention tile by tile, written out, and computed again in the backward pass so that no scores are kept (the
+    idea of FlashAttention, arXiv 2205.14135). On a CPU this beats SDPA's backward pass several times."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_THD: torch.Tensor, key_TJD: torch.Tensor, value_TJD: torch.Tensor,
+        layout: Layout, scale: float, window: int | None, softcap: float | None,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.save_for_backward(query_THD, key_TJD, value_TJD)
+        ctx.rest = (layout, scale, window, softcap)
+        heads = key_TJD.shape[1]
+        found = []
+        for tile in layout.tiles:
+            query_ZQD, key_ZSD = _rows(query_THD, tile.query_BQ, heads), _rows(key_TJD, tile.key_BS, heads)
+            weights_ZQS, _ = _weights(query_ZQD, key_ZSD, tile, scale, window, softcap)
+            out_ZQD = weights_ZQS.to(value_TJD.dtype) @ _rows(value_TJD, tile.key_BS, heads)
+            found.append(_tokens(out_ZQD, tile.query_BQ))
+        return torch.cat(found).index_select(0, layout.tiled_T).view_as(query_THD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        query_THD, key_TJD, value_TJD = ctx.saved_tensors
+        layout, scale, window, softcap = ctx.rest
+        T, heads, width = key_TJD.shape
+        sums_TE = torch.zeros(T, heads * 2 * width, dtype=torch.float32, device=key_TJD.device)
+        found = []
+        for tile in layout.tiles:
+            query_ZQD, key_ZSD = _rows(query_THD, tile.query_BQ, heads), _rows(key_TJD, tile.key_BS, heads)
+            out_ZQD = _rows(gradients[0], tile.query_BQ, heads, tile.query_valid_BQ)
+            weights_ZQS, slope_ZQS = _weights(query_ZQD, key_ZSD, tile, scale, window, softcap)
+            value_ZSD = weights_ZQS.to(out_ZQD.dtype).transpose(1, 2) @ out_ZQD
+            grad_ZQS = (out_ZQD @ _rows(value_TJD, tile.key_BS, heads).transpose(1, 2)).to(weights_ZQS.dtype)
+            grad_ZQS = torch._softmax_backward_data(grad_ZQS, weights_ZQS, -1, weights_ZQS.dtype)
+            if slope_ZQS is not None:
+                grad_ZQS *= slope_ZQS
+            scores_ZQS = grad_ZQS.mul_(scale).to(out_ZQD.dtype)
+            found.append(_tokens(scores_ZQS @ key_ZSD, tile.query_BQ))
+            both_ZSE = torch.cat([scores_ZQS.transpose(1, 2) @ query_ZQD, value_ZSD], dim=-1)
+            # Only the expanded form of the index is quick: it adds whole rows.
+            sums_TE.scatter_add_(
+                0, tile.key_BS.flatten()[:, None].expand(-1, sums_TE.shape[1]), _tokens(both_ZSE, tile.key_BS).float()
+            )
+        query = torch.cat(found).index_select(0, layout.tiled_T).view_as(query_THD)
+        key, value = sums_TE.view(T, heads, 2, width).to(key_TJD.dtype).unbind(2)
+        return query, key, value, None, None, None, None
+
+
+def _rows(states_TXD: torch.Tensor, index_BN: torch.Tensor, heads: int, valid_BN: Any = None) -> torch.Tensor:
+    """These tokens' states for each key head, [Z, (X / J) x N, D] with Z = B x J; 0 where not valid."""
+    (B, N), (_, X, D) = index_BN.shape, states_TXD.shape
+    states = states_TXD.reshape(len(states_TXD), X * D).index_select(0, index_BN.flatten())
+    if valid_BN is not None:
+        states = states * valid_BN.view(-1, 1)
+    return states.view(B, N, heads, X // heads, D).permute(0, 2, 3, 1, 4).reshape(B * heads, X // heads * N, D)
+
+
+def _tokens(states_ZRD: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
+    """Undo of ``_rows``: a row for each token, [B x N, X x D]."""
+    (B, N), D = index_BN.shape, states_ZRD.shape[-1]
+    return states_ZRD.view(B, -1, N, D).transpose(1, 2).reshape(B * N, -1)
+
+
+def _weights(
+    query_ZQD: torch.Tensor, key_ZSD: torch.Tensor, tile: Tile, scale: float, window: int | None, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmaxed scores, float32; and with soft-capping its slope at each of them."""
+    scores_ZQS = query_ZQD @ key_ZSD.transpose(1, 2)
+    slope_ZQS = None
     if softcap is not None:
-        scores, scale = torch.tanh(scores.float() * (scale / softcap)), softcap
-    scores = torch.add(bias_BQS[:, None, None], scores.view(B, J, H // J, Q, S), alpha=scale)
-    weights = scores.softmax(-1).to(value_BJSD.dtype)
-    return (weights.view(B, J, (H // J) * Q, S) @ value_BJSD).reshape(B, H, Q, D)
-
-
-# Every token stands in exactly one block, so the gradient of a gather is again a gather. Autograd does not know that
-# and would scatter-add, which took a fifth of the step.
-
-
-class _Blocks(torch.autograd.Function):
-    """States [T, X, D] to prompt blocks [G, P, X, D] and completion blocks [C, N, X, D]; padding repeats token 0."""
-
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.layout = layout
-        return _gather(states, layout.prompt_GP), _gather(states, layout.own_CN)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        # What reaches padding is zero: a hidden key gets no weight, and nobody reads a padding query's output.
-        prompt, own = gradients
-        return torch.cat([prompt.flatten(0, 1), own.flatten(0, 1)]).index_select(0, ctx.layout.back_T), None
-
-
-class _Sequence(torch.autograd.Function):
-    """The way back: blocks to states [T, X, D], padding left out."""
-
-    @staticmethod
-    def forward(ctx: Any, prompt: torch.Tensor, own: torch.Tensor, layout: Layout) -> torch.Tensor:
-        ctx.layout = layout
-        return torch.cat([prompt.flatten(0, 1), own.flatten(0, 1)]).index_select(0, layout.back_T)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        layout, (gradient,) = ctx.layout, gradients
-        prompt = _gather(gradient, layout.prompt_GP).masked_fill_(~layout.prompt_valid_GP[..., None, None], 0)
-        own = _gather(gradient, layout.own_CN).masked_fill_(~layout.own_valid_CN[..., None, None], 0)
-        return prompt, own, None
-
-
-class _Repeat(torch.autograd.Function):
-    """A prompt's block once for each of its completions: [G, J, P, D] to [C, J, P, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, blocks: torch.Tensor, group_C: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(group_C)
-        ctx.groups = len(blocks)
-        return blocks.index_select(0, group_C)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (group_C,), (gradient,) = ctx.saved_tensors, gradients
-        summed = gradient.new_zeros((ctx.groups, *gradient.shape[1:]), dtype=torch.float32)
-        return summed.index_add_(0, group_C, gradient.float()).to(gradient.dtype), None
-
-
-def _gather(states_TXD: torch.Tensor, index_BS: torch.Tensor) -> torch.Tensor:
-    return states_TXD.index_select(0, index_BS.flatten()).view(*index_BS.shape, *states_TXD.shape[1:])
+        scores_ZQS = torch.tanh(scores_ZQS.float() * (scale / softcap))
+        slope_ZQS, scale = 1 - scores_ZQS.square(), softcap
+    B, Q, S = *tile.query_BQ.shape, tile.key_BS.shape[1]
+    bias_BQS = tile.bias(window)
+    # In one pass: out of the products' format, scaled, and masked.
+    biased = torch.add(bias_BQS[:, None], scores_ZQS.view(B, -1, Q, S), alpha=scale)
+    return biased.softmax(-1).view_as(scores_ZQS), slope_ZQS

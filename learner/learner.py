@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,10 +27,11 @@ from common.device import dtype_of, release
 from common.errors import RunFailure, UserError
 from common.types import Group
 from common.weights import InProcessWeights
-from learner import attention, losses
+from learner import attention, families, losses, memory
 from learner import model as models
-from learner.logprobs import can_pack, plain_attention, score
-from learner.optim import MasterAdamW, learning_rate
+from learner.logprobs import Drawn, learn, score
+from learner.optim import MasterOptimizer, Parked, learning_rate
+from learner.optim import check as check_optimizer
 from learner.packing import Pack, Row, plan, share
 from learner.parallel import (
     Ranks,
@@ -60,6 +61,10 @@ class _Batch:
     mask_BT: torch.Tensor
     sampler_BT: torch.Tensor
     coef_BT: torch.Tensor
+    num_tokens: float
+    """That count, whether or not they are learned from."""
+    old_BT: torch.Tensor | None = None
+    reference_BT: torch.Tensor | None = None
 
 
 class TorchLearner:
@@ -68,77 +73,101 @@ class TorchLearner:
     Among ranks every method is called on each of them with the same arguments, ends with the same results, and raises
     ``parallel.RankLost`` when a rank is gone; what ``publish_weights`` offers is opened on each of them. Groups are
     shared out, everything computed from them is a sum over ranks, so the weights are those of one process.
+
+    ``blank`` reads no weights and checks nothing: for the memory plan, under fake tensors.
     """
 
-    def __init__(self, config: Config, folder: Path, device: str, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: Config, folder: Path, device: str, ranks: Ranks = ALONE, *, blank: bool = False) -> None:
         attention.register()
         self.version = 0
         self._config, self._folder, self._device, self._ranks = config, folder, device, ranks
         self._dtype = dtype_of(config.model.dtype)
-        self._lora = config.model.lora_rank > 0
+        self._lora, self._blank = config.model.lora_rank > 0, blank
+        models.check(config.model, ranks.size)
+        check_optimizer(config, ranks.size)
         if ranks.size > 1 and config.optimizer.offload:
             raise UserError(
                 f"optimizer.offload=true cannot be had with cluster.learner_ranks={ranks.size}, which divide the "
                 "optimizer's memory among them; set it to false, or learn with one rank"
             )
+        sampler = config.sampler
+        self._plain = Drawn(chunk=config.learner.head_tokens)
+        self._drawn = Drawn(sampler.temperature, sampler.top_p, sampler.top_k, config.learner.head_tokens)
         self._model: Any = self._loaded(adapter=self._lora)
         self._reference: Any = None
         if config.learner.kl_coef > 0 and not self._lora:
             self._reference = self._loaded(adapter=False, trained=False)
         self.packed = self._choose_packing()
-        with lost_in_words(ranks.rank, "loading"):
-            self._check_forward()
+        if not blank:
+            with lost_in_words(ranks.rank, "loading"):
+                self._check_forward()
         if config.learner.gradient_checkpointing:
             causal = models.causal_of(self._model)
             causal.gradient_checkpointing_enable({"use_reentrant": False})
             if self._lora:
                 causal.enable_input_require_grads()
+        compiled = models.compiles(config.learner.compile, device)
+        if compiled and not blank:
+            models.compile_layers(self._model)
         trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
-        self._optimizer = MasterAdamW(trained, config.optimizer)
+        self._optimizer = MasterOptimizer(
+            trained, config.optimizer, matrices=models.layer_matrices(self._model), seed=config.train.seed,
+            compiled=device != "cpu" or compiled,
+        )  # fmt: skip
         self._held = [p for _, p in trained if not isinstance(p, DTensor)]
         assert ranks.size == 1 or all(p.dtype == torch.float32 for p in self._held), "their gradients would be missed"
+        self._weights, self._averages = self._parts()
         self.parameters_trained = sum(p.numel() for _, p in trained)
-        self.parameters_total = sum(p.numel() for p in self._model.parameters())
+        self.parameters_total = sum(models.weights_in(p) for p in self._model.parameters())
 
     def _loaded(self, adapter: bool, trained: bool = True) -> Any:
         """The model on the device; among ranks it is read into host memory, and only its slices go to the device."""
         config, ranks = self._config, self._ranks
-        model = models.load(self._folder, config.model, self._device if ranks.size == 1 else "cpu")
-        model.requires_grad_(trained)
+        model = models.load(self._folder, config.model, self._device if ranks.size == 1 else "cpu", blank=self._blank)
+        model.requires_grad_(trained and not adapter)
         if adapter:
             model = models.add_adapter(model, config.model, self._folder, config.train.seed)
         held = [p for p in model.parameters() if p.requires_grad] if adapter else []
         ranks.shard(models.causal_of(model), self._dtype, held)
         return model
 
-    def _score(self, model: Any, pack: Pack, *options: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(models.causal_of(model), lambda: score(model, pack.to(self._device), *options, **named))
+    def _score(self, model: Any, pack: Pack, drawn: Drawn | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [K] of the distribution that the sampler draws from, unless told otherwise."""
+        return forward(models.causal_of(model), lambda: score(model, pack.to(self._device), drawn or self._drawn))
 
     def _choose_packing(self) -> bool:
         wish = self._config.learner.packing
-        able = can_pack(self._model)
-        if wish == "packed" and not able:
-            family = self._model.config.model_type
+        if wish == "padded":
+            return False
+        why = families.why_not_packed(self._model)
+        if not why and not self._blank:
+            with lost_in_words(self._ranks.rank, "loading"):
+                apart = families.probe(self._model, lambda model, pack: self._score(model, pack, self._plain))
+                wrong = self._ranks.most(int(apart > families.tolerance(self._dtype)))  # or ranks might choose apart
+            if wrong:
+                why = f"its packed log-probs differ from the padded ones by {apart:.2f} nats"
+        if why and wish == "packed":
+            family = models.causal_of(self._model).config.model_type
             raise UserError(
-                f"learner.packing='packed' but {family!r} models are not known to pack exactly "
-                f"(known: {', '.join(sorted(attention.FAMILIES))}); use learner.packing='auto'"
+                f"learner.packing='packed' but this {family!r} model cannot be packed: {why}; "
+                "use learner.packing='auto'"
             )
-        if wish == "auto" and not able:
-            log.warning("this kind of model is not known to pack exactly: every prompt is repeated (padded path)")
-        return able and wish != "padded"
+        if why and not self._blank:
+            log.warning("every prompt is repeated for each of its completions (padded path): %s", why)
+        return not why
 
     def _check_forward(self) -> None:
         """Our way through the model against its own, on one made-up sequence: an output head that scales or caps its
         logits in a way not known here is refused now, and not blamed on the sampler by the first sync."""
         causal = models.causal_of(self._model)
         ids = [(7 * t + 1) % causal.get_input_embeddings().num_embeddings for t in range(16)]
-        causal.config._attn_implementation = plain_attention(causal.config)
+        causal.config._attn_implementation = "eager"  # the plainest
         with torch.no_grad():
             logits_TV = causal(torch.tensor([ids], device=self._device), use_cache=False).logits[0].float()
             own_K = logits_TV.log_softmax(-1)[7:-1].gather(1, torch.tensor(ids[8:], device=self._device)[:, None])[:, 0]
             for packed in {False, self.packed}:
                 (pack,) = plan([Row(0, tuple(ids[:8]), tuple(ids[8:]))], 64, packed)
-                difference = float((self._score(self._model, pack)[0] - own_K).abs().mean())
+                difference = float((self._score(self._model, pack, self._plain)[0] - own_K).abs().mean())
                 if not difference < UNDERSTOOD:
                     cure = "set learner.packing='padded'" if packed else "use another model"
                     raise UserError(
@@ -155,32 +184,25 @@ class TorchLearner:
 
         Raises ``RunFailure`` before a step whose loss or gradient is not finite.
         """
-        learner, sampler = self._config.learner, self._config.sampler
+        learner = self._config.learner
         batch = self._batch(groups)
-        if not batch.rows or not bool(batch.mask_BT.any()):
+        if not batch.rows:
             self.version += 1
             return {}
         packs, passes = self._share_of(batch.rows, len(batch.mask_BT) - 1, self.packed)
         seed = self._config.train.seed * 1_000_003 + self.version
         torch.manual_seed(seed * self._ranks.size + self._ranks.rank)
         # Dropout, if the adapter has any, belongs to the training pass alone.
-        old_BT = self._no_grad_logprobs(self._model, passes, batch) if learner.inner_updates > 1 else None
-        reference_BT = self._reference_logprobs(passes, batch) if learner.kl_coef > 0 else None
-        num_tokens = float(batch.mask_BT.sum())
+        if learner.inner_updates > 1:
+            batch.old_BT = self._no_grad_logprobs(self._model, passes, batch)
+        if learner.kl_coef > 0:
+            batch.reference_BT = self._reference_logprobs(passes, batch)
         updates = self._config.train.steps * learner.inner_updates
         metrics: dict[str, float] = {}
         self._model.train(self._config.model.lora_dropout > 0 or learner.gradient_checkpointing)
         try:
             for inner in range(learner.inner_updates):
-                parts = []
-                for pack in passes:
-                    logprob_K, entropy_K = self._score(
-                        self._model, pack, sampler.temperature, sampler.top_p, sampler.top_k,
-                        entropy=learner.entropy_coef > 0,
-                    )  # fmt: skip
-                    loss, stats = self._loss(batch, pack, logprob_K, entropy_K, old_BT, reference_BT, num_tokens)
-                    loss.backward()
-                    parts.append(stats)
+                parts = [self._learn(pack, batch) for pack in passes]
                 total = losses.mean_stats(self._ranks.gather_stats(parts))
                 if not math.isfinite(total["loss"]):  # only now: a rank that stopped earlier would leave the others
                     raise RunFailure(self._not_finite("loss", total["loss"]))
@@ -208,7 +230,7 @@ class TorchLearner:
         return metrics | {
             "tokens_prompt": float(prompt_tokens),
             "tokens_completion": float(completion_tokens),
-            "tokens_learned": num_tokens,
+            "tokens_learned": batch.num_tokens,
             "packed": float(self.packed),
         }
 
@@ -217,37 +239,53 @@ class TorchLearner:
         many, because each pass gathers weights from all."""
         ranks, budget = self._ranks, self._config.learner.microbatch_tokens
         if ranks.size == 1:
-            packs = plan(rows, budget, packed)
+            packs = [pack.to(self._device) for pack in plan(rows, budget, packed)]
             return packs, packs
-        packs = plan(share(rows, ranks.size, packed)[ranks.rank], budget, packed)
+        packs = [pack.to(self._device) for pack in plan(share(rows, ranks.size, packed)[ranks.rank], budget, packed)]
         missing = ranks.most(len(packs)) - len(packs)
-        return packs, packs + plan([Row(idle, rows[0].prompt[:1], rows[0].completion[:1])], budget, packed) * missing
+        (nothing,) = plan([Row(idle, rows[0].prompt[:1], rows[0].completion[:1])], budget, packed)
+        return packs, packs + [nothing.to(self._device)] * missing
+
+    def _learn(self, pack: Pack, batch: _Batch) -> dict[str, torch.Tensor]:
+        """Adds this pack's part of the step's gradient; returns the statistics of its tokens."""
+        spec = self._config.learner
+        if spec.ratio == "sequence" or (spec.importance != "off" and spec.importance_level == "sequence"):
+            # A token's loss depends on all of its sequence: first every log-prob, then the gradients.
+            rows_R, local_K = pack.row_K.unique(return_inverse=True)
+            blank_RT = torch.zeros(len(rows_R), batch.mask_BT.shape[1], device=self._device)
+            logprobs_RT, entropy_RT = (
+                blank_RT.index_put((local_K, pack.column_K), values_K) for values_K in self._score(self._model, pack)
+            )
+            loss, stats = self._loss(batch, logprobs_RT, entropy_RT, lambda values_BT: values_BT[rows_R])
+            loss.backward()
+            return stats
+
+        def loss_of(logprob_C: torch.Tensor, entropy_C: torch.Tensor, part: slice) -> Any:
+            at = (pack.row_K[part], pack.column_K[part, None])
+            pick = lambda values_BT: values_BT[at[0]].gather(1, at[1])  # noqa: E731
+            if not spec.entropy_coef:  # a gradient of zeros would cost as much as a real one
+                entropy_C = entropy_C.detach()
+            return self._loss(batch, logprob_C[:, None], entropy_C[:, None], pick)
+
+        causal = models.causal_of(self._model)
+        return losses.total_stats(forward(causal, lambda: learn(self._model, pack, loss_of, self._drawn)))
 
     def _loss(
-        self, batch: _Batch, pack: Pack, logprob_K: torch.Tensor, entropy_K: torch.Tensor,
-        old_BT: torch.Tensor | None, reference_BT: torch.Tensor | None, num_tokens: float,
+        self, batch: _Batch, logprobs_RT: torch.Tensor, entropy_RT: torch.Tensor,
+        pick: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-        """This pack's part of the step's loss, on its own rows of the batch."""
+        """The part of the step's loss of those rows, or tokens as rows of one, that ``pick`` takes of a [B, T]."""
         spec = self._config.learner
-        rows_R, local_K = pack.row_K.unique(return_inverse=True)
-
-        def spread(values_K: torch.Tensor) -> torch.Tensor:
-            empty = torch.zeros(len(rows_R), batch.mask_BT.shape[1], device=self._device)
-            return empty.index_put((local_K.to(self._device), pack.column_K.to(self._device)), values_K)
-
-        def mine(values: torch.Tensor) -> torch.Tensor:
-            return values[rows_R].to(self._device)
-
-        logprobs_RT = spread(logprob_K)
+        mask_RT = pick(batch.mask_BT)
         return losses.total_loss(
             spec.loss,
             logprobs_RT,
             # On policy the old policy is this one: the ratio is 1 and its gradient is the policy gradient.
-            logprobs_RT.detach() if old_BT is None else mine(old_BT),
-            mine(batch.sampler_BT),
-            mine(batch.advantages_B),
-            mine(batch.mask_BT),
-            mine(batch.coef_BT),
+            logprobs_RT.detach() if batch.old_BT is None else pick(batch.old_BT),
+            pick(batch.sampler_BT),
+            pick(batch.advantages_B[:, None].expand_as(batch.mask_BT))[:, 0],
+            mask_RT,
+            pick(batch.coef_BT),
             ratio=spec.ratio,
             clip_low=spec.clip_low,
             clip_high=spec.clip_high,
@@ -258,17 +296,18 @@ class TorchLearner:
             importance=spec.importance,
             importance_level=spec.importance_level,
             importance_cap=spec.importance_cap,
-            reference_logprobs_BT=None if reference_BT is None else mine(reference_BT),
+            reference_logprobs_BT=None if batch.reference_BT is None else pick(batch.reference_BT),
             kl_coef=spec.kl_coef,
             kl_estimator=spec.kl_estimator,
-            entropy_BT=spread(entropy_K),
+            entropy_BT=entropy_RT,
             entropy_coef=spec.entropy_coef,
-            num_tokens=num_tokens,
+            num_tokens=batch.num_tokens,
         )
 
     def _batch(self, groups: Sequence[Group]) -> _Batch:
         pairs = [(group.prompt.token_ids, one) for group in groups for one in group.completions]
         B, T = len(pairs), max((len(one.token_ids) for _, one in pairs), default=0)
+        spec = self._config.learner
         advantages_B = torch.zeros(B)
         mask_BT, sampler_BT = torch.zeros(B, T), torch.zeros(B, T)
         rows: list[Row] = []
@@ -277,26 +316,24 @@ class TorchLearner:
             length = len(one.token_ids)
             advantages_B[index] = one.advantage
             sampler_BT[index, :length] = torch.tensor(one.logprobs)
-            if length and not (self._config.learner.truncated == "mask" and one.finish_reason == "length"):
+            if length and not (spec.truncated == "mask" and one.finish_reason == "length"):
                 mask_BT[index, :length] = 1.0
-                rows.append(Row(index, prompt, one.token_ids))
-        coef_BT = losses.token_coefficients(self._config.learner.loss, mask_BT, self._config.sampler.max_tokens)
-        if self._ranks.size == 1:
-            return _Batch(rows, advantages_B, mask_BT, sampler_BT, coef_BT)
-        idle = torch.zeros(1, T)
-        return _Batch(
-            rows,
-            torch.cat([advantages_B, idle.new_zeros(1)]),
-            *(torch.cat([values_BT, idle]) for values_BT in (mask_BT, sampler_BT, coef_BT)),
+                if one.advantage or spec.kl_coef or spec.entropy_coef:  # else it has no gradient
+                    rows.append(Row(index, prompt, one.token_ids))
+        coef_BT = losses.token_coefficients(spec.loss, mask_BT, self._config.sampler.max_tokens)
+        idle = int(self._ranks.size > 1)
+        num_tokens = float(mask_BT.sum())
+        advantages_B, mask_BT, sampler_BT, coef_BT = (
+            torch.cat([values, values.new_zeros((idle, *values.shape[1:]))]).to(self._device)
+            for values in (advantages_B, mask_BT, sampler_BT, coef_BT)
         )
+        return _Batch(rows, advantages_B, mask_BT, sampler_BT, coef_BT, num_tokens)
 
     def _no_grad_logprobs(self, model: Any, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:
-        sampler = self._config.sampler
         out_BT = torch.zeros_like(batch.mask_BT)
         with torch.no_grad():
             for pack in packs:
-                logprob_K, _ = self._score(model, pack, sampler.temperature, sampler.top_p, sampler.top_k)
-                out_BT[pack.row_K, pack.column_K] = logprob_K.cpu()
+                out_BT[pack.row_K, pack.column_K] = self._score(model, pack)[0]
         return out_BT
 
     def _reference_logprobs(self, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:
@@ -312,16 +349,23 @@ class TorchLearner:
             "rollouts. Lower optimizer.lr or optimizer.max_grad_norm, and look at the batch's rewards and log-probs"
         )
 
+    def rehearse(self, groups: Sequence[Group]) -> None:
+        """The largest pack that groups of these prompts can make, every completion ``max_tokens`` long, through
+        forward, backward and optimizer at rate 0. Weights, averages, version and random state are as before, bit for
+        bit."""
+        memory.rehearse(self, groups)
+
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def publish_weights(self, merged: bool = False) -> InProcessWeights:
-        """Lends the live tensors: the adapter under LoRA, unless ``merged``; every weight else.
+        """Lends the live tensors: the adapter under LoRA, unless ``merged`` or DoRA; every weight else.
 
         Among ranks a full offer is opened by all, each of which gets every whole tensor in turn, gathered for it alone.
         """
+        self.wake("weights")
         if not self._lora:
             return InProcessWeights("full", lambda: self._gathered(models.full_tensors))
-        if merged:
+        if merged or not models.sends_adapter(self._config.model):
             return InProcessWeights("full", lambda: self._gathered(models.merged_tensors))
         described = models.adapter_dict(self._model)
         return InProcessWeights("adapter", lambda: iter(models.adapter_tensors(self._model).items()), described)
@@ -343,7 +387,7 @@ class TorchLearner:
         answer_BT = torch.zeros(len(rows) + 1, longest)
         with torch.no_grad():
             for pack in passes:
-                answer_BT[pack.row_K, pack.column_K] = self._score(self._model, pack)[0].cpu()
+                answer_BT[pack.row_K, pack.column_K] = self._score(self._model, pack, self._plain)[0].cpu()
         answer_BT[-1] = 0  # the idle row
         answer_BT = self._ranks.sum(answer_BT.to(self._device))
         return [row_T[: len(one) - 1] for row_T, one in zip(answer_BT.tolist(), sequences, strict=False)]
@@ -352,6 +396,7 @@ class TorchLearner:
     def perturbed(self, seed: int) -> Iterator[None]:
         """Seeded noise on every trained weight: a tenth of each tensor's own spread, so each layer's part shows in
         the log-probs; an adapter's zero half gets noise that makes its update as large."""
+        self.wake("weights")
         generator = torch.Generator().manual_seed(seed)
         trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         kept = {name: local(p.detach()).to("cpu", copy=True) for name, p in trained.items()}
@@ -371,28 +416,49 @@ class TorchLearner:
     def _noise_scale(self, name: str, parameter: torch.Tensor) -> float:
         """Of noise on this whole weight; a collective under LoRA."""
         if self._lora and ".lora_B." in name:
-            rank, alpha = self._config.model.lora_rank, self._config.model.lora_alpha
             layer = self._model.get_submodule(name.split(".lora_B.")[0])
             down = layer.lora_A["default"].weight
-            update = alpha / rank * math.sqrt(rank) * float(down.float().std())  # spread of alpha/r x B x A for B ~ 1
-            base = float(whole(layer.base_layer.weight).float().std())
+            # The spread of scaling x B x A for B ~ 1.
+            update = layer.scaling["default"] * math.sqrt(len(down)) * float(down.float().std())
+            base = float(whole(models.dense(layer.base_layer.weight)).float().std())
             return 0.1 * base / max(update, 1e-12)
+        if ".lora_magnitude_vector." in name:  # of rows of much the same length: their spread would be no noise
+            return 0.1 * float(parameter.float().abs().mean())
         spread = parameter.float().std() if parameter.numel() > 1 else parameter.float().abs().mean()
         return 0.1 * float(spread if float(spread) > 0 else 1.0)
 
     # -- the device, shared with a sampler ---------------------------------------------------------------------------
 
-    def sleep(self) -> None:
-        """Gives unused device memory back while the sampler works."""
+    def _parts(self) -> tuple[Parked, Parked]:
+        """The device's tensors that can wait on the host: the weights, and what only the optimizer needs. None of them
+        unless memory.offload_while_sampling asks for it."""
+        if not self._config.memory.offload_while_sampling or self._blank:
+            return Parked(()), Parked(())
+        weights = Parked(t for model in (self._model, self._reference) if model for t in models.stored(model))
+        averages = (t for t in self._optimizer.state().values() if t.device.type == torch.device(self._device).type)
+        return weights, Parked(averages, besides=weights)
+
+    def sleep(self, part: Literal["averages", "all"] = "all") -> None:
+        """Gives unused device memory back while the sampler works; with memory.offload_while_sampling the optimizer's
+        averages and masters, or all that is held, wait on the host until ``wake``."""
+        self._averages.park()
+        if part == "all":
+            self._weights.park()
         release(self._device)
+
+    def wake(self, part: Literal["weights", "all"] = "all") -> None:
+        """Undo of ``sleep``, of the weights alone or of everything."""
+        self._weights.unpark()
+        if part == "all":
+            self._averages.unpark()
 
     # -- files -------------------------------------------------------------------------------------------------------
 
     @collective("saving")
     def save(self, folder: Path) -> None:
-        """float32 masters and AdamW's averages in ``folder``: ``state.safetensors``, or each rank's slices in a file
+        """Masters (or weights) and averages in ``folder``: ``state.safetensors``, or each rank's slices in a file
         of its own; the version in ``learner.json``. Any number of ranks can read them."""
-        state = self._optimizer.state()
+        state = {name: self._weights.held(self._averages.held(t)) for name, t in self._optimizer.state().items()}
         try:
             if self._ranks.size == 1:  # the same as write_state would, without a second copy in memory
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -410,10 +476,20 @@ class TorchLearner:
     @collective("restoring")
     def restore(self, folder: Path) -> None:
         """Undo of ``save``, by any number of ranks. Raises ``UserError`` when the state belongs to another model."""
+        self.wake()
         shapes = shapes_in(folder)
-        wanted = {name: value.shape for name, value in self._optimizer.state().items() if name.endswith("/master")}
-        if wanted != {name: shape for name, shape in shapes.items() if name.endswith("/master")}:
+        own = {name: value.shape for name, value in self._optimizer.state().items()}
+        weights = tuple(name for name in own if name.endswith(("/master", "/weight")))
+        if {name.rpartition("/")[0] for name in shapes} != {name.rpartition("/")[0] for name in weights} or any(
+            shapes.get(name, own[name]) != own[name] for name in weights
+        ):
             raise UserError(f"checkpoint {str(folder)!r} belongs to another model or adapter; resume with its own")
+        if not set(weights) <= shapes.keys() <= own.keys() or any(own[name] != shapes[name] for name in shapes):
+            raise UserError(
+                f"checkpoint {str(folder)!r} was written by another optimizer than "
+                f"{self._config.optimizer.name!r} with master={self._config.optimizer.master!r}; resume with its own "
+                "(optimizer.name, optimizer.master)"
+            )
         tensors = self._optimizer.blank_state(shapes)
         read_state(tensors, folder)
         self._optimizer.load_state(tensors)
@@ -421,6 +497,7 @@ class TorchLearner:
 
     @collective("exporting")
     def export(self, folder: Path, merged: bool = False) -> None:
+        self.wake("weights")
         models.export(self._model, self._folder, folder, merged, self._dtype, self._ranks)
 
 

@@ -6,10 +6,12 @@ flight: 0 is strictly on policy; more lets sampling and learning overlap where t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
@@ -144,6 +146,61 @@ def train(loop: Loop, evaluate: Callable[[int], object], stopping: Callable[[], 
         return True
     loop.save()
     return False
+
+
+def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Before the first step: the longest request through the sampler, the largest pack through the learner, a sync.
+
+    Nothing is kept: weights, averages, version, data stream and requests are those of a run without it, bit for bit.
+    ``prompts`` are the run's; the longest are taken. Returns seconds, and the peak in GiB. Raises ``RunFailure`` when
+    memory runs out.
+    """
+    config, started = loop.config, time.perf_counter()
+    size, length = config.train.prompts_per_step, config.sampler.max_tokens
+    longest = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))[:size]
+    asked = [longest[number % len(longest)] for number in range(size)]
+    params = SamplingParams(
+        n=config.train.group_size, max_tokens=length, min_tokens=length, temperature=config.sampler.temperature,
+        top_p=config.sampler.top_p, top_k=config.sampler.top_k, seed=config.train.seed % 2**31,
+    )  # fmt: skip
+    loop.tracker.phase(f"rehearsal: {size} x {config.train.group_size} completions of {length} tokens")
+    with loop.placement.sampling(), _memory_of("sampler"):
+        with bounded("sampler", "writing the rehearsal's request", config.timeouts.generate_s):
+            future = loop.sampler.generate(asked, params)
+        try:
+            groups = future.result(timeout=loop.answer_s)
+        except FutureTimeout:
+            raise RunFailure(f"the sampler did not answer the rehearsal's request within {loop.answer_s:g} s") from None
+    sampled = time.perf_counter()
+    loop.tracker.phase("rehearsal: the largest pack through the learner")
+    limit_s = config.timeouts.update_s
+    with loop.placement.learning(), _memory_of("learner"), bounded("learner", "doing the rehearsal's pack", limit_s):
+        loop.learner.rehearse(groups)
+    learned = time.perf_counter()
+    loop.tracker.phase("rehearsal: the weights to the sampler")
+    with _memory_of("run"):
+        loop.sync()
+    return {
+        "sample": sampled - started,
+        "learn": learned - sampled,
+        "sync": time.perf_counter() - learned,
+        "peak_gib": loop.memory_gib(),
+    }
+
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def _memory_of(side: str) -> Iterator[None]:
+    """Running out of memory, in a sentence."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # a service on another machine says it in a ``RunFailure``
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise RunFailure(f"the {side} ran out of memory in the rehearsal of the longest batch ({said})") from error
 
 
 def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:

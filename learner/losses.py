@@ -288,11 +288,16 @@ def total_loss(
     return loss, stats
 
 
-def mean_stats(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The stats of a whole step out of its micro-batches': ``loss`` and ``tokens`` added up, ``x_max`` the largest, and
-    ``x_mean`` per token that counts in place of ``x_sum`` (0 where none does)."""
+def total_stats(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The stats of all parts together: ``x_max`` the largest, everything else added up."""
     columns = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
-    total = {key: float(column.max() if key.endswith("_max") else column.sum()) for key, column in columns.items()}
+    return {key: column.max() if key.endswith("_max") else column.sum() for key, column in columns.items()}
+
+
+def mean_stats(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The stats of a whole step out of its micro-batches': as ``total_stats``, with ``x_mean`` per token that counts in
+    place of ``x_sum`` (0 where none does)."""
+    total = {key: float(value) for key, value in total_stats(parts).items()}
     tokens = max(total["tokens"], 1.0)
     means = {key.replace("_sum", "_mean"): value / tokens for key, value in total.items() if key.endswith("_sum")}
     return {key: value for key, value in total.items() if not key.endswith("_sum")} | means

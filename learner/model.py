@@ -1,14 +1,25 @@
-"""Finding, converting, loading and saving the model: the learner's only door to transformers and peft.
+"""Finding, converting, loading and saving the model: the learner's only door to transformers, peft and bitsandbytes.
 
 A name becomes a local Hugging Face folder once (``prepare``); both sides load from that folder.
+
+Under ``quantize="nf4"`` (QLoRA, arXiv 2305.14314) every linear layer but the output head is held as 4-bit codes, with
+an 8-bit scale for each 64 weights and a float32 one for each 256 of those (double quantization, as vLLM's bitsandbytes
+plug-in does it too): 4.13 bits a weight. Both sides must compute with the same rounded base, or the proof and the
+importance weights would carry the rounding. Codes made anew from dequantized weights are not the same codes (the scales
+are rounded once more), so both sides start from the original files; a sampler that holds no 4-bit weights loads the
+folder that ``dequantized`` makes, which has exactly the numbers that the learner computes with.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
+import logging
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +35,12 @@ from common.errors import RunFailure, UserError
 from common.files import atomic_folder
 from learner.parallel import Ranks, whole
 
+BLOCK, SUPER_BLOCK = 64, 256  # weights to an 8-bit scale, 8-bit scales to a float32 one
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt", "*.model")
+
+# At their import, which may be transformers' doing: kernels that nothing here needs are missing, and the like.
+for _noisy in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 
 def prepare(config: ModelConfig) -> Path:
@@ -167,9 +183,10 @@ def vocabulary(folder: Path) -> int:
     return int((config | config.get("text_config", {})).get("vocab_size") or 0)
 
 
-def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa") -> Any:
+def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa", *, blank: bool = False) -> Any:
     """The causal language model on ``device``, in ``config.dtype``, without dropout until ``train()`` is called.
 
+    ``blank`` makes it from its shape alone, reading no weights: for fake tensors (``learner/memory.py``).
     Raises ``UserError`` for a model that transformers does not know.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -178,8 +195,21 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa"
     try:
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         for key, value in shape.to_dict().items():
+            if key == "is_encoder_decoder" and value:
+                raise UserError(f"{label} is an encoder-decoder; name a causal language model")
             if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
                 setattr(shape, key, 0.0)  # the sampler has none, and the two must compute the same
+        if blank:
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(
+                    shape, dtype=dtype_of(config.dtype), attn_implementation=attention,
+                    trust_remote_code=config.trust_remote_code,
+                )  # fmt: skip
+                if config.quantize == "nf4":
+                    _blank_nf4(model, dtype_of(config.dtype))
+            model.config.use_cache = False
+            return model.eval()
+        quantized = _quantized(config, device) if config.quantize == "nf4" else {}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=shape,
@@ -187,6 +217,7 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa"
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **quantized,
         )
         model, report = loaded
     except torch.OutOfMemoryError:
@@ -201,26 +232,173 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa"
             f"({', '.join(absent[:3])}...); "
             "download or convert it anew"
         )
-    model = model.to(device)
+    if not quantized:
+        model = model.to(device)
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            # Else the first pass without gradients would repack the layer for good: scales rounded to bfloat16, and a
+            # product through which no gradient goes back.
+            part.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model.eval()
 
 
+def _bitsandbytes() -> Any:
+    import bitsandbytes
+
+    return bitsandbytes
+
+
+def _quantized(config: ModelConfig, device: str) -> dict[str, Any]:
+    """What makes transformers load the linear layers as NF4, a layer at a time, on the device itself."""
+    from transformers import BitsAndBytesConfig
+
+    _bitsandbytes()
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype_of(config.dtype),
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"quantization_config": how, "device_map": {"": device}}
+
+
+def _blank_nf4(model: Any, dtype: torch.dtype) -> None:
+    """Puts 4-bit layers, of the right sizes and without values, in the place of the linear ones."""
+    bnb = _bitsandbytes()
+    state = bnb.functional.QuantState
+    head = model.get_output_embeddings()
+    for name, part in list(model.named_modules()):
+        if not isinstance(part, nn.Linear) or part is head:
+            continue
+        blocks = -(-part.weight.numel() // BLOCK)
+        scales = state(
+            torch.empty(-(-blocks // SUPER_BLOCK)), code=torch.empty(256), blocksize=SUPER_BLOCK, dtype=torch.float32
+        )
+        about = state(
+            torch.empty(blocks, dtype=torch.uint8), part.weight.shape, torch.empty(16), BLOCK, "nf4", dtype,
+            torch.empty(()), scales,
+        )  # fmt: skip
+        codes = torch.empty(-(-part.weight.numel() // 2), 1, dtype=torch.uint8)
+        layer = bnb.nn.Linear4bit(part.in_features, part.out_features, False, dtype, True, "nf4", device="meta")
+        layer.weight = bnb.nn.Params4bit(
+            codes, quant_state=about, blocksize=BLOCK, quant_type="nf4", module=layer, bnb_quantized=True
+        )
+        layer.quant_state, layer.bias, layer.support_avx512bf16_for_cpu = about, part.bias, False
+        model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = model.is_quantized = True
+
+
+def dense(weight: torch.Tensor) -> torch.Tensor:
+    """The values of a weight, as the forward pass uses them: dequantized if it is held in 4 bits."""
+    about = getattr(weight, "quant_state", None)
+    if about is None:
+        return weight.detach()
+    return _bitsandbytes().functional.dequantize_4bit(weight.data, about)  # type: ignore[no-any-return]
+
+
+def weights_in(parameter: torch.Tensor) -> int:
+    """How many weights this parameter stands for."""
+    about = getattr(parameter, "quant_state", None)
+    return parameter.numel() if about is None else math.prod(about.shape)
+
+
+def stored(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor that the parameters are held in: themselves, and the scales of those held in 4 bits."""
+    for parameter in model.parameters():
+        yield parameter
+        about = getattr(parameter, "quant_state", None)
+        for part in (about, getattr(about, "state2", None)):
+            for value in vars(part).values() if part is not None else ():
+                if isinstance(value, torch.Tensor):
+                    yield value
+
+
+def dequantized(folder: Path, config: ModelConfig, device: str) -> Path:
+    """A Hugging Face folder like this one whose weights are the learner's under ``config.quantize``, each rounded to
+    NF4 on ``device`` and back, in ``config.dtype``; made once and kept in ``config.cache_folder``."""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, _head_of(file)) for file in files]
+    words = f"{about} {config.dtype} {config.quantize} {torch.device(device).type}"
+    stamp = hashlib.sha256(words.encode()).hexdigest()[:12]
+    target = Path(config.cache_folder).expanduser() / f"{folder.name[:80]}-{config.quantize}-{config.dtype}-{stamp}"
+    if (target / "config.json").is_file():
+        return target
+    model = load(folder, config, device)
+    state = {name: tensor.cpu().contiguous() for name, tensor in full_tensors(model, dtype_of(config.dtype))}
+    with atomic_folder(target) as made:
+        _write_folder(model, folder, made, state)
+    return target
+
+
+def sampler_base(folder: Path, config: ModelConfig, sampler: str, device: str) -> dict[str, Any]:
+    """``model_folder`` and ``quantize`` of the setup of this sampler on ``device``: vLLM on a GPU holds a quantized
+    base in 4 bits itself; any other loads the same numbers. Merged weights replace the base, which then is not
+    quantized."""
+    if config.quantize == "off" or not sends_adapter(config):
+        return {"model_folder": str(folder), "quantize": "off"}
+    if device == "cpu" or sampler != "vllm":
+        return {"model_folder": str(dequantized(folder, config, device)), "quantize": "off"}
+    return {"model_folder": str(folder), "quantize": config.quantize}
+
+
+def sends_adapter(config: ModelConfig) -> bool:
+    """Whether a sampler that takes adapters is handed one; else it gets whole weights, merged under an adapter."""
+    return config.lora_rank > 0 and config.lora_variant != "dora"
+
+
+def check(config: ModelConfig, ranks: int) -> None:
+    """Raises ``UserError`` for settings of the model that cannot stand together, on so many ranks."""
+    if ranks > 1 and config.quantize != "off":
+        raise UserError(
+            f"model.quantize={config.quantize!r} cannot be divided among cluster.learner_ranks={ranks}; set it "
+            "to 'off', or learn with one rank"
+        )
+
+
+def layer_matrices(model: Any) -> set[str]:
+    """The names of the matrices inside the layers: those of numbered modules; no embedding, no output head."""
+    causal = causal_of(model)
+    outer = {id(p) for part in (causal.get_input_embeddings(), causal.get_output_embeddings()) if part is not None
+             for p in part.parameters()}  # fmt: skip
+    return {
+        name
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and id(p) not in outer and any(piece.isdigit() for piece in name.split("."))
+    }
+
+
+def compiles(wish: str, device: str) -> bool:
+    """Whether ``learner.compile`` is to be done. Raises ``UserError`` for ``on`` where a CPU has no C++ compiler."""
+    able = device != "cpu" or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+    if wish == "on" and not able:
+        raise UserError("learner.compile='on' needs a C++ compiler on a CPU; install g++, or set it to 'auto' or 'off'")
+    return able and wish != "off"
+
+
+def compile_layers(model: Any) -> None:
+    """Has each decoder layer compiled when it is first used; all of them share what is made. Attention is left as it
+    is."""
+    for layer in causal_of(model).get_decoder().layers:
+        layer.compile(dynamic=True)
+
+
 def causal_of(model: Any) -> Any:
     """The causal language model under a possible adapter."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def adapter_config(config: ModelConfig, folder: Path) -> Any:
-    """peft's configuration of the adapter that ``config`` describes."""
+    """peft's configuration of the adapter that ``config`` describes. Raises ``UserError`` for wrong targets."""
     from peft import LoraConfig
 
-    targets = list(config.lora_targets)
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a fraction is right too
         lora_dropout=config.lora_dropout,
-        target_modules=_linear_layers(folder) if targets == ["all-linear"] else targets,
+        use_rslora=config.lora_variant == "rslora",
+        use_dora=config.lora_variant == "dora",
+        target_modules=_targets(config, folder),
         # A hub id means the same model on any machine; a path only here.
         base_model_name_or_path=config.name if _is_hub_id(config.name) else str(folder),
         revision=config.revision if _is_hub_id(config.name) else None,
@@ -228,20 +406,40 @@ def adapter_config(config: ModelConfig, folder: Path) -> Any:
     )
 
 
-def _linear_layers(folder: Path) -> list[str]:
-    """The last names of every linear layer but the output head, from the model's shape alone."""
+def _targets(config: ModelConfig, folder: Path) -> list[str]:
+    """The modules that get an adapter, by their last names, or by whole names where a pattern chose them; from the
+    model's shape alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    asked, label = list(config.lora_targets), f"model.lora_targets={list(config.lora_targets)}"
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    head = model.get_output_embeddings()
-    return sorted(
-        {
-            name.split(".")[-1]
-            for name, part in model.named_modules()
-            if isinstance(part, nn.Linear) and part is not head
-        }
-    )
+        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {name: part for name, part in model.named_modules() if name}
+    if asked == ["all-linear"]:
+        inner = [name for name, part in names.items() if isinstance(part, nn.Linear) and part is not head]
+        return sorted({name.split(".")[-1] for name in inner})
+    pattern = asked[0] if len(asked) == 1 and not re.fullmatch(r"[\w.-]+", asked[0]) else ""
+    try:
+        chosen = [
+            name
+            for name in names
+            if (re.fullmatch(pattern, name) if pattern else any(f".{name}".endswith(f".{one}") for one in asked))
+        ]
+    except re.error as error:
+        raise UserError(f"{label} is not a regular expression ({error}); mend it, or list module names") from None
+    for name in chosen:
+        if names[name] is head or names[name] is embeddings:
+            tied = " (which are one weight here)" if getattr(shape, "tie_word_embeddings", False) else ""
+            raise UserError(
+                f"{label} takes in {name!r}, but adapters on the embeddings or the output head{tied} are not trained "
+                "here; leave it out ('all-linear' does)"
+            )
+    if not chosen:
+        known = sorted({name.split(".")[-1] for name, part in names.items() if isinstance(part, nn.Linear)})
+        raise UserError(f"{label} is no module of this model; its linear layers are {', '.join(known)}")
+    return sorted(name for name in chosen if isinstance(names[name], nn.Linear)) if pattern else asked
 
 
 def adapter_dict(model: Any) -> dict[str, Any]:
@@ -271,9 +469,10 @@ def adapter_tensors(model: Any) -> Mapping[str, torch.Tensor]:
 
 def full_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight under its Hugging Face name, a tied output head once, buffers left out; what is sliced over ranks
-    is gathered in ``dtype``, one tensor at a time, so that all ranks must iterate."""
+    is gathered in ``dtype``, one tensor at a time, so that all ranks must iterate; what is held in 4 bits comes dense.
+    """
     for name, parameter in model.named_parameters():
-        yield name, whole(parameter, dtype)
+        yield name, whole(dense(parameter), dtype)
 
 
 def merged_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -286,13 +485,23 @@ def merged_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.
     for name, parameter in base.named_parameters():
         owner, _, leaf = name.rpartition(".base_layer.")
         if owner in layers and leaf == "weight":
-            delta = layers[owner].get_delta_weight("default")
-            base_weight = whole(parameter, dtype)
-            yield f"{owner}.weight", (base_weight.float() + delta.float()).to(base_weight.dtype)
+            base_weight = whole(dense(parameter), dtype)
+            yield f"{owner}.weight", _merged(layers[owner], base_weight.float()).to(base_weight.dtype)
         elif owner in layers:
             yield f"{owner}.{leaf}", whole(parameter, dtype)
         elif ".lora_" not in name:
-            yield name, whole(parameter, dtype)
+            yield name, whole(dense(parameter), dtype)
+
+
+@torch.no_grad()
+def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A float32 base weight with this layer's adapter in it."""
+    weight = weight + layer.get_delta_weight("default").float()
+    if "default" not in layer.lora_magnitude_vector:
+        return weight
+    # DoRA, equation 5 (arXiv 2402.09353): each row as long as its learned magnitude.
+    magnitude = layer.lora_magnitude_vector["default"].weight.float()
+    return weight * (magnitude / weight.norm(dim=1))[:, None]
 
 
 def export(model: Any, source: Path, folder: Path, merged: bool, dtype: torch.dtype, ranks: Ranks) -> None:
@@ -318,7 +527,7 @@ def _write_folder(model: Any, source: Path, folder: Path, state: dict[str, torch
         if state is None:
             model.save_pretrained(folder, save_embedding_layers=False)
         else:
-            causal_of(model).save_pretrained(folder, state_dict=state)
+            _unquantized(causal_of(model)).save_pretrained(folder, state_dict=state)
     except (OSError, SafetensorError) as error:
         raise RunFailure(
             f"the model cannot be written to {str(folder)!r} ({_first_line(error)}); free space on that disk"
@@ -328,3 +537,15 @@ def _write_folder(model: Any, source: Path, folder: Path, state: dict[str, torch
             if not file.name.endswith(".safetensors"):
                 shutil.copyfile(file, folder / file.name)
     os.chmod(folder, 0o755)
+
+
+def _unquantized(model: Any) -> Any:
+    """The model, or where it is held in 4 bits an empty dense one like it, to save dense weights with."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    shape = copy.deepcopy(model.config)
+    del shape.quantization_config
+    with torch.device("meta"):
+        plain = type(model)._from_config(shape)
+    plain.generation_config = model.generation_config
+    return plain

@@ -18,6 +18,11 @@ from typing import Any
 
 import torch
 
+TILE_ROWS = 128
+"""Tokens of a stretch that attend together: fewer would waste less on keys they do not see yet, but cost more calls."""
+TILE = 1 << 18
+"""Scores of a tile for each head: few enough that a CPU's cache holds them."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -63,12 +68,39 @@ class Pack:
     """Prompt tokens in it, counted as often as they are computed."""
 
     def to(self, device: str) -> Pack:
-        return _to(self, device)
+        """This pack there; itself where it is there already, with what was made for all of its layers."""
+        return self if self.token_ids.device == torch.device(device) else _to(self, device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """B stretches of at most Q neighbouring tokens that attend together, and the S keys that each may see: those of
+    its prompt and its own up to the last query. Padding points at token 0 and is masked."""
+
+    query_BQ: torch.Tensor
+    query_valid_BQ: torch.Tensor
+    key_BS: torch.Tensor
+    key_valid_BS: torch.Tensor
+    query_at_BQ: torch.Tensor
+    """Positions."""
+    key_at_BS: torch.Tensor
+    _bias: dict[int | None, torch.Tensor] = field(default_factory=dict, compare=False)
+
+    def bias(self, window: int | None) -> torch.Tensor:
+        """Added to attention scores, float32 [B, Q, S]; made once for all layers."""
+        if window not in self._bias:
+            self._bias[window] = _bias(self.query_at_BQ, self.key_at_BS, self.key_valid_BS, window)
+        return self._bias[window]
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Index tensors of a packed sequence. Padding points at token 0 and is masked."""
+
+    tiles: tuple[Tile, ...]
+    """Every token is a query of exactly one of them."""
+    tiled_T: torch.Tensor
+    """Where each token lies in the tiles' queries, laid end to end."""
 
     prompt_GP: torch.Tensor
     prompt_valid_GP: torch.Tensor
@@ -78,24 +110,6 @@ class Layout:
     """The prompt of each completion."""
     position_GP: torch.Tensor
     position_CN: torch.Tensor
-    back_T: torch.Tensor
-    """Where each token's output lies in the concatenation of the G x P and C x N results."""
-    _bias: dict[tuple[str, int | None], torch.Tensor] = field(default_factory=dict, compare=False)
-
-    def prompt_bias(self, window: int | None) -> torch.Tensor:
-        """Added to attention scores of prompts among themselves, float32 [G, P, P]; made once for all layers."""
-        if ("prompt", window) not in self._bias:
-            key = (self.position_GP, self.prompt_valid_GP)
-            self._bias["prompt", window] = _bias(self.position_GP, *key, window)
-        return self._bias["prompt", window]
-
-    def own_bias(self, window: int | None) -> torch.Tensor:
-        """The same of completions over [their prompt, themselves], [C, N, P + N]."""
-        if ("own", window) not in self._bias:
-            position = torch.cat([self.position_GP[self.group_C], self.position_CN], dim=1)
-            valid = torch.cat([self.prompt_valid_GP[self.group_C], self.own_valid_CN], dim=1)
-            self._bias["own", window] = _bias(self.position_CN, position, valid, window)
-        return self._bias["own", window]
 
 
 def _bias(
@@ -115,6 +129,8 @@ def _to(value: Any, device: str) -> Any:
         part = getattr(value, each.name)
         if isinstance(part, Layout):
             moved[each.name] = _to(part, device)
+        elif isinstance(part, tuple):
+            moved[each.name] = tuple(_to(one, device) for one in part)
         elif isinstance(part, torch.Tensor):
             moved[each.name] = part.to(device)
     return replace(value, **moved)
@@ -226,14 +242,14 @@ def _packed(parts: Sequence[Stretch]) -> Pack:
     prompt_GP, prompt_valid_GP = _spans(prompts)
     own_CN, own_valid_CN = _spans(spans)
     position_T = torch.tensor(positions)
-    back_T = torch.empty(len(token_ids), dtype=torch.long)
-    back_T[prompt_GP[prompt_valid_GP]] = prompt_valid_GP.flatten().nonzero()[:, 0]
-    back_T[own_CN[own_valid_CN]] = own_valid_CN.flatten().nonzero()[:, 0] + prompt_GP.numel()
+    tiles, tiled_T = _tiled(prompts, owns, position_T)
     return Pack(
         token_ids=torch.tensor([token_ids]),
         position_ids=position_T[None],
         attention_mask=None,
         layout=Layout(
+            tiles=tiles,
+            tiled_T=tiled_T,
             prompt_GP=prompt_GP,
             prompt_valid_GP=prompt_valid_GP,
             own_CN=own_CN,
@@ -241,13 +257,69 @@ def _packed(parts: Sequence[Stretch]) -> Pack:
             group_C=torch.tensor([prompt for _, _, prompt in owns], dtype=torch.long),
             position_GP=position_T[prompt_GP],
             position_CN=position_T[own_CN],
-            back_T=back_T,
         ),
         predict_K=torch.tensor(predict),
         target_K=torch.tensor(target),
         row_K=torch.tensor(row_of),
         column_K=torch.tensor(column),
         prompt_tokens=sum(length for _, length in prompts),
+    )
+
+
+def _tiled(
+    prompts: Sequence[tuple[int, int]], owns: Sequence[tuple[int, int, int]], position_T: torch.Tensor
+) -> tuple[tuple[Tile, ...], torch.Tensor]:
+    """Stretches of at most ``TILE_ROWS`` tokens, those of about one size together, and where each token went."""
+    cut: list[tuple[int, int, tuple[int, int], int]] = []  # first query, queries, the prompt's keys, own keys' start
+    for start, length in prompts:
+        cut += [
+            (start + done, min(TILE_ROWS, length - done), (start, 0), start) for done in range(0, length, TILE_ROWS)
+        ]
+    for start, length, prompt in owns:
+        cut += [
+            (start + done, min(TILE_ROWS, length - done), prompts[prompt], start)
+            for done in range(0, length, TILE_ROWS)
+        ]
+
+    def keys(one: tuple[int, int, tuple[int, int], int]) -> int:
+        first, queries, (_, seen), own = one
+        return seen + first + queries - own
+
+    tiles: list[Tile] = []
+    held: list[tuple[int, int, tuple[int, int], int]] = []
+    most_queries = most_keys = 0
+    order = sorted(cut, key=lambda one: (keys(one), one[1]), reverse=True)
+    for one in [*order, None]:
+        if held and (
+            one is None
+            or (len(held) + 1) * max(most_queries, one[1]) * most_keys > TILE
+            or 2 * keys(one) * one[1] < most_keys * most_queries
+        ):
+            tiles.append(_tile(held, position_T))
+            held, most_queries, most_keys = [], 0, 0
+        if one is not None:
+            held.append(one)
+            most_queries, most_keys = max(most_queries, one[1]), max(most_keys, keys(one))
+    tiled_T = torch.empty(len(position_T), dtype=torch.long)
+    before = 0
+    for tile in tiles:
+        tiled_T[tile.query_BQ[tile.query_valid_BQ]] = tile.query_valid_BQ.flatten().nonzero()[:, 0] + before
+        before += tile.query_BQ.numel()
+    return tuple(tiles), tiled_T
+
+
+def _tile(cut: Sequence[tuple[int, int, tuple[int, int], int]], position_T: torch.Tensor) -> Tile:
+    query_BQ, query_valid_BQ = _spans([(first, queries) for first, queries, _, _ in cut])
+    prompt_BP, prompt_valid_BP = _spans([prompt for _, _, prompt, _ in cut])
+    own_BO, own_valid_BO = _spans([(own, first + queries - own) for first, queries, _, own in cut])
+    key_BS = torch.cat([prompt_BP, own_BO], dim=1)
+    return Tile(
+        query_BQ=query_BQ,
+        query_valid_BQ=query_valid_BQ,
+        key_BS=key_BS,
+        key_valid_BS=torch.cat([prompt_valid_BP, own_valid_BO], dim=1),
+        query_at_BQ=position_T[query_BQ],
+        key_at_BS=position_T[key_BS],
     )
 
 

@@ -9,7 +9,9 @@ Three things are checked after every sync, because other trainers have lost mont
   This sees a single small step that the tolerance, which must allow for bfloat16, does not.
 
 Before the first step a challenge makes the second check sharp: weights with noise on every tensor are sent, and the
-sampler must follow them.
+sampler must follow them. The challenge and the first sync are proved on the whole probe; the syncs of every step on its
+first ``EACH_TIME`` tokens, because the probe, and not the bytes, is what a sync's time goes to. The fingerprint always
+covers every byte.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from common.protocols import Learner, Placement, Sampler, Transport
 from common.types import Prompt
 from common.waits import bounded
 
+# Tokens of the probe in the sync of each step. Fewer would cost little less, because both sides read all their weights
+# once; more would cost in proportion.
+EACH_TIME = 64
 MOVED = 0.002  # nats: a mean change of the learner's log-probs that no engine's arithmetic can swallow whole
 
 
@@ -47,6 +52,17 @@ def probe_of(prompts: Sequence[Prompt], tokens: int, longest: int) -> list[tuple
     return probe
 
 
+def beginning_of(probe: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+    """The first ``tokens`` tokens of the probe, none left over that has no other before it; the probe if it has no
+    more."""
+    parts: list[tuple[int, ...]] = []
+    for piece in probe:
+        left = tokens - sum(map(len, parts))
+        if left >= 2:
+            parts.append(tuple(piece[:left]))
+    return parts
+
+
 class WeightSync:
     """Calls in order: ``challenge`` once, then the object itself after every update."""
 
@@ -61,8 +77,12 @@ class WeightSync:
     ) -> None:
         self._learner, self._sampler, self._placement = learner, sampler, placement
         self._probe, self._config, self._timeout_s = probe, config, timeout_s
-        # By replica: the learner's and its own when it last moved.
-        self._last: dict[str, tuple[list[float], list[float]]] = {}
+        # The probes of the next proof. Which tokens are computed together changes how they are rounded, so that only
+        # answers to one and the same probe can be compared bit for bit: the first syncs ask the short one too.
+        self._short = beginning_of(probe, EACH_TIME)
+        self._asked: list[Sequence[Sequence[int]]] = [probe] if self._short == list(probe) else [probe, self._short]
+        # By replica and probe: the learner's and its own when it last moved.
+        self._last: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
 
     def challenge(self) -> dict[str, float]:
         """Sends perturbed weights and checks that the sampler follows. The next sync must send the true ones."""
@@ -76,7 +96,9 @@ class WeightSync:
 
         Raises ``SyncError`` when the proof fails.
         """
-        return self._send(f"version {self._learner.version}")
+        metrics = self._send(f"version {self._learner.version}")
+        self._asked = self._asked[-1:]
+        return metrics
 
     def _send(self, what: str) -> dict[str, float]:
         started = time.perf_counter()
@@ -103,14 +125,19 @@ class WeightSync:
                 f"the sampler did not receive the weights that the learner sent ({what}): fingerprint {arrived} "
                 f"arrived, {sent} was sent"
             )
-        mine = _flat(self._learner.logprobs(self._probe))
+        return {"probe_diff": max(self._agree(probe, what) for probe in self._asked)}
+
+    def _agree(self, probe: Sequence[Sequence[int]], what: str) -> float:
+        """The largest difference of a replica's answer from the learner's, if all are near enough and none is old."""
+        mine = _flat(self._learner.logprobs(probe))
         # A pool answers for each of its replicas: every one proves what it holds.
         each = getattr(self._sampler, "logprobs_of_each", None)
-        answers = each(self._probe) if each is not None else {"sampler": self._sampler.logprobs(self._probe)}
-        return {"probe_diff": max(self._agrees(name, mine, _flat(theirs), what) for name, theirs in answers.items())}
+        answers = each(probe) if each is not None else {"sampler": self._sampler.logprobs(probe)}
+        return max(self._agrees(name, mine, _flat(theirs), what) for name, theirs in answers.items())
 
     def _agrees(self, name: str, mine: list[float], theirs: list[float], what: str) -> float:
         """How far this replica's answer is from the learner's, if it is near enough and not the old one."""
+        key = (name, len(mine))
         assert len(mine) == len(theirs), (len(mine), len(theirs))
         difference = _mean_difference(mine, theirs)
         if not difference <= self._config.tolerance:  # also catches nan
@@ -119,7 +146,7 @@ class WeightSync:
                 f"differ by {difference:.3f} nats a token on average, more than sync.tolerance="
                 f"{self._config.tolerance:g}. The sampler may hold old weights, an old output head or no adapter"
             )
-        last = self._last.get(name)
+        last = self._last.get(key)
         if last is not None:
             learner_before, sampler_before = last
             moved = _mean_difference(mine, learner_before)
@@ -129,7 +156,7 @@ class WeightSync:
                     f"old ones, while the learner's moved by {moved:.4f} nats a token"
                 )
         if last is None or theirs != last[1]:
-            self._last[name] = (mine, theirs)
+            self._last[key] = (mine, theirs)
         return difference
 
 

@@ -530,6 +530,40 @@ def _check_stop_strings(env: Env) -> None:
 
 
 @_check
+def _check_min_tokens(env: Env) -> None:
+    """No end before ``min_tokens`` tokens, by an end-of-sequence token or a stop string; both count again after."""
+    _expect(bool(env.end_ids), "cannot run: the model folder names no end-of-sequence token")
+    prompts = [env.prompt(LONG), env.prompt(MIDDLE)]
+    tensors = frequent(env.truth, env.base, env.end_ids[0], prompts[0].token_ids, probability=0.5)
+    env.load(tensors)
+    for least, most in ((5, 20), (6, 6)):
+        params = SamplingParams(n=8, max_tokens=most, min_tokens=least, seed=9)
+        groups = env.sampler.generate(prompts, params).result(timeout=WAIT_S)
+        _expect_scores(env, tensors, groups, params, f"with min_tokens={least}, ")
+        for one in _flat(groups):
+            early = [place for place in range(len(one.token_ids[:least])) if one.token_ids[place] in env.end_ids]
+            _expect(
+                not early and len(one.token_ids) >= least,
+                f"expected no end before {least} tokens, got {len(one.token_ids)} tokens with ends at {early}",
+            )
+        ended = sum(one.finish_reason == "stop" for one in _flat(groups))
+        _expect(
+            (ended > 0) == (least < most),
+            f"expected ends after min_tokens={least} and none at max_tokens={most}, got {ended} of {2 * params.n}",
+        )
+    prompt, ids = env.prompt(MIDDLE), env.prompt("abcdefghij").token_ids
+    env.load(_forced(env, prompt, ids))
+    reach = {one: next(n for n in range(len(ids) + 1) if one in env.decode(ids[:n])) for one in "cg"}
+    for stop, count, text, reason in (
+        (("c",), len(ids), env.decode(ids), "length"),
+        (("c", "g"), reach["g"], env.decode(ids).partition("g")[0], "stop"),
+    ):
+        asked = {"max_tokens": len(ids), "min_tokens": reach["c"], "stop": stop}
+        one = env.generate([prompt], **asked)[0].completions[0]
+        _expect_completion(one, ids[:count], text, reason, f"with {asked}")
+
+
+@_check
 def _check_text(env: Env) -> None:
     """The text is what the tokenizer makes of the tokens, in any script, special tokens left out."""
     prompt, ids = env.prompt(MIDDLE), env.prompt("é日🙂").token_ids
@@ -684,6 +718,8 @@ def _expect_scores(env: Env, tensors: Tensors, groups: Sequence[Group], params: 
             logits_TV = env.truth.logits(tensors, group.prompt.token_ids + one.token_ids)[0]
             for place, (token, got) in enumerate(zip(one.token_ids, one.logprobs, strict=True)):
                 logits_V = logits_TV[first + place]
+                if place < params.min_tokens:
+                    logits_V = logits_V.index_fill(0, torch.tensor(env.end_ids), -torch.inf)
                 low, high, behind = _allowed(logits_V, token, params, env.tolerance)
                 _expect(
                     behind <= OUTLIER * wide,

@@ -230,14 +230,17 @@ class HfSampler:
 
         written = [_Writing() for _ in owner_R]
         row_N = torch.arange(len(owner_R), device=self.setup.device)
+        ends_E = self._tensor(self.end_ids)
         for step in range(params.max_tokens):
+            if step < params.min_tokens:
+                logits_NV = logits_NV.index_fill(-1, ends_E, -torch.inf)
             token_N, logprob_N = _draw(logits_NV, uniform_RT[row_N, step], params)
             going = []
             entries = zip(row_N.tolist(), token_N.tolist(), logprob_N.tolist(), strict=True)
             for place, (row, token, logprob) in enumerate(entries):
                 written[row].token_ids.append(token)
                 written[row].logprobs.append(logprob)
-                if not self._ends(written[row], params.stop):
+                if not self._ends(written[row], params):
                     going.append(place)
             if not going or step + 1 == params.max_tokens:
                 break
@@ -262,13 +265,15 @@ class HfSampler:
             **self._last_only,
         )
 
-    def _ends(self, one: _Writing, stops: Sequence[str]) -> bool:
+    def _ends(self, one: _Writing, params: SamplingParams) -> bool:
         """Notes how a completion ends, if its newest token ends it."""
         if one.token_ids[-1] in self.end_ids:
             one.finish_reason, one.text = "stop", self._decode(one.token_ids[:-1])
-        elif stops:
-            text = self._decode(one.token_ids)
-            found = [place for place in map(text.find, stops) if place >= 0]
+        elif params.stop and len(one.token_ids) > params.min_tokens:
+            text, early = self._decode(one.token_ids), len(self._decode(one.token_ids[: params.min_tokens]))
+            # A stop string counts when its last character is written after the first ``min_tokens``.
+            places = (text.find(stop, max(0, early + 1 - len(stop))) for stop in params.stop)
+            found = [place for place in places if place >= 0]
             if found:
                 one.finish_reason, one.text = "stop", text[: min(found)]
         return one.finish_reason == "stop"

@@ -188,7 +188,7 @@ class RemoteSampler:
                 f"{adapter.rank}; start it with --max-lora-rank {lora_rank(adapter.rank)}"
             )
         if lora and _on_cpu(settings) and "lm_head" in (lora.get("target_modules") or ["lm_head"]):
-            wanted = " ".join(sorted(adapter.config["target_modules"])) if adapter else "q_proj v_proj ..."
+            wanted = " ".join(adapter.layers) if adapter else "q_proj v_proj ..."
             raise UserError(
                 f"the server at {url} wraps its output head for adapters, and on a CPU dies of the next log-probs of a "
                 f"prompt; start it with --lora-target-modules {wanted}"
@@ -359,6 +359,7 @@ class RemoteSampler:
             "prompt": list(token_ids),
             "n": params.n,
             "max_tokens": params.max_tokens,
+            "min_tokens": params.min_tokens,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,

@@ -144,6 +144,8 @@ class ScriptedSampler:
             lines = self._answers.get(prompt.id) or self._answers.get(prompt.text) or self._default
             answer = lines[turn % len(lines)]
         ids = self._encode(answer) if isinstance(answer, str) else tuple(answer)
+        if len(ids) < params.min_tokens:
+            answer = ids = self._lengthened(ids, params.min_tokens)
         kept = ids[: params.max_tokens]
         text = answer if isinstance(answer, str) and len(kept) == len(ids) else self._decode(kept)
         return Completion(
@@ -153,6 +155,12 @@ class ScriptedSampler:
             finish_reason="stop" if len(kept) == len(ids) else "length",
             policy_version=self.version,
         )
+
+    def _lengthened(self, ids: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+        """An answer that is too short said over and over, then ended as it was."""
+        ends = self._engine.end_ids if self._engine is not None else ()
+        said = tuple(token for token in ids if token not in ends) or (0,)
+        return (said * tokens)[:tokens] + tuple(token for token in ids[-1:] if token in ends)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         if self._engine is None:

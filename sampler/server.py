@@ -48,7 +48,7 @@ def server_command(
         words += ["--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill"]
     if setup.adapter is not None:
         words += ["--enable-lora", "--max-lora-rank", str(lora_rank(setup.adapter.rank))]
-        words += ["--lora-target-modules", *sorted(setup.adapter.config["target_modules"])]
+        words += ["--lora-target-modules", *setup.adapter.layers]
     return environment, words
 
 

@@ -11,10 +11,15 @@ Everything that depends on vLLM's ways is in this file:
 - a tied output head is untied and sent explicitly: ``reload_weights`` leaves a tied head at its old values;
 - on the CPU a request cannot carry a seed, so the generator that all draw from is seeded before the request: there
   a seed fixes a request only while no other is in work;
-- on the CPU the cache's block is 32 tokens, so that short prompts are shared in a group (the default of 128 shares
-  only longer ones).
+- on the CPU the cache's block is 32 tokens, the least it takes, so that short prompts are shared in a group (the
+  default of 128 shares only longer ones, and the rest of a prompt beyond its last whole block is computed for each
+  completion anew);
+- on the CPU vLLM would spend a twelfth of its time on log-probs of the whole vocabulary and on the rank of the token
+  drawn; it is made to compute the one log-prob that is asked for;
+- a base in 4 bits (``SamplerSetup.quantize``) under an adapter is made by vLLM's bitsandbytes plugin on a GPU; on the
+  CPU the folder given holds the values that the 4 bits stand for.
 
-Sleeping and waking need a GPU and have not yet run on one.
+Sleeping and waking, and the base in 4 bits, need a GPU and have not yet run on one.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import importlib.util
 import itertools
 import json
 import os
@@ -64,6 +70,8 @@ _OURS = {
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 # Models whose vLLM class computes logits with the embedding module itself: nothing to untie, a reload reaches it.
 HEAD_IS_EMBEDDING = ("gemma", "gemma2", "gemma3_text")
+_ROWS = 4  # of logits turned into log-probs together on the CPU
+CPU_BLOCK = 32  # tokens of a block of the cache on the CPU
 
 
 class Answer(Future[Any]):
@@ -154,13 +162,15 @@ class VllmSampler:
         self._scratch = shared_memory_folder("nanogrpo-sampler")
         self._untie = self._must_untie()
         try:
-            self._llm: Any = vllm.LLM(**(self._arguments() | options))
+            self._llm: Any = vllm.LLM(**(engine_arguments(setup, self._model, self._untie) | options))
         except (ValueError, TypeError, RuntimeError, OSError, VLLMError) as error:
             self.close()
             raise UserError(f"vLLM cannot start with model {setup.model_folder!r}: {_one_line(error)}") from error
         try:
-            if self._on_cpu and setup.tensor_parallel > 1:
-                self._llm.collective_rpc(_settle_worker)
+            if self._on_cpu:
+                self._llm.collective_rpc(_score_chosen_only)
+                if setup.tensor_parallel > 1:
+                    self._llm.collective_rpc(_settle_worker)
             if setup.adapter is None:
                 self.load_weights(FolderWeights(setup.model_folder), version=0)
             else:
@@ -169,52 +179,9 @@ class VllmSampler:
             self.close()
             raise
 
-    def _arguments(self) -> dict[str, Any]:
-        setup = self._setup
-        arguments: dict[str, Any] = {
-            "model": setup.model_folder,
-            "dtype": setup.dtype,
-            "trust_remote_code": setup.trust_remote_code,
-            "max_model_len": setup.max_model_tokens,
-            "max_num_seqs": min(setup.max_sequences, 256),
-            "seed": setup.seed,
-            "logprobs_mode": "processed_logprobs",
-            "max_logprobs": 1,
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-        }
-        if setup.adapter is None:  # the weights come through load_weights; with an adapter the base stays as loaded
-            arguments["load_format"] = "dummy"
-            if self._untie:
-                arguments["hf_overrides"] = {"tie_word_embeddings": False}
-        else:
-            rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= min(setup.adapter.rank, 512))
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
-            # Left to itself vLLM wraps the output head too, and on the CPU prompt log-probs then fail.
-            arguments["lora_target_modules"] = sorted(setup.adapter.config["target_modules"])
-        if setup.tensor_parallel > 1:  # not "ray", which vLLM would take inside a Ray actor: the devices are all here
-            arguments |= {"tensor_parallel_size": setup.tensor_parallel, "distributed_executor_backend": "mp"}
-        if self._on_cpu:
-            # Compiling costs half a minute at every start; sequences are short here.
-            arguments |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": self._cache_bytes()}
-        elif setup.shares_device:
-            arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
-        return arguments
-
     def _must_untie(self) -> bool:
         tied = bool(self._model.get("tie_word_embeddings", False))
         return tied and self._setup.adapter is None and self._model.get("model_type") not in HEAD_IS_EMBEDDING
-
-    def _cache_bytes(self) -> int:
-        """Of one device: room for every sequence at full length, at most 4 GiB (vLLM queues what does not fit)."""
-        config = self._model
-        heads = config.get("num_key_value_heads") or config.get("num_attention_heads", 16)
-        width = config.get("head_dim") or config.get("hidden_size", 1024) // config.get("num_attention_heads", 16)
-        size = 4 if self._setup.dtype == "float32" else 2
-        block = 32
-        tokens = self._setup.max_sequences * (-(-self._setup.max_model_tokens // block) + 1) * block
-        heads = max(1, heads // self._setup.tensor_parallel)
-        return int(min(max(config.get("num_hidden_layers", 24) * 2 * heads * width * size * tokens, 64 << 20), 4 << 30))
 
     # -- the contract ------------------------------------------------------------------------------------------------
 
@@ -229,6 +196,7 @@ class VllmSampler:
                 VllmParams(
                     n=params.n,
                     max_tokens=params.max_tokens,
+                    min_tokens=params.min_tokens,
                     temperature=params.temperature,
                     top_p=params.top_p,
                     top_k=params.top_k or -1,
@@ -440,6 +408,75 @@ class VllmSampler:
             raise RunFailure(self._torn)
 
 
+def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie: bool) -> dict[str, Any]:
+    """The arguments of ``vllm.LLM`` for this setup, before the user's options; ``model_config`` is the folder's
+    config.json, ``untie`` gives a tied output head weights of its own.
+
+    Raises ``UserError`` for a base in 4 bits on a GPU without vLLM's bitsandbytes plugin.
+    """
+    on_cpu = setup.device == "cpu"
+    arguments: dict[str, Any] = {
+        "model": setup.model_folder,
+        "dtype": setup.dtype,
+        "trust_remote_code": setup.trust_remote_code,
+        "max_model_len": setup.max_model_tokens,
+        "max_num_seqs": min(setup.max_sequences, 256),
+        "seed": setup.seed,
+        # On the CPU the logits of the distribution drawn from, of which _chosen_only takes the log-prob.
+        "logprobs_mode": "processed_logits" if on_cpu else "processed_logprobs",
+        "max_logprobs": 1,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+    if setup.adapter is None:  # the weights come through load_weights; with an adapter the base stays as loaded
+        arguments["load_format"] = "dummy"
+        if untie:
+            arguments["hf_overrides"] = {"tie_word_embeddings": False}
+    else:
+        rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= min(setup.adapter.rank, 512))
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        # Left to itself vLLM wraps the output head too, and on the CPU prompt log-probs then fail.
+        arguments["lora_target_modules"] = setup.adapter.layers
+        if setup.quantize == "nf4" and not on_cpu:
+            if importlib.util.find_spec("vllm_bnb_plugin") is None:
+                raise UserError(
+                    "model.quantize='nf4' with sampler.name='vllm' on a GPU needs vLLM's bitsandbytes plugin, which is "
+                    "not installed; `pip install vllm-bnb-plugin`, or set model.quantize='off'"
+                )
+            arguments["quantization"] = "bitsandbytes"  # NF4 with nested scales, from the folder's own weights
+    if setup.tensor_parallel > 1:  # not "ray", which vLLM would take inside a Ray actor: the devices are all here
+        arguments |= {"tensor_parallel_size": setup.tensor_parallel, "distributed_executor_backend": "mp"}
+    if on_cpu:
+        # Compiling costs half a minute at every start; sequences are short here.
+        arguments |= {"enforce_eager": True, "block_size": CPU_BLOCK}
+        arguments["kv_cache_memory_bytes"] = cache_bytes(model_config, setup)
+    elif setup.shares_device:
+        arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
+    return arguments
+
+
+def cache_bytes_per_token(model_config: Mapping[str, Any], dtype: str, tensor_parallel: int = 1) -> int:
+    """Keys and values of one token in all layers, bytes on each device; ``model_config`` is a config.json."""
+    config = model_config.get("text_config") or model_config
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads", 16)
+    width = config.get("head_dim") or config.get("hidden_size", 1024) // config.get("num_attention_heads", 16)
+    size = 4 if dtype == "float32" else 2
+    return int(config.get("num_hidden_layers", 24) * 2 * max(1, heads // tensor_parallel) * width * size)
+
+
+def cache_bytes(model_config: Mapping[str, Any], setup: SamplerSetup) -> int:
+    """The key-value cache, bytes on each device: room for every sequence at full length.
+
+    On the CPU this is what vLLM is given, from 64 MiB to 4 GiB (it queues what does not fit). On a GPU vLLM takes what
+    ``gpu_memory_utilization`` (a share of the whole card: 0.5 where the learner is on it too, else vLLM's own 0.92)
+    leaves beside its weights and its largest step, however little is needed; ``sampler.options.kv_cache_memory_bytes``
+    overrules both and fixes the cache alone. There this is what the run would use at most, without the bounds.
+    """
+    tokens = setup.max_sequences * (-(-setup.max_model_tokens // CPU_BLOCK) + 1) * CPU_BLOCK
+    wanted = cache_bytes_per_token(model_config, setup.dtype, setup.tensor_parallel) * tokens
+    return min(max(wanted, 64 << 20), 4 << 30) if setup.device == "cpu" else wanted
+
+
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     """Turns vLLM's own kind of error, which other processes may not even be able to unpickle, into ours."""
@@ -484,6 +521,26 @@ def _part_seed(seed: int, offset: int) -> int:
 
 def _seed_worker(worker: Any, seed: int) -> None:
     torch.manual_seed(seed)
+
+
+def _score_chosen_only(worker: Any) -> None:
+    """On the CPU: see ``_chosen_only``. A vLLM without this place fails here, at the start."""
+    sampler = worker.model_runner.sampler
+    assert callable(sampler.gather_logprobs) and sampler.logprobs_mode == "processed_logits", sampler.logprobs_mode
+    sampler.gather_logprobs = _chosen_only
+
+
+def _chosen_only(logits_NV: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+    """In place of vLLM's ``Sampler.gather_logprobs``: log-probs of the given tokens [N], no others and no ranks.
+
+    A few rows at a time, which then lie in the processor's cache: the same numbers in a quarter of the time.
+    """
+    from vllm.v1.outputs import LogprobsTensors
+
+    assert num_logprobs == 0, num_logprobs
+    parts = zip(logits_NV.split(_ROWS), token_ids[:, None].split(_ROWS), strict=True)
+    chosen_N1 = torch.cat([rows.log_softmax(-1, dtype=torch.float32).gather(-1, ids) for rows, ids in parts])
+    return LogprobsTensors(token_ids[:, None].to(torch.int32), chosen_N1, torch.zeros_like(token_ids))
 
 
 def _settle_worker(worker: Any) -> None:

@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from common import device
 from common.errors import RunFailure, UserError
 from common.weights import FolderWeights, fingerprint
 from learner import losses
+from learner import model as models
 from learner.learner import TorchLearner
-from learner.optim import MasterAdamW, learning_rate
+from learner.optim import MasterOptimizer, learning_rate
 from tests.making import GROUPS, config, group
 from tests.tiny import make_tiny
 
@@ -137,7 +139,7 @@ def test_not_finite_stops_before_the_step(folder, wrong):
 def test_masters_keep_what_bfloat16_loses():
     """A hundred steps of 1e-5 on a weight of 1: bfloat16 alone would stay at 1 for ever."""
     weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
-    optimizer = MasterAdamW([("w", weight)], config(optimizer={"lr": 1e-5}).optimizer)
+    optimizer = MasterOptimizer([("w", weight)], config(optimizer={"lr": 1e-5}).optimizer)
     for _ in range(1000):
         (weight.float().sum()).backward()
         optimizer.step(1e-5)
@@ -152,7 +154,7 @@ def test_masters_keep_what_bfloat16_loses():
 
 def test_gradients_of_micro_batches_add_up_in_float32():
     weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    optimizer = MasterAdamW([("w", weight)], config(optimizer={"max_grad_norm": 0}).optimizer)
+    optimizer = MasterOptimizer([("w", weight)], config(optimizer={"max_grad_norm": 0}).optimizer)
     for part in [256.0, *[1.0] * 64]:  # in bfloat16 256 + 1 is 256
         (weight * part).sum().backward()
     assert optimizer.clip() == 320.0
@@ -252,3 +254,48 @@ def test_coefficients_of_the_whole_step_reach_every_micro_batch(folder):
 def test_unknown_lora_target(folder):
     with pytest.raises(UserError, match="lora_targets"):
         TorchLearner(config(model={"name": "unused", "lora_rank": 2, "lora_targets": ["nope"]}), folder, "cpu")
+
+
+def test_compiled_layers_step_as_the_others_do(folder):
+    sgd_like = {"optimizer": {"lr": 1e-3, "eps": 1.0}}
+    plain = stepped(folder, steps=2, **sgd_like)[0]
+    before = weights(TorchLearner(config(), folder, "cpu"))
+    compiled = stepped(folder, steps=2, **sgd_like, learner={"compile": "on"})[0]
+    assert difference(plain, compiled) < 1e-3 * difference(plain, before)
+
+
+def test_compiling_without_a_compiler_is_refused_or_left(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert not models.compiles("auto", "cpu")
+    assert not models.compiles("off", "cpu")
+    with pytest.raises(UserError, match="C\\+\\+ compiler"):
+        models.compiles("on", "cpu")
+
+
+def test_completions_of_no_advantage_cost_nothing_and_count(folder):
+    """They are not computed, but the mean over tokens counts theirs."""
+    (one,) = [group(7, [5, 6, 4], seed=9)]
+    idle = dataclasses.replace(one.completions[1], advantage=0.0)
+    with_idle = dataclasses.replace(one, completions=(one.completions[0], idle, one.completions[2]))
+    kept = {"learner": {"importance": "off"}, "optimizer": {"lr": 1e-3, "eps": 1.0, "max_grad_norm": 0}}
+    _, metrics, learner = stepped(folder, [with_idle], **kept)
+    assert metrics["tokens_completion"] == 5 + 4
+    assert metrics["tokens_learned"] == 5 + 6 + 4
+    # The entropy bonus, too small to matter, makes them all go through the model.
+    other = {**kept, "learner": {"importance": "off", "entropy_coef": 1e-12}}
+    through, through_metrics, _ = stepped(folder, [with_idle], **other)
+    assert through_metrics["tokens_completion"] == 5 + 6 + 4
+    assert difference(weights(learner), through) < 1e-7
+
+
+def test_the_heap_is_trimmed_only_once_it_has_grown():
+    trims = []
+    heap = device._Heap(lambda: trims.append(1))
+    for size in (100, 120, 100, 120, 121, 125, 131):  # two steps need 120: nothing to trim up to 132
+        heap.release(size)
+    assert not trims
+    heap.release(133)
+    assert trims == [1]
+    for size in (60, 150, 60, 150, 60, 150):  # on the fresh heap the work needs more: that is allowed
+        heap.release(size)
+    assert trims == [1]

@@ -173,7 +173,7 @@ LOSSES = [
     ("smallest for largest", "masked_BT.max() if", "masked_BT.min() if", "total_loss"),
     ("maxima added up", 'column.max() if key.endswith("_max") else column.sum()', "column.sum()", "mean_stats"),
     ("means of means", 'tokens = max(total["tokens"], 1.0)', "tokens = len(parts)", "mean_stats"),
-    ("losses averaged", "else column.sum())", "else column.mean())", "mean_stats"),
+    ("losses averaged", "else column.sum() for", "else column.mean() for", "mean_stats"),
 ]  # fmt: skip
 
 ADVANTAGES = [

@@ -1,33 +1,26 @@
 """Packed log-probs and gradients against the padded float32 forward, for every family that may be packed."""
 
+import functools
 import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from learner import attention
-from learner.attention import FAMILIES
-from learner.logprobs import can_pack, score
+from learner.families import FAMILIES
+from learner.logprobs import Drawn, score
 from learner.packing import Row, plan, stretches
-from tests.tiny import VOCAB_SIZE, make_tiny
+from tests import tiny as tinies
+from tests.tiny import VOCAB_SIZE, make_model
 
 attention.register()
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    made = {}
-
-    def get(family="llama"):
-        if family not in made:
-            folder = make_tiny(tmp_path_factory.mktemp(family), family=family)
-            made[family] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        return made[family]
-
-    return get
+def tiny():
+    return functools.cache(lambda family="llama", **settings: make_model(family, **settings))
 
 
 def make_rows(sizes, seed=0):
@@ -48,7 +41,7 @@ def run(model, rows, packed, budget=10**6, **options):
     weights = torch.linspace(0.5, 1.5, shape[0] * shape[1]).view(shape)
     logprobs, entropies = torch.zeros(shape), torch.zeros(shape)
     for pack in plan(rows, budget, packed):
-        logprob_K, entropy_K = score(model, pack, **options)
+        logprob_K, entropy_K = score(model, pack, Drawn(**options))
         at = (pack.row_K, pack.column_K)
         (logprob_K * weights[at]).sum().backward()
         logprobs[at], entropies[at] = logprob_K.detach(), entropy_K.detach()
@@ -60,7 +53,7 @@ def assert_equal(one, other):
     assert torch.allclose(one[0], other[0], atol=1e-4), (one[0] - other[0]).abs().max()
     assert torch.allclose(one[1], other[1], atol=1e-4)
     assert one[2].keys() == other[2].keys()
-    largest = max(gradient.norm() for gradient in other[2].values())
+    largest = max((gradient.norm() for gradient in other[2].values()), default=0.0)
     for name, gradient in one[2].items():  # a gradient that is nothing but rounding is compared with the largest
         error = (gradient - other[2][name]).norm() / other[2][name].norm().clamp_min(1e-2 * largest)
         assert error < 1e-4, f"{name}: {error}"
@@ -71,10 +64,43 @@ MIXED = [(5, [3, 1, 7]), (30, [20, 2]), (1, [4]), (12, [1, 1])]
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_packed_equals_padded(tiny, family):
-    model = tiny(family)
     rows = make_rows(MIXED)
-    assert can_pack(model)
-    assert_equal(run(model, rows, packed=True), run(model, rows, packed=False))
+    packed = run(tiny(family), rows, packed=True)
+    assert_equal(packed, run(tiny(family), rows, packed=False))
+    for row in (rows[0], rows[3]):  # and neither leaves something out that eager attention honours
+        truth = naive_logprobs(tiny(family), row)
+        assert torch.allclose(packed[0][row.index, : len(row.completion)], truth, atol=1e-4)
+
+
+def test_every_family_that_may_be_packed_has_a_tiny_model_and_is_tested_above():
+    assert set(tinies.FAMILIES) == FAMILIES
+
+
+# What a family's configuration can switch on; each is honoured.
+SETTINGS = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0, "attention_bias": True}),
+    ("mistral", {"sliding_window": 1}),  # a token sees itself alone
+    ("gemma2", {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}),
+    ("phi", {"qk_layernorm": True, "partial_rotary_factor": 1.0}),
+    ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("cohere", {"use_qk_norm": True, "logit_scale": 0.3}),
+    ("olmo", {"clip_qkv": 0.5}),
+    ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}),
+]
+
+
+@pytest.mark.parametrize(("family", "switched"), SETTINGS, ids=lambda value: value if isinstance(value, str) else "")
+def test_settings_of_a_family_are_honoured(family, switched):
+    rows = make_rows(MIXED)
+    model, plain = make_model(family, **switched), make_model(family)
+    packed = run(model, rows, packed=True)
+    assert_equal(packed, run(model, rows, packed=False))
+    assert torch.allclose(packed[0][3, :20], naive_logprobs(model, rows[3]), atol=1e-4)
+    assert not torch.allclose(packed[0], run(plain, rows, packed=True)[0], atol=1e-3), "the setting changed nothing"
 
 
 def naive_logprobs(model, row):
@@ -104,18 +130,29 @@ def test_a_completion_sees_neither_its_siblings_nor_other_groups(tiny):
     assert not torch.allclose(alone[1:], beside[1:], atol=1e-2)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=6)), min_size=1, max_size=5
-    ),
-    st.integers(8, 200),
+SIZES = st.lists(
+    st.tuples(st.integers(1, 40), st.lists(st.integers(0, 30), min_size=1, max_size=6)), min_size=1, max_size=5
 )
-def test_any_groups_in_any_budget(tiny, sizes, budget):
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, st.integers(8, 200), st.sampled_from(["llama", "gemma2", "mistral", "qwen2", "olmoe"]))
+@example([(1, [1])], 200, "llama")  # one token in, one out
+@example([(7, [1, 1, 1])], 200, "gemma2")  # no completion has inputs
+@example([(9, [0, 0]), (4, [0, 5]), (3, [0])], 200, "llama")  # empty completions, and groups of nothing else
+@example([(9, [0, 0])], 200, "llama")
+@example([(30, [4] * 32)], 4096, "llama")  # a large group
+@example([(500, [3, 0, 9]), (2, [4]), (499, [1])], 4096, "llama")  # a long and a short prompt in a pack
+@example([(450, [40, 2]), (390, [60])], 4096, "gemma2")
+@example([(450, [40, 2]), (390, [60])], 500, "mistral")
+@example([(2, [400, 1, 300])], 4096, "qwen2")  # long completions of a short prompt
+def test_any_groups_in_any_budget(tiny, sizes, budget, family):
     rows = make_rows(sizes)
-    assert_equal(run(tiny(), rows, packed=True, budget=budget), run(tiny(), rows, packed=False, budget=budget))
+    model = tiny(family)
+    assert_equal(run(model, rows, packed=True, budget=budget), run(model, rows, packed=False, budget=10**6))
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 40), st.lists(st.integers(0, 30), min_size=1, max_size=6)), min_size=1, max_size=9
@@ -167,9 +204,8 @@ def test_sampler_settings_shape_the_distribution(tiny, options):
 def test_entropy_is_that_of_the_distribution_and_has_a_gradient_when_asked(tiny):
     model = tiny()
     (pack,) = plan(make_rows([(9, [6])]), 1000, packed=True)
-    _, entropy_K = score(model, pack, entropy=True)
+    _, entropy_K = score(model, pack)
     assert entropy_K.requires_grad
-    assert not score(model, pack)[1].requires_grad
     model.config._attn_implementation = "eager"
     with torch.no_grad():
         p = model(pack.token_ids).logits[0].softmax(-1)

@@ -431,11 +431,23 @@ class OneTooMany(HfSampler):
 
 
 class KeepsStopText(HfSampler):
-    def _ends(self, one: Any, stops: Sequence[str]) -> bool:
-        ended = super()._ends(one, stops)
-        if ended and stops:
+    def _ends(self, one: Any, params: SamplingParams) -> bool:
+        ended = super()._ends(one, params)
+        if ended and params.stop:
             one.text = self._decode(one.token_ids)
         return ended
+
+
+class EndsEarly(HfSampler):
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        return super().generate(prompts, replace(params, min_tokens=0))
+
+
+class StopsEarly(HfSampler):
+    """Keeps end-of-sequence tokens back, but not stop strings."""
+
+    def _ends(self, one: Any, params: SamplingParams) -> bool:
+        return super()._ends(one, replace(params, min_tokens=0))
 
 
 class DecodesEachToken(_Edited):
@@ -543,6 +555,8 @@ _WRONG: list[tuple[Callable[[SamplerSetup], Sampler], str]] = [
     (PadsGroup, "ragged"),
     (OneTooMany, "length"),
     (KeepsStopText, "stop_strings"),
+    (EndsEarly, "min_tokens"),
+    (StopsEarly, "min_tokens"),
     (DecodesEachToken, "text"),
     (CutsPrompt, "too_long"),
     (FailsLater, "too_long"),

@@ -72,6 +72,19 @@ def test_tokens_of_the_folder(folder: Path) -> None:
     assert given.generate([A], SamplingParams()).result()[0].completions[0].logprobs == (-3.0,)
 
 
+def test_answers_that_are_too_short_are_said_over_again(folder: Path) -> None:
+    sampler = ScriptedSampler(_setup(folder), {"a": ["five", "", (5, 6)]})
+    params = SamplingParams(n=3, max_tokens=20, min_tokens=7)
+    five, empty, tokens = sampler.generate([A], params).result()[0].completions
+    said = five.token_ids[: five.token_ids.index(five.token_ids[0], 1)]
+    assert five.token_ids == (*(said * 7)[:7], 3)
+    assert five.text.startswith("fivefive")
+    assert (empty.token_ids, empty.finish_reason) == ((0,) * 7 + (3,), "stop")
+    assert (tokens.token_ids, tokens.finish_reason) == ((5, 6, 5, 6, 5, 6, 5), "stop")
+    whole = sampler.generate([A], SamplingParams(max_tokens=9, min_tokens=9)).result()[0].completions[0]
+    assert (len(whole.token_ids), len(whole.logprobs), whole.finish_reason) == (9, 9, "length")
+
+
 def test_books_are_kept() -> None:
     sampler = ScriptedSampler(_setup())
     params = SamplingParams(n=2)

