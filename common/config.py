@@ -384,6 +384,8 @@ def inert(config: Config) -> dict[str, str]:
         found["train.group_size"] = "leave_one_out needs the mean of the others; use at least 2"
     check(model.lora_rank > 0 or model.dtype == "float32", "the weights that are trained are float32 already",
           "optimizer.master")  # fmt: skip
+    check(optimizer.name == "muon" and model.lora_rank > 0 and model.lora_variant != "dora",
+          "muon steps all of the adapter's matrices", "optimizer.betas", "optimizer.eps")  # fmt: skip
     check(optimizer.name == "adafactor", "adafactor has no such setting", "optimizer.betas", "optimizer.eps")
     check(optimizer.schedule == "constant", "optimizer.schedule is constant", "optimizer.min_lr_ratio")
     check(not config.sync.proof, "sync.proof is off", "sync.challenge", "sync.probe_tokens", "sync.tolerance")

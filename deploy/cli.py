@@ -155,9 +155,14 @@ def plan(
         from deploy import plan as plans
 
         config = load(run_file, words or [])
-        found, proposals, limits = plans.answer(
-            config, device_memory, lambda text: err.print(text, style="dim", soft_wrap=True)
-        )
+        try:
+            found, proposals, limits = plans.answer(
+                config, device_memory, lambda text: err.print(text, style="dim", soft_wrap=True)
+            )
+        except (UserError, RunFailure):
+            raise
+        except Exception as error:  # a model whose code asks for numbers
+            raise RunFailure(f"this run cannot be planned: its model does not run on shapes alone ({error})") from error
         if json:
             sys.stdout.write(to_json(plans.as_dict(found, proposals, limits)) + "\n")
         else:

@@ -63,7 +63,7 @@ def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator
     from deploy.pool import SamplerPool
 
     restarts = Restarts(config.cluster.max_restarts)
-    setup = sampler_setup(ready, shares_device=False, threads=max(1, int(config.cluster.sampler_cpus)))
+    setup = sampler_setup(ready, shares_device=False, threads=max(1, int(config.cluster.sampler_cpus)), base=False)
     vocabulary = max(len(ready.tokenizer), models.vocabulary(ready.folder))
     pool = SamplerPool(config, lambda i: cluster.start_sampler(i, setup), setup, vocabulary, restarts, say)
     learner = LearnerGroup(config, cluster.start_learner)

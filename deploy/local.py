@@ -179,10 +179,15 @@ def make_sampler(ready: Prepared, *, shares_device: bool = True, adapter_folder:
 
 
 def sampler_setup(
-    ready: Prepared, *, shares_device: bool = True, adapter_folder: Path | None = None, threads: int = 0
-) -> SamplerSetup:
-    """What the run's sampler must be ready for."""
+    ready: Prepared, *, shares_device: bool = True, adapter_folder: Path | None = None, threads: int = 0,
+    base: bool = True,
+) -> SamplerSetup:  # fmt: skip
+    """What the run's sampler must be ready for. Without ``base`` the model it starts from is left for its own node to
+    find."""
     config = ready.config
+    found = {"model_folder": str(ready.folder)}
+    if base:
+        found = models.sampler_base(ready.folder, config.model, config.sampler.name, ready.device)
     adapter = None
     if adapter_folder is not None:
         described = dict(FolderWeights(str(adapter_folder)).adapter_config or {})
@@ -200,7 +205,7 @@ def sampler_setup(
         len(ready.test) * max(config.eval.samples, 1),
     )
     return SamplerSetup(
-        **models.sampler_base(ready.folder, config.model, config.sampler.name, ready.device),
+        **found,
         dtype=config.model.dtype,
         max_model_tokens=ready.longest_prompt + config.sampler.max_tokens,
         max_sequences=min(at_once, AT_ONCE),

@@ -202,7 +202,10 @@ class TorchLearner:
         self._model.train(self._config.model.lora_dropout > 0 or learner.gradient_checkpointing)
         try:
             for inner in range(learner.inner_updates):
-                parts = [self._learn(pack, batch) for pack in passes]
+                parts = []
+                for pack in passes:
+                    parts.append(self._learn(pack, batch))
+                    pack.forget()
                 total = losses.mean_stats(self._ranks.gather_stats(parts))
                 if not math.isfinite(total["loss"]):  # only now: a rank that stopped earlier would leave the others
                     raise RunFailure(self._not_finite("loss", total["loss"]))
@@ -253,19 +256,20 @@ class TorchLearner:
             # A token's loss depends on all of its sequence: first every log-prob, then the gradients.
             rows_R, local_K = pack.row_K.unique(return_inverse=True)
             blank_RT = torch.zeros(len(rows_R), batch.mask_BT.shape[1], device=self._device)
+            logprob_K, entropy_K = self._score(self._model, pack)
             logprobs_RT, entropy_RT = (
-                blank_RT.index_put((local_K, pack.column_K), values_K) for values_K in self._score(self._model, pack)
+                blank_RT.index_put((local_K, pack.column_K), values_K)
+                for values_K in (logprob_K, entropy_K if spec.entropy_coef else entropy_K.detach())
             )
             loss, stats = self._loss(batch, logprobs_RT, entropy_RT, lambda values_BT: values_BT[rows_R])
             loss.backward()
             return stats
 
         def loss_of(logprob_C: torch.Tensor, entropy_C: torch.Tensor, part: slice) -> Any:
-            at = (pack.row_K[part], pack.column_K[part, None])
-            pick = lambda values_BT: values_BT[at[0]].gather(1, at[1])  # noqa: E731
             if not spec.entropy_coef:  # a gradient of zeros would cost as much as a real one
                 entropy_C = entropy_C.detach()
-            return self._loss(batch, logprob_C[:, None], entropy_C[:, None], pick)
+            at = (pack.row_K[part], pack.column_K[part])
+            return self._loss(batch, logprob_C[:, None], entropy_C[:, None], lambda values_BT: values_BT[at][:, None])
 
         causal = models.causal_of(self._model)
         return losses.total_stats(forward(causal, lambda: learn(self._model, pack, loss_of, self._drawn)))
@@ -334,6 +338,7 @@ class TorchLearner:
         with torch.no_grad():
             for pack in packs:
                 out_BT[pack.row_K, pack.column_K] = self._score(model, pack)[0]
+                pack.forget()
         return out_BT
 
     def _reference_logprobs(self, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:

@@ -140,14 +140,17 @@ class _Head:
         """The gradient by the logits [C, V], in the memory of ``read``: with p the probabilities and H the entropy,
         g (1[token] - p) for a log-prob's g, and -h p (log p + H) for an entropy's h."""
         p_CV = read.kept_CV
+        # The token's own g (1 - p) before anything is rounded: taken apart, the two cancel where p is near 1.
+        own_C = -logprob_grad_C * torch.expm1(read.logprob_C)
         if entropy_grad_C is None:
             p_CV.mul_((-logprob_grad_C / read.total_C)[:, None].to(p_CV.dtype))
         else:
+            own_C = own_C - entropy_grad_C * read.logprob_C.exp() * (read.logprob_C + read.entropy_C)
             p_CV.div_(read.total_C[:, None].to(p_CV.dtype))
             factor_C = logprob_grad_C + entropy_grad_C * read.entropy_C
             p_log_p_CV = torch.xlogy(p_CV, p_CV).mul_(entropy_grad_C[:, None].to(p_CV.dtype))
             p_CV.mul_(-factor_C[:, None].to(p_CV.dtype)).sub_(p_log_p_CV)
-        p_CV.scatter_add_(1, target_C[:, None], logprob_grad_C[:, None].to(p_CV.dtype))
+        p_CV.scatter_(1, target_C[:, None], own_C[:, None].to(p_CV.dtype))
         if self._cap:
             p_CV.mul_(1 - torch.tanh(read.logits_CV / self._cap).square_())
         factor = self._scale / self.drawn.temperature

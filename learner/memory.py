@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from common.config import Config
 from common.errors import RunFailure
 from common.types import Completion, Group, Prompt
+from learner import families
 from learner import model as models
 from learner.heap import Heap
 
@@ -243,14 +243,23 @@ def _to_host(kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
 
 
-class _Attention(TorchFunctionMode):
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
     """torch's fused attention as it is in memory: inputs, output and one number a query row are kept, the scores are
-    never whole. A tensor without a device would be given the plain one, with all its scores."""
+    never whole. A tensor without a device would be given the plain one, with all its scores. The function is replaced,
+    because a mode is not in force where checkpointing computes a layer again."""
+    kept = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and args[0].device.type == SHAPE:
-            return _Fused.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
+    def shaped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        if query.device.type == SHAPE:
+            return _Fused.apply(query, key, value)
+        return kept(query, key, value, *rest, **named)
+
+    F.scaled_dot_product_attention = shaped
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = kept
 
 
 class _Fused(torch.autograd.Function):
@@ -346,7 +355,7 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None
     groups = longest_groups(config, prompt_tokens)
     pack, more = largest_pack(groups, config.learner.microbatch_tokens, learner.packed)
     ledger.rows = sum(len(group.completions) for group in pack)
-    with _Attention(), ledger, untouched(learner):
+    with _fused_attention(), ledger, untouched(learner):
         ledger.phase = "learn"
         learner.update([*pack, *_others(pack)] if more else pack)
         ledger.phase = "probe"
@@ -377,7 +386,7 @@ def _plain(config: Config) -> Config:
     """Without what has no shape-only form: compiling, and tensors on another device (they are told apart instead)."""
     return config.model_copy(
         update={
-            "learner": config.learner.model_copy(update={"compile": False}),
+            "learner": config.learner.model_copy(update={"compile": "off"}),
             "optimizer": config.optimizer.model_copy(update={"offload": False}),
         }
     )
@@ -472,9 +481,9 @@ def forward_bytes(config: Config, folder: Path, tokens: int) -> int:
         (Path(place) / "config.json").write_text(json.dumps(_shallower(shape, layers, min(layers, SHALLOW[0]))))
         model = models.load(Path(place), config.model.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
     ledger = Ledger(_vocabulary(model))
-    model.config._attn_implementation = "sdpa"
+    model.config._attn_implementation = families.plain_attention(model)
     ids = torch.zeros(1, max(tokens, 1), dtype=torch.long, device=SHAPE)
-    with _Attention(), ledger, torch.no_grad():
+    with _fused_attention(), ledger, torch.no_grad():
         ledger.phase = "sample"
         model.get_decoder()(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
     return ledger.peaks["sample"].bytes
@@ -555,7 +564,5 @@ def rehearse(learner: TorchLearner, groups: Sequence[Group]) -> None:
     pack, more = largest_pack(full, spec.learner.microbatch_tokens, learner.packed)
     with untouched(learner):
         if more:  # a later pack finds the gradients of those before it
-            for parameter in learner._model.parameters():
-                if parameter.requires_grad:
-                    (parameter.flatten()[:1].sum() * 0).backward()
+            learner._optimizer.blank_gradients()
         learner.update(pack * learner._ranks.size)

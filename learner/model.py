@@ -183,7 +183,7 @@ def vocabulary(folder: Path) -> int:
     return int((config | config.get("text_config", {})).get("vocab_size") or 0)
 
 
-def load(folder: Path, config: ModelConfig, device: str, attention: str = "sdpa", *, blank: bool = False) -> Any:
+def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager", *, blank: bool = False) -> Any:
     """The causal language model on ``device``, in ``config.dtype``, without dropout until ``train()`` is called.
 
     ``blank`` makes it from its shape alone, reading no weights: for fake tensors (``learner/memory.py``).
@@ -379,7 +379,9 @@ def compiles(wish: str, device: str) -> bool:
 def compile_layers(model: Any) -> None:
     """Has each decoder layer compiled when it is first used; all of them share what is made. Attention is left as it
     is."""
-    for layer in causal_of(model).get_decoder().layers:
+    causal = causal_of(model)
+    names = set(getattr(causal, "_no_split_modules", None) or ())
+    for layer in (part for part in causal.modules() if type(part).__name__ in names):
         layer.compile(dynamic=True)
 
 

@@ -112,6 +112,11 @@ class MasterOptimizer:
         for parameter, master in self._pairs.values():
             parameter.grad = master.grad = None
 
+    def blank_gradients(self) -> None:
+        """Gradients of 0, as a pass finds them that is not a step's first."""
+        for _, master in self._pairs.values():
+            master.grad = torch.zeros_like(master)
+
     def clip(self) -> float:
         """Scales the gradients to at most ``max_grad_norm``; returns their global norm before, maybe not finite."""
         limit = self._config.max_grad_norm or math.inf

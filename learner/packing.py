@@ -69,7 +69,14 @@ class Pack:
 
     def to(self, device: str) -> Pack:
         """This pack there; itself where it is there already, with what was made for all of its layers."""
-        return self if self.token_ids.device == torch.device(device) else _to(self, device)
+        here, there = self.token_ids.device, torch.device(device)
+        same = here.type == there.type and there.index in (None, here.index)
+        return self if same else _to(self, device)
+
+    def forget(self) -> None:
+        """Drops what was made for all layers of a pass: for all packs of a step together it can be gigabytes."""
+        for tile in self.layout.tiles if self.layout else ():
+            tile._bias.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +91,7 @@ class Tile:
     query_at_BQ: torch.Tensor
     """Positions."""
     key_at_BS: torch.Tensor
-    _bias: dict[int | None, torch.Tensor] = field(default_factory=dict, compare=False)
+    _bias: dict[int | None, torch.Tensor] = field(default_factory=dict, init=False)
 
     def bias(self, window: int | None) -> torch.Tensor:
         """Added to attention scores, float32 [B, Q, S]; made once for all layers."""
@@ -125,7 +132,7 @@ def _bias(
 
 def _to(value: Any, device: str) -> Any:
     moved = {}
-    for each in fields(value):
+    for each in (each for each in fields(value) if each.init):
         part = getattr(value, each.name)
         if isinstance(part, Layout):
             moved[each.name] = _to(part, device)

@@ -137,7 +137,8 @@ class ScriptedSampler:
         return self._engine
 
     def _completion(self, prompt: Prompt, params: SamplingParams) -> Completion:
-        turn = next(self._turns.setdefault(prompt.id, count()))
+        turns = self._turns.setdefault(prompt.id, count())
+        turn = next(turns) if params.min_tokens < params.max_tokens else 0  # a rehearsal takes no turn
         if callable(self._answers):
             answer = self._answers(prompt, turn)
         else:

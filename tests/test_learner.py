@@ -299,3 +299,35 @@ def test_the_heap_is_trimmed_only_once_it_has_grown():
     for size in (60, 150, 60, 150, 60, 150):  # on the fresh heap the work needs more: that is allowed
         heap.release(size)
     assert trims == [1]
+
+
+@pytest.mark.parametrize("family", ["mamba", "gpt_oss", "gptj"])
+def test_a_model_that_cannot_be_packed_is_read_and_learns_padded(tmp_path, family, caplog):
+    """None of these takes SDPA, which a loader must not insist on."""
+    folder = make_tiny(tmp_path / family, family=family)
+    learner = TorchLearner(config(), folder, "cpu")
+    assert "padded path" in caplog.text
+    metrics = learner.update(GROUPS)
+    assert metrics["packed"] == 0
+    assert math.isfinite(metrics["loss"])
+
+
+def test_layers_are_compiled_wherever_a_family_keeps_them(tmp_path):
+    for family in ("gpt2", "llama"):
+        learner = TorchLearner(config(learner={"compile": "on"}), make_tiny(tmp_path / family, family=family), "cpu")
+        names = learner._model._no_split_modules
+        layers = [part for part in learner._model.modules() if type(part).__name__ in names]
+        assert layers
+        assert all(layer._compiled_call_impl is not None for layer in layers)
+
+
+def test_what_is_made_for_a_pack_goes_with_its_pass(folder):
+    """The biases of all packs of a step together can be gigabytes."""
+    made = []
+    learner = TorchLearner(config(learner={"microbatch_tokens": 30, "inner_updates": 2, "kl_coef": 0.1}), folder, "cpu")
+    share = learner._share_of
+    learner._share_of = lambda *asked: made.append(share(*asked)) or made[-1]
+    learner.update(GROUPS)
+    passes = made[0][1]
+    assert len(passes) > 1
+    assert not any(tile._bias for pack in passes for tile in pack.layout.tiles)
