@@ -35,6 +35,23 @@ def cluster(tmp_path_factory):
         yield made
 
 
+def assert_learned_alike(folder: Path, plain: Path) -> None:
+    """The same tokens and numbers until after the loss at least, and the same weights if it stays so to the end.
+
+    Two replicas and two ranks add up in another order than one process. Of some 4000 draws one in a while falls within
+    that rounding of a boundary and becomes another token, from where on the runs rightly part.
+    """
+    for step in range(1, STEPS + 1):
+        mine, theirs = (files.read_json_lines(one / "rollouts" / f"step-{step:06d}.jsonl") for one in (folder, plain))
+        if [row["token_ids"] for row in mine] != [row["token_ids"] for row in theirs]:
+            assert step > 5, f"other tokens at step {step}"
+            return
+        a, b = (files.read_json_lines(one / "metrics.jsonl")[step - 1] for one in (folder, plain))
+        for key in ("loss", "grad_norm", "entropy", "reward_mean"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (step, key)
+    assert furthest(folder, plain) < 1e-5
+
+
 def test_waits_for_another_node_and_ends_as_one_process_would(cluster, model, one_process, tmp_path):
     assert cluster.listening() == []
     run = cluster.submit(words(model, tmp_path / "run", STEPS, *SETTINGS, *SPREAD))
@@ -53,7 +70,7 @@ def test_waits_for_another_node_and_ends_as_one_process_would(cluster, model, on
     assert rows[-1]["restarts"] >= 2, "a sampler and the learner were lost"
     rewards = [row["reward_mean"] for row in rows]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.05, rewards
-    assert furthest(run.folder, one_process) < 1e-5
+    assert_learned_alike(run.folder, one_process)
 
 
 def test_doctor_finds_two_nodes_that_agree(cluster):
@@ -89,7 +106,7 @@ def test_goes_on_with_what_is_left(cluster, model, one_process, tmp_path):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert (rows[0]["sync_transport"], rows[-1]["sync_transport"]) == (2.0, 1.0)  # all on one host now
     assert rows[0]["restarts"] == 0 and rows[-1]["restarts"] >= 2
-    assert furthest(run.folder, one_process) < 1e-5
+    assert_learned_alike(run.folder, one_process)
 
 
 def places(run: Run, service: str) -> set[str]:
