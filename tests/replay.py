@@ -24,6 +24,8 @@ class Replay(HfSampler):
                 self._rows.setdefault((row["policy_version"], row["prompt_id"]), []).append(row)
 
     def generate(self, prompts, params):
+        if params.min_tokens:  # a rehearsal, of which no run keeps anything
+            return super().generate(prompts, params)
         future: Future[list[Group]] = Future()
         future.set_result([Group(prompt, self._answers(prompt, params.n)) for prompt in prompts])
         return future
