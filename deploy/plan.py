@@ -687,11 +687,23 @@ def verdict(plan: Plan) -> str:
     return f"does not fit: {said}, {-plan.margin / GIB:.2f} GiB too much"
 
 
+def warm_up(config: Config) -> None:
+    """Lets the plan's helper process import while the caller reads model and task."""
+    if config.memory.plan != "off" and not place_of(config).gpu:
+        memory.apart.start()
+
+
 def before_run(ready: local.Prepared, console: Console) -> Plan | None:
     """The plan of a run about to begin. Raises ``UserError`` when it cannot fit and ``memory.plan`` is ``refuse``."""
     config = ready.config
     if config.memory.plan == "off":
         return None
+    with contextlib.closing(memory.apart):  # a run needs it no more
+        return _before_run(ready, console)
+
+
+def _before_run(ready: local.Prepared, console: Console) -> Plan | None:
+    config = ready.config
     planner = Planner(config, ready.folder, ready.longest_prompt, place_of(config))
     try:
         with console.status("plan    running the learner on shapes"):
@@ -719,7 +731,8 @@ def cures(ready: local.Prepared, plan: Plan | None) -> str:
         return "Less learner.microbatch_tokens, or learner.gradient_checkpointing=true, takes less"
     planner = Planner(ready.config, ready.folder, ready.longest_prompt, place_of(ready.config))
     planner.place = dataclasses.replace(planner.place, bytes=int(0.8 * plan.peak))
-    return cheapest(planner, planner.plan(ready.config))
+    with contextlib.closing(memory.apart):
+        return cheapest(planner, planner.plan(ready.config))
 
 
 def _first_line(error: BaseException) -> str:

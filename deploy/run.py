@@ -29,6 +29,7 @@ from common.protocols import Learner
 from common.rewards import Scorer
 from deploy import local, plan, report
 from deploy.local import Parts, Prepared
+from learner import memory
 from learner.checkpoint import Checkpoints
 from learner.loop import Loop, rehearse, train
 from learner.sync import WeightSync, probe_of
@@ -55,6 +56,8 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         stack.enter_context(_run_folder(folder, resume))
         stack.enter_context(_logging_to(folder / "run.log"))
         files.remove_leftovers(folder)
+        stack.callback(memory.apart.close)
+        plan.warm_up(config)
         ready = local.prepare(config)
         scorer = stack.enter_context(Scorer(config.task))
         if not resume:

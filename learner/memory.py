@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import tempfile
 import weakref
 from collections import Counter
@@ -32,6 +31,7 @@ from common.errors import RunFailure
 from common.types import Completion, Group, Prompt
 from learner import families
 from learner import model as models
+from learner.apart import Apart
 from learner.heap import Heap
 
 if TYPE_CHECKING:
@@ -300,39 +300,29 @@ class LearnerMemory:
 def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool) -> LearnerMemory:
     """Runs the learner of ``config`` on shapes alone; ``folder`` needs only the model's ``config.json``.
 
-    For a CPU it does so in a copy of this process: what the learner's blocks have done to one heap is in the way of
-    the next.
+    For a CPU it does so in a process of its own: what the learner's blocks have done to one heap is in the way of the
+    next.
     """
     if not on_cpu:
         return _measure(config, folder, prompt_tokens, None)
-    fork = multiprocessing.get_context("fork")
-    here, there = fork.Pipe(duplex=False)
-    child = fork.Process(target=_answer, args=(there, config, folder, prompt_tokens), daemon=True)
-    child.start()
-    there.close()
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
     try:
-        if not here.poll(LONGEST_S):
-            raise RunFailure(
-                f"the learner's memory could not be worked out within {LONGEST_S} s; set memory.plan='off'"
-            )
-        found = here.recv()
-    except EOFError:
-        raise RunFailure("the process that works out the learner's memory died; set memory.plan='off'") from None
-    finally:
-        child.kill()
-        child.join()
-    if isinstance(found, BaseException):
-        raise found
+        found = apart.call(
+            _measure_on_heap, config, folder, prompt_tokens,
+            limit_s=LONGEST_S, imports=[f"transformers.models.{kind}.modeling_{kind}"],
+        )  # fmt: skip
+    except RunFailure as failure:
+        raise RunFailure(f"the learner's memory could not be worked out: {failure}; set memory.plan='off'") from None
     assert isinstance(found, LearnerMemory)
     return found
 
 
-def _answer(there: Any, config: Config, folder: Path, prompt_tokens: int) -> None:
-    torch.set_num_threads(1)  # the threads of the process this is a copy of are not here
-    try:
-        there.send(_measure(config, folder, prompt_tokens, Heap()))
-    except Exception as error:  # handed on
-        there.send(error)
+apart = Apart("learner.learner", "learner.memory", "transformers.models.auto.modeling_auto")
+"""Where CPU learners are measured. It starts at the first of them, or before; ``close`` ends it."""
+
+
+def _measure_on_heap(config: Config, folder: Path, prompt_tokens: int) -> LearnerMemory:
+    return _measure(config, folder, prompt_tokens, Heap())
 
 
 def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None) -> LearnerMemory:

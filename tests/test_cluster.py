@@ -120,7 +120,7 @@ def test_two_replicas_and_two_ranks_learn_the_same_from_the_same_completions(sha
     for row, truth in zip(mine, theirs, strict=True):
         for key in ("grad_norm", "entropy", "reward_mean", "tokens_learned", "tokens_prompt"):
             assert row[key] == pytest.approx(truth[key], rel=1e-5), (truth["step"], key)
-        assert row["loss"] == pytest.approx(truth["loss"], rel=1e-5, abs=1e-6), truth["step"]
+        assert row["loss"] == pytest.approx(truth["loss"], abs=1e-5), truth["step"]
     one, other = weights(folder), weights(alone)
     assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=2e-4) for name in other)
     assert {row["sync_transport"] for row in files.read_json_lines(folder / "metrics.jsonl")} == {2}

@@ -165,7 +165,7 @@ def needed_flops(folder: Path, load: Load) -> float:
     weights = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118: the file is no mapping
+            for name in opened.keys():
                 shape = opened.get_slice(name).get_shape()
                 weights += math.prod(shape) if len(shape) == 2 and ".layers." in name else 0
     tokens = pairs = predicted = 0
