@@ -54,9 +54,8 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## the benchmarks in tests/benchmarks, side by side
-	@$(BIN)/python -m tests.benchmarks
-	@$(BIN)/python -m tests.benchmarks.services $(ARGS)
+bench: $(STAMP)  ## the benchmarks in tests/benchmarks, side by side (ARGS="a b --quick": some of them, or a quick look)
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 clean:  ## remove what setup and the tests made (not your runs)
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

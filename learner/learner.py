@@ -203,9 +203,12 @@ class TorchLearner:
         try:
             for inner in range(learner.inner_updates):
                 parts = []
+                if len(passes) > 1:
+                    self._optimizer.blank_gradients()
                 for pack in passes:
                     parts.append(self._learn(pack, batch))
                     pack.forget()
+                self._optimizer.drop_blanks()
                 total = losses.mean_stats(self._ranks.gather_stats(parts))
                 if not math.isfinite(total["loss"]):  # only now: a rank that stopped earlier would leave the others
                     raise RunFailure(self._not_finite("loss", total["loss"]))

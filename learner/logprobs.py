@@ -25,6 +25,7 @@ from learner.model import causal_of
 from learner.packing import Pack
 
 ROWS = 32  # of a chunk that the CPU works on at once: their float32 logits then stay in its cache
+IN_ROWS = {"cpu"}  # device types that work so
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """Log-probs and entropies [C] of some of the pack's tokens, and which: to their part of the loss, and statistics."""
@@ -98,7 +99,7 @@ class _Head:
         """Log-probs and entropies of a chunk. With ``keep`` the probabilities, up to a factor for each row, take the
         place of the logits, or stand beside them where the gradient needs those."""
         kept_CV = torch.empty_like(logits_CV) if keep and self._cap else logits_CV
-        rows = ROWS if logits_CV.device.type == "cpu" else len(logits_CV)
+        rows = ROWS if logits_CV.device.type in IN_ROWS else len(logits_CV)
         found = []
         for start in range(0, len(logits_CV), rows):
             part = slice(start, start + rows)

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten
 from common.config import Config
 from common.errors import RunFailure
 from common.types import Completion, Group, Prompt
-from learner import families
+from learner import families, logprobs
 from learner import model as models
 from learner.apart import Apart
 from learner.heap import Heap
@@ -174,20 +174,20 @@ class Ledger(TorchDispatchMode):
         inside = self._number
         if extra:
             self._add("scratch", extra, inside)
+        zeros = func is aten.zeros_like.default
         leaves = [out] if isinstance(out, torch.Tensor) else tree_flatten(out)[0]
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and leaf.device.type == SHAPE:
-                self._see(leaf, None)
+                self._see(leaf, self._part_of(leaf, zeros))
         if extra:
             self._take_off("scratch", extra, inside)
         return out
 
-    def _see(self, tensor: torch.Tensor, part: str | None) -> None:
+    def _see(self, tensor: torch.Tensor, part: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known or not (size := storage.nbytes()):
             return
-        part = part or self._part_of(tensor)
         self._number += 1
         number = self._number
         self._known[key] = (number, part, size, weakref.ref(storage, lambda _: self._gone(key)))
@@ -217,14 +217,14 @@ class Ledger(TorchDispatchMode):
         if self._heap is not None:
             self._heap.free(number)
 
-    def _part_of(self, tensor: torch.Tensor) -> str:
+    def _part_of(self, tensor: torch.Tensor, zeros: bool) -> str:
         shape = tuple(tensor.shape)
         if self._offload and shape in self.trained and tensor.dtype == torch.float32:
             return "host gradients"
         if self.phase == "step":
             return "optimizer"
-        if torch._C._current_graph_task_id() != -1 and shape in self.trained:
-            return "gradients"
+        if (zeros or torch._C._current_graph_task_id() != -1) and shape in self.trained:
+            return "gradients"  # blank ones, or in the backward pass
         if len(shape) > 1 and shape[-1] == self._vocabulary:
             return "output head"
         return "activations"
@@ -322,6 +322,7 @@ apart = Apart("learner.learner", "learner.memory", "transformers.models.auto.mod
 
 
 def _measure_on_heap(config: Config, folder: Path, prompt_tokens: int) -> LearnerMemory:
+    logprobs.IN_ROWS.add(SHAPE)  # in this process, which does nothing else
     return _measure(config, folder, prompt_tokens, Heap())
 
 

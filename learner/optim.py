@@ -93,7 +93,9 @@ class MasterOptimizer:
         self._stochastic = config.master == "stochastic"
         self._steps = 0
         self._pairs: dict[str, tuple[nn.Parameter, torch.Tensor]] = {}
+        self._reached: set[str] = set()  # whose gradient a pass has added to since ``zero_grad``
         for name, parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
             if (parameter.dtype == torch.float32 or self._stochastic) and not config.offload:
                 self._pairs[name] = (parameter, parameter)
             else:
@@ -109,13 +111,22 @@ class MasterOptimizer:
                     optimizer.state[master].update(_blank(optimizer, master))
 
     def zero_grad(self) -> None:
+        self._reached.clear()
         for parameter, master in self._pairs.values():
             parameter.grad = master.grad = None
 
     def blank_gradients(self) -> None:
-        """Gradients of 0, as a pass finds them that is not a step's first."""
+        """Gradients of 0 for the passes to add to. Made in the middle of a backward pass they would lie scattered over
+        the room that it frees, and a CPU's next pass would not fit between them (5.9 GiB of heap in place of 4.6 for
+        LoRA on Qwen2.5-0.5B)."""
         for _, master in self._pairs.values():
             master.grad = torch.zeros_like(master)
+
+    def drop_blanks(self) -> None:
+        """No gradient where no pass has added to a blank one: an expert that no token reached is not stepped."""
+        for name, (_, master) in self._pairs.items():
+            if name not in self._reached:
+                master.grad = None
 
     def clip(self) -> float:
         """Scales the gradients to at most ``max_grad_norm``; returns their global norm before, maybe not finite."""

@@ -46,7 +46,7 @@ class Real(memory.Ledger):
         out = func(*args, **(kwargs or {}))
         for leaf in torch.utils._pytree.tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._see(leaf, None)
+                self._see(leaf, self._part_of(leaf, func is torch.ops.aten.zeros_like.default))
         return out
 
 
