@@ -29,8 +29,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_trl_and_the_packed_learner_take_the_same_step(tiny: Path, tmp_path: Path, parts: int) -> None:
+@pytest.mark.parametrize("rows", [0, 4])
+def test_trl_and_the_packed_learner_take_the_same_step(tiny: Path, tmp_path: Path, rows: int) -> None:
     from tests.benchmarks.trl_side import Gate, trainer_on
 
     groups = groups_of(LOAD, VOCAB_SIZE, FIRST)
@@ -49,7 +49,7 @@ def test_trl_and_the_packed_learner_take_the_same_step(tiny: Path, tmp_path: Pat
 
     done: list[dict[str, float]] = []
     trainer = trainer_on(
-        tiny, groups, Gate(lambda: "learn", done.append), tmp_path, weights="float32", parts=parts, bf16=False,
+        tiny, groups, Gate(lambda: "learn", done.append), tmp_path, weights="float32", rows=rows, bf16=False,
         learning_rate=STEP, adam_epsilon=STEP, max_grad_norm=0.0, max_steps=1,
     )  # fmt: skip
     loss = trainer.train().training_loss

@@ -43,6 +43,8 @@ BUSY = 0.05  # share of all cores at work elsewhere above which a figure is mark
 # no gradient checkpointing, SDPA, KL off, one iteration; and its own defaults for memory.
 TRL_FAST: dict[str, Any] = {}
 TRL_THRIFTY: dict[str, Any] = {"gradient_checkpointing": True}
+# As GRPOConfig comes: float32 weights under bf16 autocast, gradient checkpointing, micro-batches of eight rows.
+TRL_AS_IT_COMES: dict[str, Any] = {"weights": "float32", "gradient_checkpointing": True, "rows": 8}
 Row = dict[str, Any]
 
 
@@ -103,17 +105,21 @@ def against_trl(bench: Bench) -> list[Row]:
     for name, load in bench.loads.items():
         trl = bench.side("trl", load, settings=TRL_FAST)
         learned = bench.turns_of(f"a {name}, learner", {"ours": bench.side("learner", load), "trl": trl}, "learn")
+        plain = bench.side("trl", load, settings=TRL_AS_IT_COMES)
+        learned |= bench.turns_of(f"a {name}, learner", {"trl_as_it_comes": plain}, "learn", turns=1)
         stepped = bench.turns_of(f"a {name}, step", {"ours": bench.side("loop", load), "trl": trl}, "step")
         tokens = same_tokens(learned)
         written = {side: least(answers, "tokens") for side, answers in stepped.items()}
         row = {"load": name, "tokens": tokens, "tokens_step_ours": written["ours"], "tokens_step_trl": written["trl"],
                "elsewhere": elsewhere(*learned.values(), *stepped.values())}  # fmt: skip
+        row["learn_s_trl_as_it_comes"] = least(learned["trl_as_it_comes"], "learn_s")
         for side in ("ours", "trl"):
             row[f"learn_s_{side}"] = least(learned[side], "learn_s")
             best = min(stepped[side], key=lambda answer: answer["whole_s"])
             row[f"step_s_{side}"] = best["whole_s"]
             row[f"parts_{side}"] = {key: value for key, value in best.items() if key.endswith("_s")}
         row["learn_times"] = row["learn_s_trl"] / row["learn_s_ours"]
+        row["learn_times_as_it_comes"] = row["learn_s_trl_as_it_comes"] / row["learn_s_ours"]
         row["step_times"] = row["step_s_trl"] / row["step_s_ours"]
         rows.append(row)
     return rows

@@ -50,7 +50,7 @@ class Spec:
     words: tuple[str, ...] = ()
     """``section.key=value`` over the benchmark's own, for ours."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """GRPOConfig's, ``parts`` (micro-batches) and ``weights`` (dtype), for TRL."""
+    """GRPOConfig's, ``rows`` (of a micro-batch) and ``weights`` (dtype), for TRL."""
 
 
 # -- in the parent -----------------------------------------------------------------------------------------------------

@@ -94,14 +94,16 @@ class Gate(TrainerCallback):
 
 
 def trainer_on(
-    folder: Path, groups: Sequence[Group], gate: Gate, out: Path, weights: str = "bfloat16", **settings: Any
-) -> Fed:
-    """TRL on these groups. ``weights`` is the dtype that the model is loaded in, ``settings`` are GRPOConfig's."""
-    rows = len(groups) * len(groups[0].completions)
-    parts = settings.pop("parts", 1)
+    folder: Path, groups: Sequence[Group], gate: Gate, out: Path, weights: str = "bfloat16", rows: int = 0,
+    **settings: Any,
+) -> Fed:  # fmt: skip
+    """TRL on these groups. ``weights`` is the dtype that the model is loaded in, ``rows`` a micro-batch's (0: all at
+    once), ``settings`` are GRPOConfig's."""
+    every = len(groups) * len(groups[0].completions)
+    rows = rows or every
     chosen = {
-        "use_cpu": True, "bf16": True, "gradient_checkpointing": False, "per_device_train_batch_size": rows // parts,
-        "gradient_accumulation_steps": parts, "num_generations": len(groups[0].completions),
+        "use_cpu": True, "bf16": True, "gradient_checkpointing": False, "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": every // rows, "num_generations": len(groups[0].completions),
         "max_completion_length": max(len(one.token_ids) for group in groups for one in group.completions),
         "shuffle_dataset": False, "learning_rate": 1e-9, "max_steps": 1_000_000, "save_strategy": "no",
         "report_to": "none", "logging_strategy": "no", "disable_tqdm": True, "output_dir": str(out),
