@@ -39,13 +39,22 @@ from tests.benchmarks.loads import LOADS, Load, groups_of
 from tests.benchmarks.sides import Side, Spec
 
 BUSY = 0.05  # share of all cores at work elsewhere above which a figure is marked
-# TRL's fastest settings that run here, of those tried (README): the whole batch at once, bf16 weights under autocast,
-# no gradient checkpointing, SDPA, KL off, one iteration; and its own defaults for memory.
-TRL_FAST: dict[str, Any] = {}
-TRL_THRIFTY: dict[str, Any] = {"gradient_checkpointing": True}
-# As GRPOConfig comes: float32 weights under bf16 autocast, gradient checkpointing, micro-batches of eight rows.
-TRL_AS_IT_COMES: dict[str, Any] = {"weights": "float32", "gradient_checkpointing": True, "rows": 8}
+FAST = ("learner.compile=on",)
+# TRL's fastest settings that run here, found by trying micro-batches of 2 to 64 rows, weights in bfloat16 and float32,
+# with autocast and without, no checkpointing, SDPA: bfloat16 throughout, which leaves AdamW no float32 masters, and a
+# micro-batch that the processor's cache likes. ``masters``: the same with float32 weights under autocast, which is what
+# our side computes. ``whole``: as the first, the whole batch at once under autocast. ``thrifty``: with checkpointing.
+TRL_ROWS = {"short": 16, "gsm8k": 4, "few-shot": 2}
 Row = dict[str, Any]
+
+
+def trl_settings(way: str, load: str) -> dict[str, Any]:
+    return {
+        "fastest": {"bf16": False, "rows": TRL_ROWS.get(load, 0)},
+        "masters": {"weights": "float32", "rows": TRL_ROWS.get(load, 0)},
+        "whole": {},
+        "thrifty": {"weights": "float32", "rows": TRL_ROWS.get(load, 0), "gradient_checkpointing": True},
+    }[way]
 
 
 @dataclass(frozen=True)
@@ -103,25 +112,24 @@ def same_tokens(found: Mapping[str, Sequence[Mapping[str, float]]]) -> float:
 def against_trl(bench: Bench) -> list[Row]:
     rows = []
     for name, load in bench.loads.items():
-        trl = bench.side("trl", load, settings=TRL_FAST)
-        learned = bench.turns_of(f"a {name}, learner", {"ours": bench.side("learner", load), "trl": trl}, "learn")
-        plain = bench.side("trl", load, settings=TRL_AS_IT_COMES)
-        learned |= bench.turns_of(f"a {name}, learner", {"trl_as_it_comes": plain}, "learn", turns=1)
-        stepped = bench.turns_of(f"a {name}, step", {"ours": bench.side("loop", load), "trl": trl}, "step")
-        tokens = same_tokens(learned)
-        written = {side: least(answers, "tokens") for side, answers in stepped.items()}
-        row = {"load": name, "tokens": tokens, "tokens_step_ours": written["ours"], "tokens_step_trl": written["trl"],
-               "elsewhere": elsewhere(*learned.values(), *stepped.values())}  # fmt: skip
-        row["learn_s_trl_as_it_comes"] = least(learned["trl_as_it_comes"], "learn_s")
-        for side in ("ours", "trl"):
-            row[f"learn_s_{side}"] = least(learned[side], "learn_s")
-            best = min(stepped[side], key=lambda answer: answer["whole_s"])
+        trl = {way: bench.side("trl", load, settings=trl_settings(way, name)) for way in ("fastest", "masters")}
+        learner = {"ours": bench.side("learner", load, *FAST), "eager": bench.side("learner", load), **trl}
+        learned = bench.turns_of(f"a {name}, learner", learner, "learn")
+        stepped = bench.turns_of(
+            f"a {name}, step", {"ours": bench.side("loop", load, *FAST), "trl": trl["fastest"]}, "step"
+        )
+        row: Row = {"load": name, "tokens": same_tokens(learned)}
+        for side, answers in learned.items():
+            row[f"learn_s_{side}"] = least(answers, "learn_s")
+        for way in trl:
+            row[f"learn_times_{way}"] = row[f"learn_s_{way}"] / row["learn_s_ours"]
+        for side, answers in stepped.items():
+            best = min(answers, key=lambda answer: answer["whole_s"])
             row[f"step_s_{side}"] = best["whole_s"]
+            row[f"tokens_step_{side}"] = least(answers, "tokens")
             row[f"parts_{side}"] = {key: value for key, value in best.items() if key.endswith("_s")}
-        row["learn_times"] = row["learn_s_trl"] / row["learn_s_ours"]
-        row["learn_times_as_it_comes"] = row["learn_s_trl_as_it_comes"] / row["learn_s_ours"]
         row["step_times"] = row["step_s_trl"] / row["step_s_ours"]
-        rows.append(row)
+        rows.append({**row, "elsewhere": elsewhere(*learned.values(), *stepped.values())})
     return rows
 
 
@@ -141,7 +149,7 @@ def product_share(bench: Bench) -> list[Row]:
     for name, load in bench.loads.items():
         needed = needed_flops(bench.folder, load)
         learned, rates = [], []
-        with Side(bench.side("learner", load)) as side:
+        with Side(bench.side("learner", load, *FAST)) as side:
             for turn in range(1 + bench.turns):
                 bench.say(f"c {name}: {f'turn {turn}' if turn else 'warm-up'}")
                 rate, learn = side.ask("rate"), side.ask("learn")
@@ -192,10 +200,13 @@ def memory(bench: Bench) -> list[Row]:
             continue
         row: Row = {"load": name}
         specs = {
-            "ours": bench.side("learner", load),
+            "ours": bench.side("learner", load, *FAST),
+            "eager": bench.side("learner", load),
+            "small": bench.side("learner", load, *FAST, "learner.microbatch_tokens=2048"),
             "ours_padded": bench.side("learner", load, "learner.packing=padded"),
-            "trl": bench.side("trl", load, settings=TRL_FAST),
-            "trl_thrifty": bench.side("trl", load, settings=TRL_THRIFTY),
+        } | {
+            f"trl_{way}": bench.side("trl", load, settings=trl_settings(way, name))
+            for way in ("fastest", "masters", "thrifty")
         }
         counts = set()
         for side, spec in specs.items():
@@ -203,8 +214,8 @@ def memory(bench: Bench) -> list[Row]:
             row[f"{side}_gib"] = found[-1]["peak_gib"]
             counts.add(found[-1]["tokens"])
         assert len(counts) == 1, f"the sides learned from different tokens: {counts}"
-        row |= {"tokens": counts.pop(), "share": row["ours_gib"] / row["trl_gib"],
-                "share_of_thrifty": row["ours_gib"] / row["trl_thrifty_gib"]}  # fmt: skip
+        row |= {f"share_of_{way}": row["ours_gib"] / row[f"trl_{way}_gib"] for way in ("fastest", "masters", "thrifty")}
+        row["tokens"] = counts.pop()
         rows.append(row)
     return rows
 
@@ -239,7 +250,7 @@ def sync(bench: Bench) -> list[Row]:
     rows = []
     for name, load in bench.loads.items():
         steps, copies = [], []
-        with Side(bench.side("loop", load)) as side:
+        with Side(bench.side("loop", load, *FAST)) as side:
             for turn in range(1 + bench.turns):
                 bench.say(f"f {name}: {f'turn {turn}' if turn else 'warm-up'}")
                 step, copy = side.ask("step"), side.ask("copy")
@@ -284,11 +295,13 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], list[Row]]]] = {
 }
 NOTES = {
     "a": "Seconds. TRL's learner phase: rewards, advantages, one forward and backward pass (none for old log-probs), "
-    "clipping, AdamW; its whole step adds `generate`. Ours: `update`; the step is the run's loop: vLLM, rewards in a "
-    "worker process, advantages, update, sync, proof. Equal prompts, completions (learner) and lengths (step).",
+    "clipping, AdamW; its whole step adds `generate`. `fastest`: bfloat16 weights and AdamW, the best micro-batch of "
+    "those tried; `masters`: the same with float32 weights under autocast, as our float32 masters. Ours: `update` with "
+    "learner.compile=on (`eager`: off); the step is the run's loop: vLLM, rewards in a worker process, advantages, "
+    "update, sync, proof. Equal prompts, completions (learner) and lengths (step).",
     "c": "Needed: 6 x layer weights x tokens (each prompt once) + 6 x head x predicted tokens + attention over visible "
-    "pairs. The machine's rate is the best of five large `torch.mm` in the same process.",
-    "d": "GiB. `trl`: its fastest settings, as in (a); `trl_thrifty`: with gradient checkpointing, its default.",
+    "pairs. learner.compile=on. The machine's rate is the best of five large `torch.mm` in the same process.",
+    "d": "GiB. Ours and TRL as in (a); `small`: learner.microbatch_tokens=2048; `thrifty`: float32 weights, autocast and gradient checkpointing.",
     "e": "`bare`: `LLM.generate` with the drawn tokens' log-probs; `no_logprobs`: without. Prefix caches start empty.",
 }
 
