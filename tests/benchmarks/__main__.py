@@ -301,8 +301,8 @@ NOTES = {
     "update, sync, proof. Equal prompts, completions (learner) and lengths (step).",
     "c": "Needed: 6 x layer weights x tokens (each prompt once) + 6 x head x predicted tokens + attention over visible "
     "pairs. learner.compile=on. The machine's rate is the best of five large `torch.mm` in the same process.",
-    "d": "GiB. Ours and TRL as in (a); `small`: learner.microbatch_tokens=2048; `thrifty`: float32 weights, autocast and "
-    "gradient checkpointing.",
+    "d": "GiB. Ours and TRL as in (a); `small`: learner.microbatch_tokens=2048; `thrifty`: float32 weights, autocast "
+    "and gradient checkpointing.",
     "e": "`bare`: `LLM.generate` with the drawn tokens' log-probs; `no_logprobs`: without. Prefix caches start empty.",
 }
 
