@@ -23,7 +23,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -109,12 +109,14 @@ def same_tokens(found: Mapping[str, Sequence[Mapping[str, float]]]) -> float:
     return counts.pop()
 
 
-def against_trl(bench: Bench) -> list[Row]:
-    rows = []
+def against_trl(bench: Bench) -> Iterator[Row]:
     for name, load in bench.loads.items():
         trl = {way: bench.side("trl", load, settings=trl_settings(way, name)) for way in ("fastest", "masters")}
-        learner = {"ours": bench.side("learner", load, *FAST), "eager": bench.side("learner", load), **trl}
-        learned = bench.turns_of(f"a {name}, learner", learner, "learn")
+        ours = {"ours": bench.side("learner", load, *FAST), "eager": bench.side("learner", load)}
+        learned = {}
+        for our_way, way in zip(ours, trl, strict=True):  # two at once: four would not fit into 24 GiB
+            pair = {our_way: ours[our_way], way: trl[way]}
+            learned |= bench.turns_of(f"a {name}, learner", pair, "learn")
         stepped = bench.turns_of(
             f"a {name}, step", {"ours": bench.side("loop", load, *FAST), "trl": trl["fastest"]}, "step"
         )
@@ -129,8 +131,7 @@ def against_trl(bench: Bench) -> list[Row]:
             row[f"tokens_step_{side}"] = least(answers, "tokens")
             row[f"parts_{side}"] = {key: value for key, value in best.items() if key.endswith("_s")}
         row["step_times"] = row["step_s_trl"] / row["step_s_ours"]
-        rows.append({**row, "elsewhere": elsewhere(*learned.values(), *stepped.values())})
-    return rows
+        yield {**row, "elsewhere": elsewhere(*learned.values(), *stepped.values())}
 
 
 def against_padded(bench: Bench) -> list[Row]:
@@ -192,9 +193,8 @@ def needed_flops(folder: Path, load: Load) -> float:
     return 6.0 * weights * tokens + 6.0 * config["vocab_size"] * width * predicted + 12.0 * layers * across * pairs
 
 
-def memory(bench: Bench) -> list[Row]:
+def memory(bench: Bench) -> Iterator[Row]:
     """Fresh processes that make two steps each; the peak is above what each held after its imports."""
-    rows = []
     for name, load in bench.loads.items():
         if name == "short" and len(bench.loads) > 1:
             continue
@@ -216,8 +216,7 @@ def memory(bench: Bench) -> list[Row]:
         assert len(counts) == 1, f"the sides learned from different tokens: {counts}"
         row |= {f"share_of_{way}": row["ours_gib"] / row[f"trl_{way}_gib"] for way in ("fastest", "masters", "thrifty")}
         row["tokens"] = counts.pop()
-        rows.append(row)
-    return rows
+        yield row
 
 
 def plan(bench: Bench) -> list[Row]:
@@ -266,7 +265,7 @@ def sync(bench: Bench) -> list[Row]:
     return rows
 
 
-def growth(bench: Bench) -> list[Row]:
+def growth(bench: Bench) -> Iterator[Row]:
     """Thirty-two completions of 40 to 120 tokens over ever larger groups; then 2 x 8 under ever longer prompts."""
     first = next(iter(bench.loads.values()))
     quick = len(bench.loads) == 1  # the same curves, with the one load's lengths
@@ -276,15 +275,13 @@ def growth(bench: Bench) -> list[Row]:
     prompts = (first.prompt, 2 * first.prompt) if quick else (50, 100, 200, 400, 800, 1600)
     points = [("group size", size, Load(max(sizes) // size, size, prompt, *answer)) for size in sizes]
     points += [("prompt", length, Load(2, 8, length, *answer)) for length in prompts]
-    rows = []
     for what, value, load in points:
         one = replace(bench, loads={f"{what} {value}": load})
         (row,) = against_padded(one)
-        rows.append({"what": what, "value": value, "lengths": load.words(), **row})
-    return rows
+        yield {"what": what, "value": value, "lengths": load.words(), **row}
 
 
-SECTIONS: dict[str, tuple[str, Callable[[Bench], list[Row]]]] = {
+SECTIONS: dict[str, tuple[str, Callable[[Bench], Iterable[Row]]]] = {
     "a": ("Learner phase and whole step against TRL's GRPOTrainer", against_trl),
     "b": ("Packed against padded, learner phase", against_padded),
     "c": ("Share of the measured bf16 product rate, needed operations only", product_share),
@@ -412,8 +409,10 @@ def run(bench: Bench, sections: Sequence[str], out: Path) -> None:
         title, section = SECTIONS[letter]
         head = head_of(bench)
         bench.say(f"{letter}. {title}; load average {head['load_average_before']:.2f}")
-        part: Row = {"head": head, "rows": section(bench)}
-        write(out, letter, part)
+        part: Row = {"head": head, "rows": []}
+        for row in section(bench):
+            part["rows"].append(row)
+            write(out, letter, part)
         if letter == "d":
             part["plan"] = plan(bench)
             write(out, letter, part)
