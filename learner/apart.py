@@ -35,7 +35,10 @@ class Apart:
         self._said: IO[bytes]
 
     def start(self) -> None:
-        """Starts the helper, if it does not run; its imports take seconds that a caller can use for other work."""
+        """Starts the helper, if it does not run; its imports take seconds that a caller can use for other work.
+
+        Raises ``RunFailure`` when there can be no further process.
+        """
         if self._process is not None and self._process.poll() is None:
             return
         self._end()
@@ -43,12 +46,15 @@ class Apart:
         code = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from learner.apart import _serve; _serve()"
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         words = [str(theirs.fileno()), json.dumps(sys.path), json.dumps(self._imports)]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code, *words], pass_fds=[theirs.fileno()], start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", code, *words], pass_fds=[theirs.fileno()], start_new_session=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+        except OSError as error:
+            raise RunFailure(f"a helper process cannot be started: {error}; free memory or processes") from error
         self._pipe = Connection(ours.detach())
 
     def call(self, function: Callable[..., Any], *args: Any, limit_s: float, imports: Sequence[str] = ()) -> Any:
@@ -65,6 +71,9 @@ class Apart:
                 self._end()
                 raise RunFailure(f"{name} did not answer within {limit_s:g} s")
             ended, answer = self._pipe.recv()
+        except KeyboardInterrupt:
+            self._end()  # or its answer would be the next call's
+            raise
         except (EOFError, OSError):
             raise RunFailure(f"the process of {name} died; it last said: {self._last_words()}") from None
         if ended == "died":

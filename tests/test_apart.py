@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -61,6 +62,23 @@ def test_a_copy_without_an_answer_is_ended(apart):
         apart.call(where, 600.0, limit_s=0.5)
     assert not psutil.pid_exists(helper)
     assert apart.call(where, limit_s=60)
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next(apart, monkeypatch):
+    assert apart.call(where, limit_s=60)
+    poll = apart._pipe.poll
+
+    def interrupted(limit_s):
+        poll(limit_s)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        apart, "_pipe", SimpleNamespace(send=apart._pipe.send, poll=interrupted, close=apart._pipe.close)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        apart.call(where, limit_s=60)
+    with pytest.raises(UserError):
+        apart.call(wrong, "no", limit_s=60)
 
 
 def test_a_helper_that_cannot_import_says_so():
