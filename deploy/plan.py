@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import Config, build
-from common.errors import UserError
+from common.errors import RunFailure, UserError
 from common.types import AdapterSpec, SamplerSetup
 from deploy import local
 from learner import memory
@@ -687,24 +687,28 @@ def verdict(plan: Plan) -> str:
     return f"does not fit: {said}, {-plan.margin / GIB:.2f} GiB too much"
 
 
-def warm_up(config: Config) -> None:
-    """Lets the plan's helper process import while the caller reads model and task."""
-    if config.memory.plan != "off" and not place_of(config).gpu:
-        memory.apart.start()
+def warm_up(config: Config) -> Place:
+    """The run's device; lets the plan's helper process, which is not the run's, import while the caller goes on."""
+    place = place_of(config)
+    if config.memory.plan != "off" and not place.gpu:
+        with contextlib.suppress(RunFailure):  # said where it is needed
+            memory.apart.start()
+    return place
 
 
-def before_run(ready: local.Prepared, console: Console) -> Plan | None:
-    """The plan of a run about to begin. Raises ``UserError`` when it cannot fit and ``memory.plan`` is ``refuse``."""
+def before_run(ready: local.Prepared, place: Place, console: Console) -> Plan | None:
+    """The plan of a run about to begin on ``warm_up``'s device. Raises ``UserError`` when it cannot fit and
+    ``memory.plan`` is ``refuse``."""
     config = ready.config
     if config.memory.plan == "off":
         return None
     with contextlib.closing(memory.apart):  # a run needs it no more
-        return _before_run(ready, console)
+        return _before_run(ready, place, console)
 
 
-def _before_run(ready: local.Prepared, console: Console) -> Plan | None:
+def _before_run(ready: local.Prepared, place: Place, console: Console) -> Plan | None:
     config = ready.config
-    planner = Planner(config, ready.folder, ready.longest_prompt, place_of(config))
+    planner = Planner(config, ready.folder, ready.longest_prompt, place)
     try:
         with console.status("plan    running the learner on shapes"):
             plan = planner.plan(config)
@@ -718,7 +722,7 @@ def _before_run(ready: local.Prepared, console: Console) -> Plan | None:
         log.info("plan: %s", note)
     if plan.fits is False:
         with console.status("plan    looking for what would make it fit"):
-            sentence = f"this run {verdict(plan)}. {cheapest(planner, plan)}"
+            sentence = f"this run {verdict(plan)}. {_cheapest(planner, plan)}"
         if config.memory.plan == "refuse":
             raise UserError(f"{sentence}; memory.plan='warn' tries it all the same")
         log.warning("%s", sentence)
@@ -728,11 +732,23 @@ def _before_run(ready: local.Prepared, console: Console) -> Plan | None:
 def cures(ready: local.Prepared, plan: Plan | None) -> str:
     """After memory ran out all the same: the cheapest changes that take a fifth off the planned peak."""
     if plan is None:
-        return "Less learner.microbatch_tokens, or learner.gradient_checkpointing=true, takes less"
+        return LESS
     planner = Planner(ready.config, ready.folder, ready.longest_prompt, place_of(ready.config))
     planner.place = dataclasses.replace(planner.place, bytes=int(0.8 * plan.peak))
     with contextlib.closing(memory.apart):
-        return cheapest(planner, planner.plan(ready.config))
+        return _cheapest(planner, plan)
+
+
+LESS = "Less learner.microbatch_tokens, or learner.gradient_checkpointing=true, takes less"
+
+
+def _cheapest(planner: Planner, plan: Plan) -> str:
+    """``cheapest``, where a search that fails must not stand before what it is a cure for."""
+    try:
+        return cheapest(planner, planner.plan(plan.config))
+    except Exception as error:
+        log.info("no search for settings that fit: %s", _first_line(error))
+        return LESS
 
 
 def _first_line(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         stack.enter_context(_logging_to(folder / "run.log"))
         files.remove_leftovers(folder)
         stack.callback(memory.apart.close)
-        plan.warm_up(config)
+        place = plan.warm_up(config)
         ready = local.prepare(config)
         scorer = stack.enter_context(Scorer(config.task))
         if not resume:
@@ -67,7 +67,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
             f"model   {ready.folder}\n"
             f"task    {config.task.name}: {len(ready.train)} training and {len(ready.test)} test questions"
         )
-        planned = plan.before_run(ready, console)
+        planned = plan.before_run(ready, place, console)
         parts = stack.enter_context(_parts(ready, folder, lambda text: _tell(console, text)))
         console.print(parts.described, soft_wrap=True)
         lost: LearnerLost | None = None

@@ -13,6 +13,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -42,11 +43,11 @@ class Apart:
         if self._process is not None and self._process.poll() is None:
             return
         self._end()
-        ours, theirs = socket.socketpair()
         code = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from learner.apart import _serve; _serve()"
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115
-        words = [str(theirs.fileno()), json.dumps(sys.path), json.dumps(self._imports)]
         try:
+            ours, theirs = socket.socketpair()
+            self._pipe, self._said = Connection(ours.detach()), tempfile.TemporaryFile()  # noqa: SIM115
+            words = [str(theirs.fileno()), json.dumps(sys.path), json.dumps(self._imports)]
             with theirs:
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", code, *words], pass_fds=[theirs.fileno()], start_new_session=True,
@@ -54,8 +55,7 @@ class Apart:
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                 )  # fmt: skip
         except OSError as error:
-            raise RunFailure(f"a helper process cannot be started: {error}; free memory or processes") from error
-        self._pipe = Connection(ours.detach())
+            raise RunFailure(f"a helper process cannot be started: {error}; free memory, processes or files") from error
 
     def call(self, function: Callable[..., Any], *args: Any, limit_s: float, imports: Sequence[str] = ()) -> Any:
         """``function(*args)``, in a copy of the helper that has imported ``imports`` where they exist.
@@ -68,14 +68,13 @@ class Apart:
         try:
             self._pipe.send((function, args, list(imports)))
             if not self._pipe.poll(limit_s):
-                self._end()
                 raise RunFailure(f"{name} did not answer within {limit_s:g} s")
             ended, answer = self._pipe.recv()
-        except KeyboardInterrupt:
-            self._end()  # or its answer would be the next call's
-            raise
         except (EOFError, OSError):
             raise RunFailure(f"the process of {name} died; it last said: {self._last_words()}") from None
+        except BaseException:
+            self._end()  # or its answer would be the next call's
+            raise
         if ended == "died":
             raise RunFailure(f"the process of {name} died (exit code {answer}); it last said: {self._last_words()}")
         if ended == "raised":
@@ -115,7 +114,7 @@ def _serve() -> None:
         except EOFError:
             return
         for name in imports:
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(Exception):  # whoever needs it will say what is wrong with it
                 importlib.import_module(name)
         copy = fork.Process(target=_answer, args=(pipe, function, args))
         copy.start()
@@ -132,6 +131,9 @@ def _answer(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...
     try:
         answer = ("returned", function(*args))
     except Exception as error:  # handed on
-        answer = ("raised", error)
+        try:
+            answer = ("raised", pickle.loads(pickle.dumps(error)))
+        except Exception:
+            answer = ("raised", RuntimeError(f"{type(error).__name__}: {error}"))
     pipe.send(answer)
     os._exit(0)

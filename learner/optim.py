@@ -95,7 +95,7 @@ class MasterOptimizer:
         self._pairs: dict[str, tuple[nn.Parameter, torch.Tensor]] = {}
         self._reached: set[str] = set()  # whose gradient a pass has added to since ``zero_grad``
         for name, parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
+            parameter.register_post_accumulate_grad_hook(_noter(self._reached, name))
             if (parameter.dtype == torch.float32 or self._stochastic) and not config.offload:
                 self._pairs[name] = (parameter, parameter)
             else:
@@ -123,7 +123,8 @@ class MasterOptimizer:
             master.grad = torch.zeros_like(master)
 
     def drop_blanks(self) -> None:
-        """No gradient where no pass has added to a blank one: an expert that no token reached is not stepped."""
+        """No gradient where no pass has added to a blank one: an expert that no token reached is not stepped (among
+        several ranks it is, with a gradient of 0)."""
         for name, (_, master) in self._pairs.items():
             if name not in self._reached:
                 master.grad = None
@@ -283,6 +284,11 @@ def _blank(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> dict[str, 
     made = {"exp_avg": torchao._new_buffer(p, True), "exp_avg_sq": torchao._new_buffer(p, False)}
     # What is not held in few bits would be as coarse as the weight, and an average of bfloat16 stands still.
     return {"step": step} | {part: one if hasattr(one, "codes") else one.float() for part, one in made.items()}
+
+
+def _noter(reached: set[str], name: str) -> Callable[[torch.Tensor], None]:
+    """Not a closure over the optimizer: torch would keep it, and all it holds, for good."""
+    return lambda _: reached.add(name)
 
 
 def _adder(master: torch.Tensor) -> Callable[[torch.Tensor], None]:

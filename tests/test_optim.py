@@ -1,6 +1,9 @@
 """The optimizers against slow truths and against torch's own classes, saved and restored between any two steps; memory
 parked on the host."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -300,3 +303,35 @@ def test_parked_tensors_are_the_same_when_they_come_back():
         assert first.held(t) is t
     view.add_(1)
     assert torch.equal(base[2:5, 1:], before[1] + 1)  # still one memory
+
+
+def test_a_parameter_that_no_pass_reaches_is_not_stepped():
+    """Of blank gradients those that nothing was added to go; the rest are what they would have been without."""
+    made = []
+    for blank in (False, True):
+        torch.manual_seed(0)
+        used, idle = (torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+        spec = OptimizerConfig(lr=0.1, weight_decay=0.1)
+        optimizer = MasterOptimizer([("used", used), ("idle", idle)], spec)
+        before = idle.detach().clone()
+        for _ in range(2):
+            if blank:
+                optimizer.blank_gradients()
+            for _ in range(2):
+                (used * 3).sum().backward()
+            optimizer.drop_blanks()
+            optimizer.step(0.1)
+        assert torch.equal(idle, before)
+        made.append(used.detach())
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_that_is_let_go_is_gone(dtype):
+    parameter = torch.nn.Parameter(torch.randn(4, 4, dtype=dtype))
+    optimizer = MasterOptimizer([("one", parameter)], OptimizerConfig())
+    parameter.sum().backward()
+    gone = [weakref.ref(optimizer), weakref.ref(parameter)]
+    del optimizer, parameter
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
