@@ -43,17 +43,17 @@ FAST = ("learner.compile=on",)
 # TRL's fastest settings that run here, found by trying micro-batches of 2 to 64 rows, weights in bfloat16 and float32,
 # with autocast and without, no checkpointing, SDPA: bfloat16 throughout, which leaves AdamW no float32 masters, and a
 # micro-batch that the processor's cache likes. ``masters``: the same with float32 weights under autocast, which is what
-# our side computes. ``whole``: as the first, the whole batch at once under autocast. ``thrifty``: with checkpointing.
+# our side computes. ``thrifty``: as ``masters``, with checkpointing.
 TRL_ROWS = {"short": 16, "gsm8k": 4, "few-shot": 2}
 Row = dict[str, Any]
 
 
 def trl_settings(way: str, load: str) -> dict[str, Any]:
+    rows, masters = {"rows": TRL_ROWS.get(load, 0)}, {"weights": "float32"}
     return {
-        "fastest": {"bf16": False, "rows": TRL_ROWS.get(load, 0)},
-        "masters": {"weights": "float32", "rows": TRL_ROWS.get(load, 0)},
-        "whole": {},
-        "thrifty": {"weights": "float32", "rows": TRL_ROWS.get(load, 0), "gradient_checkpointing": True},
+        "fastest": {**rows, "bf16": False},
+        "masters": {**rows, **masters},
+        "thrifty": {**rows, **masters, "gradient_checkpointing": True},
     }[way]
 
 
