@@ -222,9 +222,10 @@ class SyncConfig(Section):
     challenge: bool = True
     """Before the first step send perturbed weights once and check that the sampler follows them."""
     probe_tokens: Annotated[int, Field(ge=8)] = 256
-    """Length of the fixed probe, in tokens of the task's own prompts; after the first sync its first 64 are asked."""
+    """Length of the fixed probe, in tokens of the task's own prompts; after the first sync its first 32 are asked."""
     tolerance: Positive = 0.12
-    """Largest allowed mean |sampler - learner| log-prob on the probe, in nats; bfloat16 differs by 0.03 to 0.05."""
+    """Largest allowed mean |sampler - learner| log-prob on the probe, tokens weighted by their probability, in nats;
+    bfloat16 differs by 0.01 to 0.04."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
     """How full weights travel between processes: through shared memory where both sides are on one host, by a
     broadcast (gloo or NCCL) else; auto takes the one that fits. An adapter travels with the call, in megabytes."""

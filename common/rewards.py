@@ -16,16 +16,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import faulthandler
-import json
 import logging
 import math
 import os
 import pickle
 import queue
-import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +31,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
+from common import child
 from common.errors import RunFailure, UserError
 from common.plugins import make_task
 from common.types import Completion, Group, Prompt
@@ -224,8 +221,7 @@ class _Worker:
         """From any thread: the process dies, and the thread that waits for it finds its pipe at the end."""
         process, self._doomed = self._process, True
         if process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: whatever a reward started dies with it
+            child.kill(process)
 
     def kill(self) -> None:
         """From the thread that asks, or when none does."""
@@ -238,19 +234,12 @@ class _Worker:
         self._reader.join(timeout=1.0)
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        # The worker must find `common` and the user's modules wherever this process found them.
-        code = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from common.rewards import _serve; _serve()"
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-c", code, str(theirs.fileno()), json.dumps(sys.path)],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, errors="replace", start_new_session=True,
-            )  # fmt: skip
+            self._process, self._pipe = child.start(
+                "common.rewards:_serve", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            )
         except OSError as error:
             raise RunFailure(f"a reward worker process cannot be started: {error}; free memory or processes") from error
-        theirs.close()
-        self._pipe = Connection(ours.detach())
         self._doomed = False
         self._said.clear()
         self._reader = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
@@ -298,9 +287,7 @@ class _Worker:
 
 def _serve() -> None:
     """The worker's life: make the task, then answer groups until the parent goes away."""
-    fd = int(sys.argv[1])
-    os.set_inheritable(fd, False)  # a process that a reward starts must not keep the pipe open
-    pipe = Connection(fd)
+    pipe = child.pipe()
     name, options, limit_s = pipe.recv()
     try:
         task = make_task(name, options)

@@ -63,7 +63,8 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "sync_bytes": "weights handed over (bytes)",
         "sync_transport": "how they travelled: 0 in the same process, 1 by shared memory, 2 by a collective broadcast, "
         "3 with the call (an adapter)",
-        "probe_diff": "mean |sampler - learner| log-prob on the fixed probe after the sync (nats)",
+        "probe_diff": "mean |sampler - learner| log-prob on the fixed probe after the sync, tokens weighted by "
+        "probability (nats)",
         "memory_peak_gib": "peak memory: the device's, or the process's on a CPU (GiB); of the learner's largest rank, "
         "where it is a service of its own",
         "restarts": "services replaced so far, because they were lost (cluster.mode=ray)",

@@ -29,8 +29,7 @@ from common.protocols import Transport
 Kind = Literal["full", "adapter"]
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
-_BLOCK = 4096  # numbers summed together; the position of a block counts, so moved data is seen
-_PIECE = 1 << 20  # numbers widened to int64 at a time, few enough for the processor's cache
+_BLOCK = 4096  # 8-byte words summed together; the position of a block counts, so moved data is seen
 # The names of torch's number formats in a safetensors file.
 _FORMATS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -87,16 +86,15 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _bit_sum(tensor: torch.Tensor) -> int:
     """Position-weighted sum of the tensor's bit patterns, modulo 2**64 (int64 arithmetic wraps)."""
     raw = raw_bytes(tensor)
-    width = 4 if raw.numel() % 4 == 0 else 1
-    if width == 4 and raw.storage_offset() % 4:  # a slice of 2-byte numbers may begin between two words
+    if raw.storage_offset() % 8:  # a slice may begin between two words
         raw = raw.clone()
-    words = raw.view(torch.int32) if width == 4 else raw
-    whole = words.numel() // _BLOCK * _BLOCK
-    total = words[whole:].sum(dtype=torch.int64) * 7919
-    for start in range(0, whole, _PIECE):  # torch would widen the whole tensor at once
-        blocks = words[start : min(start + _PIECE, whole)].view(-1, _BLOCK).sum(dim=1, dtype=torch.int64)
-        first = start // _BLOCK + 1
-        total = total + (blocks * torch.arange(first, first + len(blocks), device=blocks.device)).sum()
+    words = raw[: raw.numel() // 8 * 8].view(torch.int64)  # narrower ones would be widened, at thrice the time
+    blocks = words[: words.numel() // _BLOCK * _BLOCK].view(-1, _BLOCK).sum(dim=1)
+    total = (blocks * torch.arange(1, len(blocks) + 1, device=blocks.device)).sum()
+    if rest := words[len(blocks) * _BLOCK :].numel():
+        total = total + words[-rest:].sum() * 7919
+    if rest := raw.numel() % 8:
+        total = total + raw[-rest:].sum(dtype=torch.int64) * 104729
     return int(total)
 
 

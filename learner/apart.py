@@ -14,8 +14,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
+from common import child
 from common.errors import RunFailure
 
 
@@ -43,17 +42,12 @@ class Apart:
         if self._process is not None and self._process.poll() is None:
             return
         self._end()
-        code = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from learner.apart import _serve; _serve()"
         try:
-            ours, theirs = socket.socketpair()
-            self._pipe, self._said = Connection(ours.detach()), tempfile.TemporaryFile()  # noqa: SIM115
-            words = [str(theirs.fileno()), json.dumps(sys.path), json.dumps(self._imports)]
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", code, *words], pass_fds=[theirs.fileno()], start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                )  # fmt: skip
+            self._said = tempfile.TemporaryFile()  # noqa: SIM115
+            self._process, self._pipe = child.start(
+                "learner.apart:_serve", json.dumps(self._imports), stdout=subprocess.DEVNULL, stderr=self._said,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
         except OSError as error:
             raise RunFailure(f"a helper process cannot be started: {error}; free memory, processes or files") from error
 
@@ -89,8 +83,7 @@ class Apart:
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: the copy at work dies with it
+        child.kill(process)  # and the copy at work with it
         process.wait()
         self._pipe.close()
         self._said.close()
@@ -104,7 +97,7 @@ class Apart:
 
 def _serve() -> None:
     """The helper's life: import, then make a copy for each call, until the parent goes away."""
-    pipe, parent = Connection(int(sys.argv[1])), os.getppid()
+    pipe, parent = child.pipe(), os.getppid()
     for name in json.loads(sys.argv[3]):
         importlib.import_module(name)
     fork = multiprocessing.get_context("fork")

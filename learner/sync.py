@@ -4,18 +4,20 @@ Three things are checked after every sync, because other trainers have lost mont
 
 - the bytes: the fingerprint of what was sent equals that of what arrived;
 - what the engine computes: on a fixed probe the sampler's log-probs agree with the learner's within a tolerance. An
-  engine may take the bytes and go on using old ones (packed copies, a tied output head, a cached adapter);
+  engine may take the bytes and go on using old ones (packed copies, a tied output head, a cached adapter). Each token
+  counts by its probability, because rounding moves the log-probs of tokens that nobody draws by up to a nat;
 - movement: once the learner's log-probs have moved, a sampler whose log-probs are bit for bit the old ones is stale.
   This sees a single small step that the tolerance, which must allow for bfloat16, does not.
 
 Before the first step a challenge makes the second check sharp: weights with noise on every tensor are sent, and the
 sampler must follow them. The challenge and the first sync are proved on the whole probe; the syncs of every step on its
-first ``EACH_TIME`` tokens, because the probe, and not the bytes, is what a sync's time goes to. The fingerprint always
-covers every byte.
+first ``EACH_TIME`` tokens, because the probe, and not the bytes, is what a sync's time goes to; the whole probe decides
+where those disagree. The fingerprint always covers every byte.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import get_args
@@ -26,9 +28,9 @@ from common.protocols import Learner, Placement, Sampler, Transport
 from common.types import Prompt
 from common.waits import bounded
 
-# Tokens of the probe in the sync of each step. Fewer would cost little less, because both sides read all their weights
-# once; more would cost in proportion.
-EACH_TIME = 64
+# Tokens of the probe in the sync of each step: about half of the time goes to reading all the weights once, on both
+# sides, so that fewer tokens would hardly be cheaper; more would cost in proportion.
+EACH_TIME = 32
 MOVED = 0.002  # nats: a mean change of the learner's log-probs that no engine's arithmetic can swallow whole
 
 
@@ -76,11 +78,9 @@ class WeightSync:
         timeout_s: float,
     ) -> None:
         self._learner, self._sampler, self._placement = learner, sampler, placement
-        self._probe, self._config, self._timeout_s = probe, config, timeout_s
-        # The probes of the next proof. Which tokens are computed together changes how they are rounded, so that only
-        # answers to one and the same probe can be compared bit for bit: the first syncs ask the short one too.
+        self._probe, self._config, self._timeout_s = list(probe), config, timeout_s
         self._short = beginning_of(probe, EACH_TIME)
-        self._asked: list[Sequence[Sequence[int]]] = [probe] if self._short == list(probe) else [probe, self._short]
+        self._first = True  # until the first sync is done
         # By replica and probe: the learner's and its own when it last moved.
         self._last: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
 
@@ -97,7 +97,7 @@ class WeightSync:
         Raises ``SyncError`` when the proof fails.
         """
         metrics = self._send(f"version {self._learner.version}")
-        self._asked = self._asked[-1:]
+        self._first = False
         return metrics
 
     def _send(self, what: str) -> dict[str, float]:
@@ -125,27 +125,35 @@ class WeightSync:
                 f"the sampler did not receive the weights that the learner sent ({what}): fingerprint {arrived} "
                 f"arrived, {sent} was sent"
             )
-        return {"probe_diff": max(self._agree(probe, what) for probe in self._asked)}
+        difference, furthest = 0.0, ""
+        if self._short != self._probe:
+            difference, furthest = self._differ(self._short, what)
+        # A few tokens can differ by chance as much as wrong weights make them; the whole probe decides then.
+        if self._first or self._short == self._probe or not difference <= self._config.tolerance:
+            difference, furthest = self._differ(self._probe, what)
+        if not difference <= self._config.tolerance:  # also catches nan
+            raise SyncError(
+                f"the {furthest} computes with other weights than the learner ({what}): their log-probs on the probe "
+                f"differ by {difference:.3f} nats a token (counted by its probability), more than sync.tolerance="
+                f"{self._config.tolerance:g}. The sampler may hold old weights, an old output head or no adapter"
+            )
+        return {"probe_diff": difference}
 
-    def _agree(self, probe: Sequence[Sequence[int]], what: str) -> float:
-        """The largest difference of a replica's answer from the learner's, if all are near enough and none is old."""
+    def _differ(self, probe: Sequence[Sequence[int]], what: str) -> tuple[float, str]:
+        """How far the answer furthest from the learner's is off, and whose it is. Raises ``SyncError`` when one is the
+        old one."""
         mine = _flat(self._learner.logprobs(probe))
         # A pool answers for each of its replicas: every one proves what it holds.
         each = getattr(self._sampler, "logprobs_of_each", None)
         answers = each(probe) if each is not None else {"sampler": self._sampler.logprobs(probe)}
-        return max(self._agrees(name, mine, _flat(theirs), what) for name, theirs in answers.items())
+        found = [(self._difference(name, mine, _flat(theirs), what), name) for name, theirs in answers.items()]
+        return max(found, key=lambda one: (one[0] != one[0], one[0]))  # nan is the furthest
 
-    def _agrees(self, name: str, mine: list[float], theirs: list[float], what: str) -> float:
-        """How far this replica's answer is from the learner's, if it is near enough and not the old one."""
-        key = (name, len(mine))
+    def _difference(self, name: str, mine: list[float], theirs: list[float], what: str) -> float:
         assert len(mine) == len(theirs), (len(mine), len(theirs))
-        difference = _mean_difference(mine, theirs)
-        if not difference <= self._config.tolerance:  # also catches nan
-            raise SyncError(
-                f"the {name} computes with other weights than the learner ({what}): their log-probs on the probe "
-                f"differ by {difference:.3f} nats a token on average, more than sync.tolerance="
-                f"{self._config.tolerance:g}. The sampler may hold old weights, an old output head or no adapter"
-            )
+        # Which tokens are computed together changes how they are rounded, so that only answers to one and the same
+        # probe can be compared bit for bit.
+        key = (name, len(mine))
         last = self._last.get(key)
         if last is not None:
             learner_before, sampler_before = last
@@ -157,7 +165,7 @@ class WeightSync:
                 )
         if last is None or theirs != last[1]:
             self._last[key] = (mine, theirs)
-        return difference
+        return weighted_difference(mine, theirs)
 
 
 def _flat(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -166,3 +174,12 @@ def _flat(rows: Sequence[Sequence[float]]) -> list[float]:
 
 def _mean_difference(one: Sequence[float], other: Sequence[float]) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def weighted_difference(one: Sequence[float], other: Sequence[float]) -> float:
+    """Mean |difference| of two rows of log-probs, nats a token, each token weighted by the larger of its two
+    probabilities. With bfloat16 SmolLM2 is 0.01 to 0.04 off, before training and after; a plain mean would be 0.05 to
+    0.23, mostly from tokens less likely than one in a thousand."""
+    larger = [max(a, b) for a, b in zip(one, other, strict=True)]
+    weights = [math.exp(value - max(larger)) for value in larger]
+    return sum(w * abs(a - b) for w, a, b in zip(weights, one, other, strict=True)) / sum(weights)

@@ -169,6 +169,8 @@ class VllmSampler:
         try:
             if self._on_cpu:
                 self._llm.collective_rpc(_score_chosen_only)
+                if setup.adapter is None and (self._untie or not self._model.get("tie_word_embeddings", False)):
+                    self._llm.collective_rpc(_embed_only)
                 if setup.tensor_parallel > 1:
                     self._llm.collective_rpc(_settle_worker)
             if setup.adapter is None:
@@ -541,6 +543,22 @@ def _chosen_only(logits_NV: torch.Tensor, num_logprobs: int, token_ids: torch.Te
     parts = zip(logits_NV.split(_ROWS), token_ids[:, None].split(_ROWS), strict=True)
     chosen_N1 = torch.cat([rows.log_softmax(-1, dtype=torch.float32).gather(-1, ids) for rows, ids in parts])
     return LogprobsTensors(token_ids[:, None].to(torch.int32), chosen_N1, torch.zeros_like(token_ids))
+
+
+def _embed_only(worker: Any) -> None:
+    """On the CPU, where the output head is a layer of its own: vLLM packs the input embedding for products, too, at
+    every reload. It is only looked up in, and as large as the head."""
+    from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
+
+    class LookUp(vocabulary.UnquantizedEmbeddingMethod):
+        def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+            pass
+
+    for layer in worker.model_runner.get_model().modules():
+        if type(layer) is vocabulary.VocabParallelEmbedding:
+            assert type(layer.quant_method) is vocabulary.UnquantizedEmbeddingMethod, layer.quant_method
+            layer.quant_method = LookUp()
+            vars(layer).pop("cpu_linear", None)  # the packed copy made at the start
 
 
 def _settle_worker(worker: Any) -> None:

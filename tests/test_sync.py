@@ -1,13 +1,14 @@
 """The proof after every sync: a sampler that does not hold the learner's weights is caught, whichever way it fails."""
 
 import contextlib
+import math
 
 import pytest
 
 from common.types import AdapterSpec, Prompt, SamplerSetup
 from learner import model as models
 from learner.learner import TorchLearner
-from learner.sync import SyncError, WeightSync, beginning_of, probe_of
+from learner.sync import SyncError, WeightSync, beginning_of, probe_of, weighted_difference
 from sampler.scripted import ScriptedSampler
 from tests.making import GROUPS, config
 from tests.tiny import make_tiny
@@ -106,7 +107,7 @@ def test_the_whole_probe_is_asked_first_and_its_beginning_at_each_step(folder, f
 
     sync.challenge()
     sync()
-    assert asked() == [3, 2] * (1 if fault else 2)
+    assert asked() == [1, 3] * (1 if fault else 2)
     learner.update(GROUPS)
     learner.update(GROUPS)
     if fault:
@@ -114,7 +115,44 @@ def test_the_whole_probe_is_asked_first_and_its_beginning_at_each_step(folder, f
             sync()
     else:
         assert sync()["probe_diff"] < 1e-4
-    assert asked()[-2:] == [2, 2]  # that of the first sync, and this
+    assert asked()[-2:] == [3, 1]  # that of the first sync, and this
+
+
+@pytest.mark.parametrize("wrong", [10, 120])
+def test_the_whole_probe_decides_where_its_beginning_disagrees(folder, wrong):
+    """A few tokens far off are rounding's doing; all of them are not."""
+    learner, sampler, sync = make(folder, None)
+    sync = WeightSync(learner, sampler, Separate(), LONG_PROBE, sync._config, 60)
+    sync.challenge()
+    sync()
+    learner.update(GROUPS)
+    truly = sampler.logprobs
+
+    def off(sequences):
+        left, answers = wrong, []
+        for row in truly(sequences):
+            answers.append([value + 0.3 * (place < left) for place, value in enumerate(row)])
+            left -= len(row)
+        return answers
+
+    sampler.logprobs = off
+    if wrong == 10:  # of 117, and counted by its probability
+        assert 0.3 * 10 / 117 < sync()["probe_diff"] < 0.045
+    else:
+        with pytest.raises(SyncError, match="other weights"):
+            sync()
+    assert [call[1] for call in sampler.calls if call[0] == "logprobs"][-2:] == [1, 3]
+
+
+def test_tokens_that_nobody_draws_hardly_count():
+    likely, unlikely = math.log(0.5), math.log(1e-6)
+    assert weighted_difference([likely, unlikely], [likely, unlikely + 1]) < 1e-5
+    assert weighted_difference([likely, unlikely], [likely + 0.1, unlikely]) == pytest.approx(0.1, rel=1e-4)
+    # Likely on either side is likely: the sampler's answer is worth as much as the learner's.
+    assert weighted_difference([unlikely, likely], [likely, likely]) == pytest.approx((likely - unlikely) / 2)
+    assert weighted_difference([-2000.0], [-2000.5]) == pytest.approx(0.5)
+    for bad in (math.nan, -math.inf):
+        assert not weighted_difference([likely, likely], [likely, bad]) < 1e9
 
 
 def test_the_beginning_of_a_probe():
