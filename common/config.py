@@ -222,7 +222,8 @@ class SyncConfig(Section):
     challenge: bool = True
     """Before the first step send perturbed weights once and check that the sampler follows them."""
     probe_tokens: Annotated[int, Field(ge=8)] = 256
-    """Length of the fixed probe, in tokens of the task's own prompts; after the first sync its first 32 are asked."""
+    """Length of the fixed probe, in tokens of the task's own prompts; after the first sync its first 32 are
+    asked, and all of it where those disagree."""
     tolerance: Positive = 0.12
     """Largest allowed mean |sampler - learner| log-prob on the probe, tokens weighted by their probability, in nats;
     bfloat16 differs by 0.01 to 0.04."""

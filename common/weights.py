@@ -29,7 +29,9 @@ from common.protocols import Transport
 Kind = Literal["full", "adapter"]
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
-_BLOCK = 4096  # 8-byte words summed together; the position of a block counts, so moved data is seen
+# 8-byte words summed together. The position of a block counts, so data moved by more than 4 KiB is seen; it counts by
+# an odd number, because an even one times a sum would lose the sum's highest bits.
+_BLOCK = 512
 # The names of torch's number formats in a safetensors file.
 _FORMATS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -84,13 +86,13 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _bit_sum(tensor: torch.Tensor) -> int:
-    """Position-weighted sum of the tensor's bit patterns, modulo 2**64 (int64 arithmetic wraps)."""
+    """Sum of the tensor's bit patterns weighted by their block's position, modulo 2**64 (int64 arithmetic wraps)."""
     raw = raw_bytes(tensor)
     if raw.storage_offset() % 8:  # a slice may begin between two words
         raw = raw.clone()
     words = raw[: raw.numel() // 8 * 8].view(torch.int64)  # narrower ones would be widened, at thrice the time
     blocks = words[: words.numel() // _BLOCK * _BLOCK].view(-1, _BLOCK).sum(dim=1)
-    total = (blocks * torch.arange(1, len(blocks) + 1, device=blocks.device)).sum()
+    total = (blocks * (2 * torch.arange(len(blocks), device=blocks.device) + 1)).sum()
     if rest := words[len(blocks) * _BLOCK :].numel():
         total = total + words[-rest:].sum() * 7919
     if rest := raw.numel() % 8:

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from itertools import chain
 from typing import Any, Literal
 
 import ray
@@ -29,7 +30,7 @@ from common.tokenizer import check_room
 from common.types import Group, Prompt, SamplerSetup, SamplingParams
 from deploy.actors import Lost, Member, Pulses, Restarts, Unit, answer, gather
 from deploy.group import Busy, Offer
-from learner.sync import SyncError
+from learner.sync import SyncError, weighted_difference
 
 log = logging.getLogger("nanogrpo.cluster")
 _TURN_S = 0.2  # a replica reports at least so often: new weights wait no longer for it
@@ -419,8 +420,8 @@ class SamplerPool:
                 if self._probe is not None:
                     sequences, expected = self._probe
                     got = ray.get(replica.member.actor.logprobs.remote(sequences), timeout=self._config.timeouts.sync_s)
-                    flat = [abs(a - b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True)]
-                    if not sum(flat) / len(flat) <= self._config.sync.tolerance:
+                    wrong = weighted_difference(list(chain(*expected)), list(chain(*got)))
+                    if not wrong <= self._config.sync.tolerance:
                         self._lose(replica, f"{replica.member.place} computes with other weights than were sent")
                         return
                 with self._lock:

@@ -42,13 +42,14 @@ class Apart:
         if self._process is not None and self._process.poll() is None:
             return
         self._end()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
         try:
-            self._said = tempfile.TemporaryFile()  # noqa: SIM115
             self._process, self._pipe = child.start(
                 "learner.apart:_serve", json.dumps(self._imports), stdout=subprocess.DEVNULL, stderr=self._said,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         except OSError as error:
+            self._said.close()
             raise RunFailure(f"a helper process cannot be started: {error}; free memory, processes or files") from error
 
     def call(self, function: Callable[..., Any], *args: Any, limit_s: float, imports: Sequence[str] = ()) -> Any:

@@ -396,7 +396,8 @@ class TorchLearner:
             return [[] for _ in sequences]
         _, passes = self._share_of(rows, len(rows), packed=False)
         answer_BT = torch.zeros(len(rows) + 1, longest)
-        # A probe of some ten tokens is not worth the seconds that compiling this pass would take.
+        # A probe of some ten tokens is not worth the seconds that compiling this pass would take. The compiled pass
+        # is held against the sampler by the step's logprob_diff_mean.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for pack in passes:
                 answer_BT[pack.row_K, pack.column_K] = self._score(self._model, pack, self._plain)[0].cpu()

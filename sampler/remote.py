@@ -46,7 +46,7 @@ from common.tokenizer import check_room, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights, InlineWeights, SharedMemoryWeights, fingerprint, shared_memory_folder
 from sampler.server import HEAD, lora_rank
-from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING
+from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING, is_tied
 from sampler.wire import START_S, Wire, in_order, read_key
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class RemoteSampler:
         self._scratch: Path | None = None
         self._lock: tuple[int, Path] | None = None
         config = json.loads((Path(setup.model_folder) / "config.json").read_text())
-        self._tied = bool(config.get("tie_word_embeddings", False))
+        self._tied = is_tied(config)
         self._sends_head = self._tied and config.get("model_type") not in HEAD_IS_EMBEDDING
         self._wire: Wire | None = Wire(
             options["url"], options.get("api_key_env"), float(options.get("timeout_s", 1800)), setup

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from common.errors import UserError
 from common.types import SamplerSetup
 from common.weights import FolderWeights
-from sampler.vllm import EMBEDDINGS
+from sampler.vllm import EMBEDDINGS, is_tied
 
 HEAD = "lm_head.weight"
 
@@ -65,7 +65,7 @@ def prepare_for_server(model_folder: str | Path, out_folder: str | Path) -> Path
     """
     source, out = Path(model_folder), Path(out_folder)
     config = json.loads((source / "config.json").read_text())
-    if not config.get("tie_word_embeddings", False):
+    if not is_tied(config):
         return source
     if out.exists() and any(out.iterdir()):
         raise UserError(f"the folder {str(out)!r} is not empty; name a new one for the untied copy")

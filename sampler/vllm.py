@@ -69,7 +69,7 @@ _OURS = {
 # Names of the input embedding, which is also the head of a tied model.
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 # Models whose vLLM class computes logits with the embedding module itself: nothing to untie, a reload reaches it.
-HEAD_IS_EMBEDDING = ("gemma", "gemma2", "gemma3_text")
+HEAD_IS_EMBEDDING = ("gemma2", "gemma3n_text", "cohere", "cohere2", "cohere2_moe")
 _ROWS = 4  # of logits turned into log-probs together on the CPU
 CPU_BLOCK = 32  # tokens of a block of the cache on the CPU
 
@@ -146,7 +146,6 @@ class VllmSampler:
                 "own; set it to false, or model.lora_rank to 0"
             )
         import vllm
-        from vllm.exceptions import VLLMError
 
         self._setup = setup
         self._on_cpu = setup.device == "cpu"
@@ -163,14 +162,13 @@ class VllmSampler:
         self._untie = self._must_untie()
         try:
             self._llm: Any = vllm.LLM(**(engine_arguments(setup, self._model, self._untie) | options))
-        except (ValueError, TypeError, RuntimeError, OSError, VLLMError) as error:
+        except Exception as error:  # of any kind: a model class of vLLM's may not even be whole
             self.close()
             raise UserError(f"vLLM cannot start with model {setup.model_folder!r}: {_one_line(error)}") from error
         try:
             if self._on_cpu:
                 self._llm.collective_rpc(_score_chosen_only)
-                if setup.adapter is None and (self._untie or not self._model.get("tie_word_embeddings", False)):
-                    self._llm.collective_rpc(_embed_only)
+                self._llm.collective_rpc(_embed_only)
                 if setup.tensor_parallel > 1:
                     self._llm.collective_rpc(_settle_worker)
             if setup.adapter is None:
@@ -182,8 +180,11 @@ class VllmSampler:
             raise
 
     def _must_untie(self) -> bool:
-        tied = bool(self._model.get("tie_word_embeddings", False))
-        return tied and self._setup.adapter is None and self._model.get("model_type") not in HEAD_IS_EMBEDDING
+        return (
+            self._setup.adapter is None
+            and is_tied(self._model)
+            and self._model.get("model_type") not in HEAD_IS_EMBEDDING
+        )
 
     # -- the contract ------------------------------------------------------------------------------------------------
 
@@ -457,6 +458,19 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
     return arguments
 
 
+def is_tied(model_config: Mapping[str, Any]) -> bool:
+    """Whether the output head is the input embedding: as this config.json says, or where it does not, as transformers
+    takes such a model."""
+    if "tie_word_embeddings" in model_config:
+        return bool(model_config["tie_word_embeddings"])
+    from transformers import AutoConfig
+
+    try:
+        return bool(getattr(AutoConfig.for_model(model_config["model_type"]), "tie_word_embeddings", False))
+    except (KeyError, ValueError):  # a model with code of its own
+        return False
+
+
 def cache_bytes_per_token(model_config: Mapping[str, Any], dtype: str, tensor_parallel: int = 1) -> int:
     """Keys and values of one token in all layers, bytes on each device; ``model_config`` is a config.json."""
     config = model_config.get("text_config") or model_config
@@ -546,19 +560,25 @@ def _chosen_only(logits_NV: torch.Tensor, num_logprobs: int, token_ids: torch.Te
 
 
 def _embed_only(worker: Any) -> None:
-    """On the CPU, where the output head is a layer of its own: vLLM packs the input embedding for products, too, at
-    every reload. It is only looked up in, and as large as the head."""
+    """On the CPU, where the output head is a layer of its own: vLLM packs the input embedding for products, too, and
+    does so anew at every reload. It is only looked up in, and as large as the head."""
     from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 
     class LookUp(vocabulary.UnquantizedEmbeddingMethod):
         def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
             pass
 
-    for layer in worker.model_runner.get_model().modules():
-        if type(layer) is vocabulary.VocabParallelEmbedding:
-            assert type(layer.quant_method) is vocabulary.UnquantizedEmbeddingMethod, layer.quant_method
+    layers = list(worker.model_runner.get_model().modules())
+    if not any(isinstance(layer, vocabulary.ParallelLMHead) for layer in layers):
+        return  # the embedding is the head
+    for layer in layers:
+        if (
+            type(layer) is vocabulary.VocabParallelEmbedding
+            and type(layer.quant_method) is vocabulary.UnquantizedEmbeddingMethod
+        ):
             layer.quant_method = LookUp()
-            vars(layer).pop("cpu_linear", None)  # the packed copy made at the start
+            # In place of the packed copy made at the start; right for whoever should ask for a product all the same.
+            vars(layer)["cpu_linear"] = torch.nn.functional.linear
 
 
 def _settle_worker(worker: Any) -> None:

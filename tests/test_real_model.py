@@ -17,6 +17,7 @@ from deploy import run as runs
 from learner import model as models
 from learner.checkpoint import Checkpoints
 from learner.learner import TorchLearner
+from learner.sync import weighted_difference
 
 pytestmark = pytest.mark.vllm
 DEMO = Path(__file__).parent.parent / "deploy" / "configs" / "demo.toml"
@@ -37,10 +38,10 @@ def test_the_two_sides_agree_and_every_sync_was_proved(run):
     rows = files.read_json_lines(folder / "metrics.jsonl")
     assert len(rows) == 2
     for row in rows:
-        assert 0 < row["probe_diff"] < 0.12
+        assert 0 < row["probe_diff"] < 0.06
         assert row["logprob_diff_mean"] < 0.1
         assert row["packed"] == 1
-        assert row["reward/format"] > 0.4  # a model that the weights did not reach writes no tags at all
+        assert row["reward/format"] > 0  # a model that the weights did not reach writes no tags at all
         assert row["sync_bytes"] == pytest.approx(269e6, rel=0.01)
 
 
@@ -68,22 +69,21 @@ def test_final_gives_the_learners_log_probs_in_transformers_and_a_fresh_vllm(run
     final = folder / "final"
     prompts = render(load_tokenizer(str(final)), list(plugins.find_task(config.task).prompts("test"))[:4])
     asked = [prompt.token_ids for prompt in prompts]
-    ours = [torch.tensor(row) for row in learner.logprobs(asked)]
+    ours = learner.logprobs(asked)
 
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.bfloat16)
     for ids, row in zip(asked, ours, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         theirs = logits[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
-        assert (theirs - row).abs().mean() < 0.08  # bfloat16, rows padded and not
+        assert weighted_difference(theirs.tolist(), row) < 0.03  # bfloat16, rows padded and not
 
     sampler = VllmSampler(SamplerSetup(str(final), "bfloat16", 256, 8))
     try:
         for theirs, row in zip(sampler.logprobs(asked), ours, strict=True):
-            assert (torch.tensor(theirs) - row).abs().mean() < 0.1
+            assert weighted_difference(theirs, row) < 0.03
     finally:
         sampler.close()
 
     # And the base does not: the two steps are in final/.
-    base = torch.cat([torch.tensor(row) for row in TorchLearner(config, source, "cpu").logprobs(asked)])
-    assert not torch.equal(base, torch.cat(ours))
+    assert TorchLearner(config, source, "cpu").logprobs(asked) != ours

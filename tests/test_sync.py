@@ -144,13 +144,13 @@ def test_the_whole_probe_decides_where_its_beginning_disagrees(folder, wrong):
     assert [call[1] for call in sampler.calls if call[0] == "logprobs"][-2:] == [1, 3]
 
 
-def test_tokens_that_nobody_draws_hardly_count():
-    likely, unlikely = math.log(0.5), math.log(1e-6)
-    assert weighted_difference([likely, unlikely], [likely, unlikely + 1]) < 1e-5
-    assert weighted_difference([likely, unlikely], [likely + 0.1, unlikely]) == pytest.approx(0.1, rel=1e-4)
+def test_tokens_that_nobody_draws_count_a_tenth():
+    likely, unlikely = math.log(0.4), math.log(1e-6)
+    assert weighted_difference([likely, unlikely], [likely, unlikely + 1]) == pytest.approx(0.1 / 0.5)
+    assert weighted_difference([likely, unlikely], [likely - 1, unlikely]) == pytest.approx(0.4 / 0.5)
     # Likely on either side is likely: the sampler's answer is worth as much as the learner's.
     assert weighted_difference([unlikely, likely], [likely, likely]) == pytest.approx((likely - unlikely) / 2)
-    assert weighted_difference([-2000.0], [-2000.5]) == pytest.approx(0.5)
+    assert weighted_difference([unlikely] * 9, [unlikely - 2] * 9) == pytest.approx(2)  # none likely: a plain mean
     for bad in (math.nan, -math.inf):
         assert not weighted_difference([likely, likely], [likely, bad]) < 1e9
 

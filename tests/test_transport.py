@@ -219,6 +219,24 @@ def test_fingerprint_of_a_large_tensor_sees_blocks_that_changed_places():
     assert fingerprint([("a", tensor)]) == fingerprint([("a", tensor.clone())])
 
 
+@pytest.mark.parametrize("block", [0, 1, 2, 63, 64, 4095])
+@pytest.mark.parametrize("bit", [0, 15, 47, 63])
+def test_fingerprint_sees_every_bit_of_every_block(block, bit):
+    words = torch.randint(0, 2**62, (4096 * 512 + 3,), generator=torch.Generator().manual_seed(0))
+    before = fingerprint([("a", words.view(torch.bfloat16))])
+    words[block * 512 + 7] ^= -(2**63) if bit == 63 else 2**bit
+    assert fingerprint([("a", words.view(torch.bfloat16))]) != before
+
+
+def test_fingerprint_of_a_few_bytes_sees_each():
+    for size in (1, 7, 8, 9, 4099):
+        tensor = torch.zeros(size, dtype=torch.uint8)
+        for place in {0, size // 2, size - 1}:
+            changed = tensor.clone()
+            changed[place] = 128
+            assert fingerprint([("a", changed)]) != fingerprint([("a", tensor)]), (size, place)
+
+
 def test_fingerprint_does_not_depend_on_where_a_tensor_begins():
     tensor = everything()["bf16.slice"]
     assert tensor.storage_offset() == 1

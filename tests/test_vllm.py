@@ -2,6 +2,7 @@
 once, weights swapped under them, and what happens when the engine fails."""
 
 import gc
+import json
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from importlib.util import find_spec
@@ -61,6 +62,22 @@ def test_vllm_follows_the_learner(folder, closing, lora):
     prompt = Prompt("p", (), token_ids=GROUPS[0].prompt.token_ids)
     (answer,) = sampler.generate([prompt], SamplingParams(n=3, max_tokens=4, seed=1)).result()
     assert {one.policy_version for one in answer.completions} == {1}
+
+
+@pytest.mark.parametrize(
+    ("family", "silent"), [("gemma2", True), ("gemma3_text", False), ("cohere2", False), ("gpt2", True)]
+)
+def test_a_sync_reaches_the_head_however_it_is_tied(tmp_path, closing, family, silent):
+    """By the embedding module itself, or by a layer of its own; in a config.json that may not even say so."""
+    folder = make_tiny(tmp_path, tied=True, family=family)
+    if silent:
+        values = json.loads((folder / "config.json").read_text())
+        del values["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(values))
+    _, sampler, sync = make(folder)
+    closing(sampler)
+    assert sync.challenge()["probe_diff"] < 0.001
+    assert sync()["probe_diff"] < 0.001
 
 
 def test_a_tied_head_that_keeps_its_old_weights_is_caught(folder, closing):
