@@ -226,7 +226,7 @@ class SyncConfig(Section):
     asked, and all of it where those disagree."""
     tolerance: Positive = 0.12
     """Largest allowed mean |sampler - learner| log-prob on the probe, tokens weighted by their probability, in nats;
-    bfloat16 differs by 0.01 to 0.04."""
+    bfloat16 differs by 0.01 to 0.05."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
     """How full weights travel between processes: through shared memory where both sides are on one host, by a
     broadcast (gloo or NCCL) else; auto takes the one that fits. An adapter travels with the call, in megabytes."""

@@ -32,6 +32,19 @@ _ADAPTER_MATHS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "
 _LOGITS_AT_ONCE = 2**26  # numbers; 256 MiB of float32
 
 
+def is_tied(model_config: Mapping[str, Any]) -> bool:
+    """Whether the output head is the input embedding: as this config.json says, or where it does not, as transformers
+    takes such a model."""
+    if "tie_word_embeddings" in model_config:
+        return bool(model_config["tie_word_embeddings"])
+    from transformers import AutoConfig
+
+    try:
+        return bool(getattr(AutoConfig.for_model(model_config["model_type"]), "tie_word_embeddings", False))
+    except (KeyError, ValueError):  # a model with code of its own
+        return False
+
+
 def load_model(folder: str | Path, dtype: str, device: str = "cpu", trust_remote_code: bool = False) -> Any:
     """The folder's causal language model, ready to run. Raises ``UserError`` when transformers cannot load it."""
     from transformers import AutoModelForCausalLM

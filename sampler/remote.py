@@ -45,8 +45,9 @@ from common.protocols import WeightHandle
 from common.tokenizer import check_room, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights, InlineWeights, SharedMemoryWeights, fingerprint, shared_memory_folder
+from sampler.hf import is_tied
 from sampler.server import HEAD, lora_rank
-from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING, is_tied
+from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING
 from sampler.wire import START_S, Wire, in_order, read_key
 
 T = TypeVar("T")

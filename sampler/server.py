@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from common.errors import UserError
 from common.types import SamplerSetup
 from common.weights import FolderWeights
-from sampler.vllm import EMBEDDINGS, is_tied
+from sampler.hf import is_tied
+from sampler.vllm import EMBEDDINGS
 
 HEAD = "lm_head.weight"
 

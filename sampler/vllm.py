@@ -48,6 +48,7 @@ from common.protocols import WeightHandle
 from common.tokenizer import check_room
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import Fingerprint, FolderWeights, SharedMemoryWeights, shared_memory_folder
+from sampler.hf import is_tied
 
 # Ours to set, because the loop depends on them; each with where the wish belongs instead.
 _OURS = {
@@ -456,19 +457,6 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
     elif setup.shares_device:
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
     return arguments
-
-
-def is_tied(model_config: Mapping[str, Any]) -> bool:
-    """Whether the output head is the input embedding: as this config.json says, or where it does not, as transformers
-    takes such a model."""
-    if "tie_word_embeddings" in model_config:
-        return bool(model_config["tie_word_embeddings"])
-    from transformers import AutoConfig
-
-    try:
-        return bool(getattr(AutoConfig.for_model(model_config["model_type"]), "tie_word_embeddings", False))
-    except (KeyError, ValueError):  # a model with code of its own
-        return False
 
 
 def cache_bytes_per_token(model_config: Mapping[str, Any], dtype: str, tensor_parallel: int = 1) -> int:
