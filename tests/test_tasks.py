@@ -164,7 +164,7 @@ def solve(question: str) -> tuple[str, str]:
 
 
 def test_warmup_questions_examples_and_balance():
-    task = Warmup(train_questions=2000)
+    task = Warmup(train_questions=2000, shots=2)
     for split in SPLITS:
         for index, prompt in enumerate(task.prompts(split)):
             kind, answer = solve(asked(prompt))

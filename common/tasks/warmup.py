@@ -1,7 +1,7 @@
 """A few kinds of tiny generated questions that a very small model half knows, for a first run without any download.
 
-First letter of a word, the next number, the larger of two numbers, small sums: each asked in a chat after worked
-examples of its own kind, so that even a 135M model writes the tags and about half of the answers, and nearly every
+First letter of a word, the next number, the larger of two numbers, small sums: each asked in a chat after a worked
+example of its own kind, so that even a 135M model writes the tags and about half of the answers, and nearly every
 group of completions holds right ones and wrong ones. Answers are a few tokens.
 
 Three in ten of all questions are held out, the same ones for every seed and size: no training prompt asks or shows one,
@@ -92,7 +92,7 @@ class Warmup:
         seed: int = 0,
         train_questions: int = 4000,
         test_questions: int = 200,
-        shots: int = 2,
+        shots: int = 1,
         kinds: Sequence[str] = tuple(_KINDS),
     ) -> None:
         for key, value, least in (
@@ -109,7 +109,7 @@ class Warmup:
                 hint = f"did you mean {close[0]!r}? " if close else ""
                 raise UserError(f"task.options.kinds has {kind!r}; {hint}there are {', '.join(_KINDS)}")
         if shots > 20:
-            raise UserError(f"task.options.shots={shots} is more than the 20 that there are examples for; use 2")
+            raise UserError(f"task.options.shots={shots} is more than the 20 that there are examples for; use 1")
         most = len(kinds) * min(len(_pool(kind, "test")) for kind in kinds)
         if test_questions > most:
             raise UserError(
