@@ -82,9 +82,10 @@ def probe(model: Any, score: Callable[[Any, Pack], tuple[torch.Tensor, torch.Ten
     rows: list[Row] = []
     at = 0
     for prompt_length, lengths in ((6, (5, 1, 4)), (3, (4, 6))):
-        prompt, at = tuple(drawn[at : at + prompt_length]), at + prompt_length
+        # Each prompt, and each completion of a prompt, goes on from a beginning that another one has as well.
+        prompt, at = (*drawn[62:], *drawn[at : at + prompt_length]), at + prompt_length
         for length in lengths:
-            rows.append(Row(len(rows), prompt, tuple(drawn[at : at + length])))
+            rows.append(Row(len(rows), prompt, (*drawn[61:62], *drawn[at : at + length])))
             at += length
     answers = []
     with torch.no_grad():

@@ -2,10 +2,10 @@
 
 Two of them, behind ``attend``:
 
-- ``by_varlen``: variable-length flash attention. The pack, as it lies, is a row of spans (a prompt, or a completion's
-  own tokens); each is the queries of one sequence, whose keys are itself or [its prompt, itself]. Flash attention
-  lines up the last query with the last key, so causality and window come out right in one call. Its keys are copies:
-  a prompt's as often as it has completions.
+- ``by_varlen``: variable-length flash attention. The pack, as it lies, is a row of runs (the tokens of a sequence that
+  no earlier one has); each is the queries of one sequence, whose keys are the whole of it. Flash attention lines up
+  the last query with the last key, so causality and window come out right in one call. Its keys are copies: a prompt's
+  as often as it has completions.
 - ``by_flex``: PyTorch's flex_attention (arXiv 2412.05496) under a block mask; copies nothing, any number format.
 
 ``choose`` says which. flash-attn is used where it is installed and needed by nothing. Left out: attention sinks and
@@ -101,33 +101,14 @@ def spans_of(layout: Layout) -> Spans:
 
 
 def _spans(layout: Layout) -> Spans:
-    device, groups = layout.prompt_GP.device, len(layout.prompt_GP)
-    own_C = layout.own_valid_CN.sum(1)
-    prompt_G = layout.prompt_valid_GP.sum(1)
-    # Completions come right after their prompt, so a stable sort by the prompt is the pack's order.
-    order_N = torch.argsort(torch.cat([torch.arange(groups, device=device), layout.group_C]), stable=True)
-    query_N = torch.cat([prompt_G, own_C])[order_N]
-    key_N = torch.cat([prompt_G, prompt_G[layout.group_C] + own_C])[order_N]
-    # The keys of each span, padded; only the real ones are kept.
-    wide = layout.prompt_GP.shape[1] + layout.own_CN.shape[1]
-    blank = layout.own_CN.shape[1]
-    token_NW = torch.cat([
-        F.pad(layout.prompt_GP, (0, blank)),
-        torch.cat([layout.prompt_GP[layout.group_C], layout.own_CN], 1).view(-1, wide),
-    ])[order_N]  # fmt: skip
-    real_NW = torch.cat([
-        F.pad(layout.prompt_valid_GP, (0, blank)),
-        torch.cat([layout.prompt_valid_GP[layout.group_C], layout.own_valid_CN], 1).view(-1, wide),
-    ])[order_N]  # fmt: skip
-    key_S = token_NW[real_NW]
     return Spans(
-        query_ends=F.pad(query_N.cumsum(0), (1, 0)).int(),
-        key_ends=F.pad(key_N.cumsum(0), (1, 0)).int(),
-        most_queries=int(query_N.max()),
-        most_keys=int(key_N.max()),
-        key_S=key_S,
-        order_S=torch.argsort(key_S, stable=True),
-        copies_T=torch.bincount(key_S, minlength=int(query_N.sum())),
+        query_ends=layout.run_ends,
+        key_ends=layout.key_ends,
+        most_queries=int(layout.run_ends.diff().max()),
+        most_keys=int(layout.key_ends.diff().max()),
+        key_S=layout.key_S,
+        order_S=torch.argsort(layout.key_S, stable=True),
+        copies_T=torch.bincount(layout.key_S, minlength=len(layout.position_T)),
     )
 
 
@@ -218,19 +199,13 @@ def _capped(softcap: float | None) -> Callable[..., torch.Tensor] | None:
 def seen(layout: Layout, tokens: int, window: int | None) -> Callable[..., torch.Tensor]:
     """flex_attention's mask function: does query ``q`` see key ``k``? ``tokens`` is T or more; what fills up the pack
     sees itself alone, so that no row is empty."""
-    group_T = torch.full((tokens,), -1, device=layout.prompt_GP.device)
-    own_T, position_T = torch.full_like(group_T, -1), torch.arange(tokens, device=group_T.device)
-    at_G, at_C = layout.prompt_valid_GP, layout.own_valid_CN
-    prompt, own = layout.prompt_GP[at_G], layout.own_CN[at_C]
-    group_T[prompt] = torch.arange(len(at_G), device=group_T.device)[:, None].expand_as(at_G)[at_G]
-    group_T[own] = layout.group_C[:, None].expand_as(at_C)[at_C]
-    own_T[own] = torch.arange(len(at_C), device=group_T.device)[:, None].expand_as(at_C)[at_C]
-    position_T[prompt], position_T[own] = layout.position_GP[at_G], layout.position_CN[at_C]
+    # Who sees a token begins with itself and lies together: see ``Layout.seen_T``.
+    blank = torch.arange(len(layout.position_T), tokens, device=layout.position_T.device)
+    seen_T, position_T = torch.cat([layout.seen_T, blank + 1]), torch.cat([layout.position_T, blank])
 
     def sees(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        behind = position_T[q] - position_T[k]
-        near = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-        return near & (group_T[q] == group_T[k]) & ((own_T[k] == -1) | (own_T[k] == own_T[q]))
+        mine = (k <= q) & (q < seen_T[k])
+        return mine if window is None else mine & (position_T[q] - position_T[k] < window)
 
     return sees
 
@@ -238,7 +213,7 @@ def seen(layout: Layout, tokens: int, window: int | None) -> Callable[..., torch
 def _block_mask(layout: Layout, T: int, window: int | None) -> BlockMask:
     tokens = -(-T // BLOCK) * BLOCK
     return create_block_mask(
-        seen(layout, tokens, window), None, None, tokens, tokens, device=layout.prompt_GP.device, BLOCK_SIZE=BLOCK
+        seen(layout, tokens, window), None, None, tokens, tokens, device=layout.position_T.device, BLOCK_SIZE=BLOCK
     )
 
 

@@ -230,15 +230,14 @@ class TorchLearner:
             del metrics["ratio_mean"], metrics["clip_fraction"]
         if learner.importance == "off":
             del metrics["importance_mean"], metrics["importance_max"]
-        prompt_tokens, completion_tokens = self._ranks.sum(
-            torch.tensor(
-                [sum(pack.prompt_tokens for pack in packs), sum(len(pack.target_K) for pack in packs)],
-                device=self._device,
-            )
+        counts_P3 = [(pack.prompt_tokens, len(pack.row_K), pack.token_ids.numel()) for pack in packs] or [(0, 0, 0)]
+        prompt_tokens, completion_tokens, computed = self._ranks.sum(
+            torch.tensor(counts_P3, device=self._device).sum(0)
         ).tolist()
         return metrics | {
             "tokens_prompt": float(prompt_tokens),
             "tokens_completion": float(completion_tokens),
+            "tokens_computed": float(computed),
             "tokens_learned": batch.num_tokens,
             "packed": float(self.packed),
         }

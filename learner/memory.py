@@ -46,14 +46,11 @@ LONGEST_S = 300  # seconds that a measurement may take; a 7B model takes some te
 
 
 def longest_groups(config: Config, prompt_tokens: int) -> list[Group]:
-    """A step's groups at their longest: every prompt ``prompt_tokens``, every completion ``max_tokens`` tokens.
-
-    Each prompt differs from its neighbours, or packing would take two groups for one.
-    """
+    """A step's groups at their longest: every prompt ``prompt_tokens``, every completion ``max_tokens`` tokens."""
     length, size = config.sampler.max_tokens, config.train.group_size
     return [
         Group(
-            Prompt(f"longest-{number}", (), token_ids=(1 + number % 2,) * max(prompt_tokens, 1)),
+            Prompt(f"longest-{number}", (), token_ids=(1,) * max(prompt_tokens, 1)),
             (_made_up((1,) * length),) * size,
         )
         for number in range(config.train.prompts_per_step)
@@ -71,6 +68,26 @@ def lengthened(groups: Iterable[Group], max_tokens: int) -> list[Group]:
             ),
         )
         for group in groups
+    ]
+
+
+def unlike(groups: Iterable[Group], vocabulary: int) -> list[Group]:
+    """These groups as prompts and completions that begin with a token of their own each: what they have in common would
+    be computed once, and a pack of them be smaller than one of those that have nothing."""
+
+    def own(number: int, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        return (number % vocabulary, *token_ids[1:])
+
+    return [
+        dataclasses.replace(
+            group,
+            prompt=dataclasses.replace(group.prompt, token_ids=own(number, group.prompt.token_ids)),
+            completions=tuple(
+                dataclasses.replace(one, token_ids=own(place, one.token_ids))
+                for place, one in enumerate(group.completions)
+            ),
+        )
+        for number, group in enumerate(groups)
     ]
 
 
@@ -348,7 +365,8 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None
     ledger.rows = sum(len(group.completions) for group in pack)
     with _fused_attention(), ledger, untouched(learner):
         ledger.phase = "learn"
-        learner.update([*pack, *_others(pack)] if more else pack)
+        # A second pass finds the first one's gradients, and what it left free.
+        learner.update(unlike(pack * 2 if more else pack, _vocabulary(model)))
         ledger.phase = "probe"
         if config.sync.proof:
             learner.logprobs(_probe(config, prompt_tokens))
@@ -480,14 +498,6 @@ def forward_bytes(config: Config, folder: Path, tokens: int) -> int:
     return ledger.peaks["sample"].bytes
 
 
-def _others(pack: Sequence[Group]) -> list[Group]:
-    """As large a pack of other prompts: the second pass finds the first one's gradients, and what it left free."""
-    return [
-        dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, token_ids=(3, *group.prompt.token_ids[1:])))
-        for group in pack
-    ]
-
-
 class _Phased:
     """The optimizer, telling the ledger when it works."""
 
@@ -556,4 +566,4 @@ def rehearse(learner: TorchLearner, groups: Sequence[Group]) -> None:
     with untouched(learner):
         if more:  # a later pack finds the gradients of those before it
             learner._optimizer.blank_gradients()
-        learner.update(pack * learner._ranks.size)
+        learner.update(unlike(pack * learner._ranks.size, _vocabulary(learner._model)))

@@ -1,19 +1,25 @@
-"""Groups into forward passes: packed, where each prompt stands once for all its completions, or padded.
+"""Groups into forward passes: packed, where each token stands once however many sequences begin with it, or padded.
 
-A pack lays groups end to end in one sequence, ``[prompt, completion 1, ..., completion G, next prompt, ...]``, with
-positions restarting after each prompt, so the linear layers see no padding and no prompt twice. The last token of a
-completion predicts nothing and is left out. Which token may see which is ``learner/attention.py``'s work, from the
-index tensors made here. The idea of computing a shared prefix once is Hydragen's (arXiv 2402.05099); the padded
-batch is the slow truth it is tested against, and the path for models that cannot be packed.
+A pack lays its groups in one sequence in the order of their tokens: the first completion with its prompt in front,
+then of every next one only what it does not begin with in common with the one before it. So a prompt stands once for
+all its completions, and a system prompt or worked examples once for all prompts that begin with them; so do the first
+words that completions share. Positions go on from where a row branches off; the linear layers see no padding and
+nothing twice. The last token of a completion predicts nothing and is left out. Which token may see which (those before
+it in its own sequences) is ``learner/attention.py``'s work, from the index tensors made here. The idea of computing a
+shared prefix once is Hydragen's (arXiv 2402.05099); the padded batch is the slow truth it is tested against, and the
+path for models that cannot be packed.
 
-Shapes: T tokens of a pack, G prompts in it, P longest prompt, C completions with inputs, N longest of those,
-K predicted tokens.
+Shapes: T tokens of a pack, N runs of new tokens in it, S keys of all runs; U positions that predict, P different
+(position, token) pairs predicted, K tokens of the batch that are predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+import functools
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,6 +28,8 @@ TILE_ROWS = 128
 """Tokens of a stretch that attend together: fewer would waste less on keys they do not see yet, but cost more calls."""
 TILE = 1 << 18
 """Scores of a tile for each head: few enough that a CPU's cache holds them."""
+FEWEST = 32
+"""Queries that a stretch counts for at least: the keys of many short ones are more than their scores."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +41,36 @@ class Row:
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
 
+    @functools.cached_property
+    def inputs(self) -> tuple[int, ...]:
+        return self.prompt + self.completion[:-1]
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many tokens the two begin with in common."""
+    return bisect_left(range(min(len(one), len(other))), True, key=lambda n: one[: n + 1] != other[: n + 1])
+
 
 @dataclass(frozen=True)
 class Stretch:
-    """Rows that share a prompt."""
+    """Rows that share a prompt, in the order of their tokens."""
 
     prompt: tuple[int, ...]
     rows: tuple[Row, ...]
 
-    @property
+    @functools.cached_property
     def tokens(self) -> int:
-        return len(self.prompt) + sum(len(row.completion) - 1 for row in self.rows)
+        """As many as are computed for it alone."""
+        every = sum(len(row.inputs) for row in self.rows)
+        return every - sum(_common(one.inputs, other.inputs) for one, other in pairwise(self.rows))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pack:
-    """One forward pass. ``token_ids`` is [1, T] when packed and [rows, longest] when padded."""
+    """One forward pass. ``token_ids`` is [1, T] when packed and [rows, longest] when padded.
+
+    What is predicted stands in the order of the positions that predict it, and then of the tokens.
+    """
 
     token_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -56,14 +78,22 @@ class Pack:
     """Padded only: 1 on real tokens."""
     layout: Layout | None
     """Packed only: which token may see which."""
-    predict_K: torch.Tensor
-    """Position, in the flattened ``token_ids``, whose output predicts each completion token."""
-    target_K: torch.Tensor
-    """That token."""
+    predict_U: torch.Tensor
+    """Positions, in the flattened ``token_ids``, whose outputs predict completion tokens."""
+    at_P: torch.Tensor
+    """Which of those each pair has."""
+    target_P: torch.Tensor
+    """The token it predicts."""
+    pair_K: torch.Tensor
+    """The pair of each token of the batch."""
     row_K: torch.Tensor
     """Its row in the batch."""
     column_K: torch.Tensor
     """Its place in the completion."""
+    pairs_U: tuple[int, ...]
+    """Where each position's pairs begin, and P."""
+    tokens_P: tuple[int, ...]
+    """Where each pair's tokens begin, and K."""
     prompt_tokens: int
     """Prompt tokens in it, counted as often as they are computed."""
 
@@ -82,7 +112,7 @@ class Pack:
 @dataclass(frozen=True, eq=False)
 class Tile:
     """B stretches of at most Q neighbouring tokens that attend together, and the S keys that each may see: those of
-    its prompt and its own up to the last query. Padding points at token 0 and is masked."""
+    its sequence up to the last query. Padding points at token 0 and is masked."""
 
     query_BQ: torch.Tensor
     query_valid_BQ: torch.Tensor
@@ -102,21 +132,22 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Index tensors of a packed sequence. Padding points at token 0 and is masked."""
+    """Index tensors of a packed sequence, a row of runs: each the tokens of a sequence that no earlier one has."""
 
     tiles: tuple[Tile, ...]
     """Every token is a query of exactly one of them."""
     tiled_T: torch.Tensor
     """Where each token lies in the tiles' queries, laid end to end."""
 
-    prompt_GP: torch.Tensor
-    prompt_valid_GP: torch.Tensor
-    own_CN: torch.Tensor
-    own_valid_CN: torch.Tensor
-    group_C: torch.Tensor
-    """The prompt of each completion."""
-    position_GP: torch.Tensor
-    position_CN: torch.Tensor
+    run_ends: torch.Tensor
+    """Where each run begins, and T: int32 [N + 1]."""
+    key_ends: torch.Tensor
+    """Where each run's keys begin, and S: int32 [N + 1]."""
+    key_S: torch.Tensor
+    """The tokens of each run's whole sequence, in their order; the run itself comes last."""
+    seen_T: torch.Tensor
+    """Where the tokens end that may see this one: they begin with itself and lie together."""
+    position_T: torch.Tensor
 
 
 def _bias(
@@ -136,7 +167,7 @@ def _to(value: Any, device: str) -> Any:
         part = getattr(value, each.name)
         if isinstance(part, Layout):
             moved[each.name] = _to(part, device)
-        elif isinstance(part, tuple):
+        elif isinstance(part, tuple) and part and is_dataclass(part[0]):
             moved[each.name] = tuple(_to(one, device) for one in part)
         elif isinstance(part, torch.Tensor):
             moved[each.name] = part.to(device)
@@ -144,16 +175,16 @@ def _to(value: Any, device: str) -> Any:
 
 
 def stretches(rows: Iterable[Row]) -> list[Stretch]:
-    """Neighbouring rows with the same prompt, together; rows without tokens are left out."""
-    found: list[Stretch] = []
+    """Rows with the same prompt, together; rows without tokens are left out."""
+    found: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
-        if not row.completion:
-            continue
-        if found and found[-1].prompt == row.prompt:
-            found[-1] = Stretch(row.prompt, (*found[-1].rows, row))
-        else:
-            found.append(Stretch(row.prompt, (row,)))
-    return found
+        if row.completion:
+            found.setdefault(row.prompt, []).append(row)
+    return [Stretch(prompt, tuple(sorted(own, key=_completion))) for prompt, own in found.items()]
+
+
+def _completion(row: Row) -> tuple[int, ...]:
+    return row.completion
 
 
 def plan(rows: Sequence[Row], budget_tokens: int, packed: bool) -> list[Pack]:
@@ -164,12 +195,31 @@ def plan(rows: Sequence[Row], budget_tokens: int, packed: bool) -> list[Pack]:
     if not packed:
         return [_padded(chunk) for chunk in _padded_chunks([r for r in rows if r.completion], budget_tokens)]
     parts = [part for whole in stretches(rows) for part in _split(whole, budget_tokens)]
-    count = -(-sum(part.tokens for part in parts) // budget_tokens)
+    count = -(-tokens(parts) // budget_tokens)
     while True:
         bins = _even_bins(parts, count)
-        if count >= len(parts) or all(sum(p.tokens for p in one) <= budget_tokens for one in bins):
+        if count >= len(parts) or all(tokens(one) <= budget_tokens for one in bins):
             return [_packed(one) for one in bins if one]
         count += 1
+
+
+def tokens(parts: Sequence[Stretch], packed: bool = True) -> int:
+    """As many as are computed for these in one pass, or a few less where a completion goes on like another prompt."""
+    ordered = sorted(parts, key=_prompt)
+    return sum(_alone(part, packed) for part in ordered) - sum(_saved(ordered, packed))
+
+
+def _alone(part: Stretch, packed: bool) -> int:
+    return part.tokens if packed else sum(len(row.inputs) for row in part.rows)
+
+
+def _saved(ordered: Sequence[Stretch], packed: bool) -> list[int]:
+    """How many tokens of each one's prompt the one before it has as well."""
+    return [_common(a.prompt, b.prompt) if packed else 0 for a, b in pairwise(ordered)]
+
+
+def _prompt(part: Stretch) -> tuple[int, ...]:
+    return part.prompt
 
 
 def share(rows: Sequence[Row], ranks: int, packed: bool) -> list[list[Row]]:
@@ -177,79 +227,108 @@ def share(rows: Sequence[Row], ranks: int, packed: bool) -> list[list[Row]]:
 
     With fewer groups than ranks the costliest are cut in two; with fewer rows some ranks get none.
     """
-
-    def cost(part: Stretch) -> int:
-        return part.tokens if packed else part.tokens + len(part.prompt) * (len(part.rows) - 1)
-
     parts = stretches(rows)
     while len(parts) < ranks and any(len(part.rows) > 1 for part in parts):
-        widest = max((part for part in parts if len(part.rows) > 1), key=cost)
+        widest = max((part for part in parts if len(part.rows) > 1), key=lambda part: _alone(part, packed))
         by_length = sorted(widest.rows, key=lambda row: len(row.completion))
         parts.remove(widest)
-        parts += [Stretch(widest.prompt, tuple(by_length[::2])), Stretch(widest.prompt, tuple(by_length[1::2]))]
-    bins = _even_bins(parts, ranks, cost)
+        parts += stretches(by_length[::2]) + stretches(by_length[1::2])
+    bins = _even_bins(parts, ranks, packed)
     return [sorted((row for part in one for row in part.rows), key=lambda row: row.index) for one in bins]
 
 
 def _split(stretch: Stretch, budget: int) -> list[Stretch]:
-    parts: list[list[Row]] = [[]]
-    used = len(stretch.prompt)
+    parts: list[list[Row]] = []
+    used = 0
     for row in stretch.rows:
-        if parts[-1] and used + len(row.completion) - 1 > budget:
+        own = len(row.inputs) - (_common(row.inputs, parts[-1][-1].inputs) if parts else 0)
+        if not parts or used + own > budget:
             parts.append([])
-            used = len(stretch.prompt)
+            used, own = 0, len(row.inputs)
         parts[-1].append(row)
-        used += len(row.completion) - 1
-    return [Stretch(stretch.prompt, tuple(rows)) for rows in parts if rows]
+        used += own
+    return [Stretch(stretch.prompt, tuple(rows)) for rows in parts]
 
 
-def _tokens(part: Stretch) -> int:
-    return part.tokens
+def _even_bins(parts: Sequence[Stretch], count: int, packed: bool = True) -> list[list[Stretch]]:
+    """So many bins, the fullest as small as the better of two ways makes it: neighbours in the order of their tokens,
+    which have most in common, or the costliest first into the emptiest bin."""
+    count = max(count, 1)
+    return min(
+        (_neighbours(parts, count, packed), _emptiest(parts, count, packed)),
+        key=lambda bins: max(tokens(one, packed) for one in bins),
+    )
 
 
-def _even_bins(parts: Sequence[Stretch], count: int, cost: Callable[[Stretch], int] = _tokens) -> list[list[Stretch]]:
-    """Costliest first into the emptiest bin."""
-    bins: list[list[Stretch]] = [[] for _ in range(max(count, 1))]
-    sizes = [0] * len(bins)
-    for part in sorted(parts, key=cost, reverse=True):
+def _emptiest(parts: Sequence[Stretch], count: int, packed: bool) -> list[list[Stretch]]:
+    bins: list[list[Stretch]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for part in sorted(parts, key=lambda part: _alone(part, packed), reverse=True):
         emptiest = sizes.index(min(sizes))
         bins[emptiest].append(part)
-        sizes[emptiest] += cost(part)
+        sizes[emptiest] += _alone(part, packed)
     return bins
+
+
+def _neighbours(parts: Sequence[Stretch], count: int, packed: bool) -> list[list[Stretch]]:
+    ordered = sorted(parts, key=_prompt)
+    costs = [(_alone(part, packed), saved) for part, saved in zip(ordered, [0, *_saved(ordered, packed)], strict=False)]
+
+    def filled(most: int) -> list[list[Stretch]]:
+        bins: list[list[Stretch]] = []
+        used = 0
+        for part, (alone, saved) in zip(ordered, costs, strict=True):
+            used += alone - saved
+            if not bins or used > most:
+                bins.append([])
+                used = alone
+            bins[-1].append(part)
+        return bins
+
+    # The least that a bin may hold for all of them to fit into so many.
+    most = bisect_left(range(tokens(ordered, packed)), True, key=lambda most: len(filled(most)) <= count)
+    bins = filled(most)
+    return bins + [[] for _ in range(count - len(bins))]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The tokens of a sequence that no earlier one of the pack has; its keys are a slice of all runs' keys."""
+
+    start: int
+    length: int
+    key_start: int
+    keys: int
 
 
 def _packed(parts: Sequence[Stretch]) -> Pack:
     token_ids: list[int] = []
     positions: list[int] = []
-    prompts: list[tuple[int, int]] = []  # (start, length) in the pack
-    owns: list[tuple[int, int, int]] = []  # (start, length, prompt)
-    predict: list[int] = []
-    target: list[int] = []
-    row_of: list[int] = []
-    column: list[int] = []
-    for part in parts:
-        length = len(part.prompt)
-        start = len(token_ids)
-        prompts.append((start, length))
-        token_ids += part.prompt
-        positions += range(length)
-        last = start + length - 1
-        for row in part.rows:
-            inputs = row.completion[:-1]
-            own = len(token_ids)
-            token_ids += inputs
-            positions += range(length, length + len(inputs))
-            if inputs:
-                owns.append((own, len(inputs), len(prompts) - 1))
-            predict += [last, *range(own, own + len(inputs))]
-            target += row.completion
-            row_of += [row.index] * len(row.completion)
-            column += range(len(row.completion))
-    spans = [(start, length) for start, length, _ in owns]
-    prompt_GP, prompt_valid_GP = _spans(prompts)
-    own_CN, own_valid_CN = _spans(spans)
-    position_T = torch.tensor(positions)
-    tiles, tiled_T = _tiled(prompts, owns, position_T)
+    runs: list[_Run] = []
+    keys: list[torch.Tensor] = []
+    left: list[tuple[torch.Tensor, int]] = []  # tokens that no later one sees, and the pack's length then
+    predicted: list[tuple[torch.Tensor, Row]] = []
+    prompt_tokens = 0
+    path = torch.empty(0, dtype=torch.long)  # where the row's inputs lie in the pack
+    before: tuple[int, ...] = ()
+    for row in sorted((row for part in parts for row in part.rows), key=lambda row: row.inputs):
+        inputs, shared, start = row.inputs, _common(row.inputs, before), len(token_ids)
+        left.append((path[shared:], start))
+        path = torch.cat([path[:shared], torch.arange(start, start + len(inputs) - shared)])
+        if shared < len(inputs):
+            runs.append(_Run(start, len(inputs) - shared, runs[-1].key_start + runs[-1].keys if runs else 0, len(path)))
+            keys.append(path)
+            token_ids += inputs[shared:]
+            positions += range(shared, len(inputs))
+            prompt_tokens += max(0, len(row.prompt) - shared)
+        predicted.append((path[len(row.prompt) - 1 :], row))
+        before = inputs
+    left.append((path, len(token_ids)))
+    position_T, key_S = torch.tensor(positions), torch.cat(keys)
+    seen_T = torch.empty_like(position_T)
+    for at, end in left:
+        seen_T[at] = end
+    tiles, tiled_T = _tiled(runs, key_S, position_T)
     return Pack(
         token_ids=torch.tensor([token_ids]),
         position_ids=position_T[None],
@@ -257,56 +336,70 @@ def _packed(parts: Sequence[Stretch]) -> Pack:
         layout=Layout(
             tiles=tiles,
             tiled_T=tiled_T,
-            prompt_GP=prompt_GP,
-            prompt_valid_GP=prompt_valid_GP,
-            own_CN=own_CN,
-            own_valid_CN=own_valid_CN,
-            group_C=torch.tensor([prompt for _, _, prompt in owns], dtype=torch.long),
-            position_GP=position_T[prompt_GP],
-            position_CN=position_T[own_CN],
+            run_ends=_ends(run.length for run in runs),
+            key_ends=_ends(run.keys for run in runs),
+            key_S=key_S,
+            seen_T=seen_T,
+            position_T=position_T,
         ),
-        predict_K=torch.tensor(predict),
-        target_K=torch.tensor(target),
-        row_K=torch.tensor(row_of),
-        column_K=torch.tensor(column),
-        prompt_tokens=sum(length for _, length in prompts),
+        prompt_tokens=prompt_tokens,
+        **_targets(predicted),
     )
 
 
+def _ends(lengths: Iterable[int]) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def _targets(predicted: Sequence[tuple[torch.Tensor, Row]]) -> dict[str, Any]:
+    """A pack's predictions, of each row and the positions that predict its completion."""
+    position_K = torch.cat([at for at, _ in predicted])
+    target_K = torch.tensor([token for _, row in predicted for token in row.completion])
+    row_K = torch.repeat_interleave(
+        torch.tensor([row.index for _, row in predicted]), torch.tensor([len(row.completion) for _, row in predicted])
+    )
+    column_K = torch.cat([torch.arange(len(row.completion)) for _, row in predicted])
+    many = int(target_K.max()) + 1
+    both_K, order_K = torch.sort(position_K * many + target_K, stable=True)
+    both_P, pair_K, tokens_P = torch.unique_consecutive(both_K, return_inverse=True, return_counts=True)
+    predict_U, at_P, pairs_U = torch.unique_consecutive(both_P // many, return_inverse=True, return_counts=True)
+    return {
+        "predict_U": predict_U,
+        "at_P": at_P,
+        "target_P": both_P % many,
+        "pair_K": pair_K,
+        "row_K": row_K[order_K],
+        "column_K": column_K[order_K],
+        "pairs_U": (0, *accumulate(pairs_U.tolist())),
+        "tokens_P": (0, *accumulate(tokens_P.tolist())),
+    }
+
+
 def _tiled(
-    prompts: Sequence[tuple[int, int]], owns: Sequence[tuple[int, int, int]], position_T: torch.Tensor
+    runs: Sequence[_Run], key_S: torch.Tensor, position_T: torch.Tensor
 ) -> tuple[tuple[Tile, ...], torch.Tensor]:
     """Stretches of at most ``TILE_ROWS`` tokens, those of about one size together, and where each token went."""
-    cut: list[tuple[int, int, tuple[int, int], int]] = []  # first query, queries, the prompt's keys, own keys' start
-    for start, length in prompts:
-        cut += [
-            (start + done, min(TILE_ROWS, length - done), (start, 0), start) for done in range(0, length, TILE_ROWS)
-        ]
-    for start, length, prompt in owns:
-        cut += [
-            (start + done, min(TILE_ROWS, length - done), prompts[prompt], start)
-            for done in range(0, length, TILE_ROWS)
-        ]
-
-    def keys(one: tuple[int, int, tuple[int, int], int]) -> int:
-        first, queries, (_, seen), own = one
-        return seen + first + queries - own
-
+    cut: list[_Run] = []
+    for run in runs:
+        before = run.keys - run.length
+        for done in range(0, run.length, TILE_ROWS):
+            own = min(TILE_ROWS, run.length - done)
+            cut.append(_Run(run.start + done, own, run.key_start, before + done + own))
     tiles: list[Tile] = []
-    held: list[tuple[int, int, tuple[int, int], int]] = []
+    held: list[_Run] = []
     most_queries = most_keys = 0
-    order = sorted(cut, key=lambda one: (keys(one), one[1]), reverse=True)
+    order = sorted(cut, key=lambda one: (one.keys, one.length), reverse=True)
     for one in [*order, None]:
         if held and (
             one is None
-            or (len(held) + 1) * max(most_queries, one[1]) * most_keys > TILE
-            or 2 * keys(one) * one[1] < most_keys * most_queries
+            or (len(held) + 1) * max(most_queries, one.length, FEWEST) * most_keys > TILE
+            or 2 * one.keys * one.length < most_keys * most_queries
         ):
-            tiles.append(_tile(held, position_T))
+            tiles.append(_tile(held, key_S, position_T))
             held, most_queries, most_keys = [], 0, 0
         if one is not None:
             held.append(one)
-            most_queries, most_keys = max(most_queries, one[1]), max(most_keys, keys(one))
+            most_queries, most_keys = max(most_queries, one.length), max(most_keys, one.keys)
     tiled_T = torch.empty(len(position_T), dtype=torch.long)
     before = 0
     for tile in tiles:
@@ -315,16 +408,15 @@ def _tiled(
     return tuple(tiles), tiled_T
 
 
-def _tile(cut: Sequence[tuple[int, int, tuple[int, int], int]], position_T: torch.Tensor) -> Tile:
-    query_BQ, query_valid_BQ = _spans([(first, queries) for first, queries, _, _ in cut])
-    prompt_BP, prompt_valid_BP = _spans([prompt for _, _, prompt, _ in cut])
-    own_BO, own_valid_BO = _spans([(own, first + queries - own) for first, queries, _, own in cut])
-    key_BS = torch.cat([prompt_BP, own_BO], dim=1)
+def _tile(cut: Sequence[_Run], key_S: torch.Tensor, position_T: torch.Tensor) -> Tile:
+    query_BQ, query_valid_BQ = _spans([(one.start, one.length) for one in cut])
+    place_BS, key_valid_BS = _spans([(one.key_start, one.keys) for one in cut])
+    key_BS = torch.where(key_valid_BS, key_S[place_BS], 0)
     return Tile(
         query_BQ=query_BQ,
         query_valid_BQ=query_valid_BQ,
         key_BS=key_BS,
-        key_valid_BS=torch.cat([prompt_valid_BP, own_valid_BO], dim=1),
+        key_valid_BS=key_valid_BS,
         query_at_BQ=position_T[query_BQ],
         key_at_BS=position_T[key_BS],
     )
@@ -332,8 +424,6 @@ def _tile(cut: Sequence[tuple[int, int, tuple[int, int], int]], position_T: torc
 
 def _spans(spans: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices [spans, longest] of each span's tokens, and which of them are real."""
-    if not spans:
-        return torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.bool)
     start_S = torch.tensor([start for start, _ in spans])
     length_S = torch.tensor([length for _, length in spans])
     step_L = torch.arange(int(length_S.max()))
@@ -344,39 +434,29 @@ def _spans(spans: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor
 def _padded_chunks(rows: Sequence[Row], budget: int) -> list[list[Row]]:
     chunks: list[list[Row]] = []
     longest = 0
-    for row in sorted(rows, key=lambda row: -(len(row.prompt) + len(row.completion))):
+    for row in sorted(rows, key=lambda row: -len(row.inputs)):
         if not chunks or (len(chunks[-1]) + 1) * longest > budget:
             chunks.append([])
-            longest = len(row.prompt) + len(row.completion) - 1
+            longest = len(row.inputs)
         chunks[-1].append(row)
     return chunks
 
 
 def _padded(rows: Sequence[Row]) -> Pack:
-    longest = max(len(row.prompt) + len(row.completion) - 1 for row in rows)
+    longest = max(len(row.inputs) for row in rows)
     token_ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    predict: list[int] = []
-    target: list[int] = []
-    row_of: list[int] = []
-    column: list[int] = []
+    predicted: list[tuple[torch.Tensor, Row]] = []
     for place, row in enumerate(rows):
-        inputs = (*row.prompt, *row.completion[:-1])
-        token_ids[place, : len(inputs)] = torch.tensor(inputs)
-        mask[place, : len(inputs)] = 1
+        token_ids[place, : len(row.inputs)] = torch.tensor(row.inputs)
+        mask[place, : len(row.inputs)] = 1
         first = place * longest + len(row.prompt) - 1
-        predict += range(first, first + len(row.completion))
-        target += row.completion
-        row_of += [row.index] * len(row.completion)
-        column += range(len(row.completion))
+        predicted.append((torch.arange(first, first + len(row.completion)), row))
     return Pack(
         token_ids=token_ids,
         position_ids=torch.arange(longest).expand(len(rows), -1),
         attention_mask=mask,
         layout=None,
-        predict_K=torch.tensor(predict),
-        target_K=torch.tensor(target),
-        row_K=torch.tensor(row_of),
-        column_K=torch.tensor(column),
         prompt_tokens=sum(len(row.prompt) for row in rows),
+        **_targets(predicted),
     )

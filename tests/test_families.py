@@ -72,7 +72,7 @@ def test_the_padded_path_computes_what_the_model_computes(family):
     with torch.no_grad():
         model.config._attn_implementation = families.plain_attention(model)
         logits = model(pack.token_ids, attention_mask=pack.attention_mask, use_cache=False).logits
-        found_K = logits.flatten(0, 1).float().log_softmax(-1)[pack.predict_K, pack.target_K]
+        found_K = logits.flatten(0, 1).float().log_softmax(-1)[pack.predict_U[pack.at_P], pack.target_P][pack.pair_K]
         model.config._attn_implementation = "eager"
         for row in rows:
             ids = torch.tensor([row.prompt + row.completion])

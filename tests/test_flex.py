@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from learner import flex
 from learner.attention import packed_attention
 from learner.packing import plan
-from tests.test_packing import make_rows
+from tests.test_packing import beginnings, make_rows
+from tests.tiny import VOCAB_SIZE
 
 HEADS, KEY_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
 SIZES = [
@@ -21,16 +22,9 @@ SIZES = [
 ]
 
 
-def layout_of(sizes):
-    (pack,) = plan(make_rows(sizes), 10**6, packed=True)
+def layout_of(sizes, alphabet=VOCAB_SIZE):
+    (pack,) = plan(make_rows(sizes, alphabet=alphabet), 10**6, packed=True)
     return pack.layout, pack.token_ids.numel()
-
-
-def as_packed(sizes):
-    """The groups in the order in which the pack holds them: the largest first."""
-    (pack,) = plan(make_rows(sizes), 10**6, packed=True)
-    group_of = [group for group, (_, lengths) in enumerate(sizes) for _ in lengths]
-    return [sizes[group] for group in dict.fromkeys(group_of[row] for row in pack.row_K.tolist())]
 
 
 def states(tokens, seed=0):
@@ -48,20 +42,14 @@ def dense(query, key, value, seen_QK, scaling, softcap):
     return scores.masked_fill(~seen_QK, -torch.inf).softmax(-1) @ value
 
 
-def seen_from_the_words(sizes, window):
-    """A token sees the tokens of its own prompt and completion up to itself, by nested loops over the groups."""
-    place, whose = [], []
-    for group, (prompt_length, lengths) in enumerate(as_packed(sizes)):
-        place += range(prompt_length)
-        whose += [(group, None)] * prompt_length
-        for completion, length in enumerate(lengths):
-            place += range(prompt_length, prompt_length + length - 1)
-            whose += [(group, completion)] * (length - 1)
-    seen = torch.zeros(len(place), len(place), dtype=torch.bool)
-    for q, (group, completion) in enumerate(whose):
-        for k, (other_group, other) in enumerate(whose):
-            mine = other_group == group and other in (None, completion)
-            seen[q, k] = mine and 0 <= place[q] - place[k] < (window or 10**9)
+def seen_from_the_words(sizes, window, alphabet=VOCAB_SIZE):
+    """A token sees the tokens that its sequence has up to itself, by nested loops: each token of the pack is known by
+    all that comes before it."""
+    once = beginnings([row for row in make_rows(sizes, alphabet=alphabet) if row.completion])
+    seen = torch.zeros(len(once), len(once), dtype=torch.bool)
+    for q, mine in enumerate(once):
+        for k, other in enumerate(once):
+            seen[q, k] = mine[: len(other)] == other and len(mine) - len(other) < (window or 10**9)
     return seen
 
 
@@ -85,14 +73,15 @@ WAYS = [(None, None), (7, None), (1, None), (None, 2.0), (16, 0.5)]
 
 
 @pytest.mark.parametrize(("window", "softcap"), WAYS)
+@pytest.mark.parametrize("alphabet", [2, VOCAB_SIZE])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_both_ways_equal_the_cpus(sizes, window, softcap):
-    layout, tokens = layout_of(sizes)
+def test_both_ways_equal_the_cpus(sizes, alphabet, window, softcap):
+    layout, tokens = layout_of(sizes, alphabet)
     query, key, value = states(tokens)
     out, _ = packed_attention(
         None, query, key, value, None, scaling=SCALE, sliding_window=window, softcap=softcap, layout=layout
     )
-    truth = dense(query, key, value, seen_from_the_words(sizes, window), SCALE, softcap)
+    truth = dense(query, key, value, seen_from_the_words(sizes, window, alphabet), SCALE, softcap)
     assert torch.allclose(out.transpose(1, 2), truth, atol=1e-5)
     with torch.no_grad():  # PyTorch's reference of flex_attention has no backward pass on a CPU
         assert torch.allclose(flex.by_flex(query, key, value, layout, SCALE, window, softcap), truth, atol=1e-5)
@@ -111,10 +100,11 @@ def test_both_ways_equal_the_cpus(sizes, window, softcap):
         st.tuples(st.integers(2, 20), st.lists(st.integers(1, 9), min_size=1, max_size=4)), min_size=1, max_size=4
     ),
     st.one_of(st.none(), st.integers(1, 12)),
+    st.sampled_from([1, 2, VOCAB_SIZE]),
 )
-def test_the_masks_and_the_spans_see_what_the_words_say(sizes, window):
-    layout, tokens = layout_of(sizes)
-    truth = seen_from_the_words(sizes, window)
+def test_the_masks_and_the_spans_see_what_the_words_say(sizes, window, alphabet):
+    layout, tokens = layout_of(sizes, alphabet)
+    truth = seen_from_the_words(sizes, window, alphabet)
     at = torch.arange(tokens)
     assert torch.equal(flex.seen(layout, tokens, window)(0, 0, at[:, None], at[None]), truth)
     spans = flex.spans_of(layout)

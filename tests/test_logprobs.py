@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from learner import logprobs
+from learner import logprobs, packing
 from learner.logprobs import Drawn
+from learner.packing import Row
 
 V, D, K = 384, 64, 40
 
@@ -20,6 +21,16 @@ class OneLayer:
 
     def get_output_embeddings(self):
         return self.head
+
+
+def made_up_pack(position, target):
+    """Tokens of one row, each predicted at its position; and where each stands in the pack's order."""
+    pack = SimpleNamespace(**packing._targets([(position, Row(0, (0,), tuple(target.tolist())))]))
+    return pack, pack.column_K
+
+
+# Each position once; a few positions over and over, some with the same token again.
+POSITIONS = {"once": torch.arange(K), "again": torch.arange(K) % 7}
 
 
 def truth(head, hidden, target, drawn, cap=None, scale=1.0):
@@ -46,20 +57,26 @@ def truth(head, hidden, target, drawn, cap=None, scale=1.0):
     ],
 )
 @pytest.mark.parametrize("entropy", [0.0, 0.3])
-def test_gradients_are_autograds(drawn, config, entropy):
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_gradients_are_autograds(drawn, config, entropy, positions):
     torch.manual_seed(0)
-    head, target = nn.Linear(D, V), torch.randint(V, (K,))
+    head, target, position = nn.Linear(D, V), torch.randperm(V)[:K], POSITIONS[positions]
+    if positions == "again":
+        target = target[torch.arange(K) % 14]
     hidden, weight = torch.randn(K, D, requires_grad=True), torch.randn(K)
     scale = config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
-    expected = truth(head, hidden, target, drawn, config.get("final_logit_softcapping"), scale)
+    expected = truth(head, hidden[position], target, drawn, config.get("final_logit_softcapping"), scale)
     leaves = [hidden, *head.parameters()]
     loss = (weight * expected[0]).sum() + entropy * (weight * expected[1]).sum()
     wanted = torch.autograd.grad(loss, leaves)
     inner = logprobs._Head(OneLayer(head, **config), drawn)
+    pack, order = made_up_pack(position, target)
+    chunks, rows, weight = inner.chunks(pack), hidden[inner.positions(pack)], weight[order]
+    assert len(rows) == (K if positions == "once" else 14 if drawn.cuts else 7)
 
-    found = logprobs._Score.apply(inner, target, hidden, *inner.parameters)
+    found = logprobs._Score.apply(inner, chunks, rows, *inner.parameters)
     for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+        assert torch.allclose(one, other[order], atol=1e-5)
     scored = (weight * found[0]).sum() + entropy * (weight * found[1]).sum()
 
     def loss_of(logprob, spread, part):
@@ -67,11 +84,11 @@ def test_gradients_are_autograds(drawn, config, entropy):
         return (weight[part] * (logprob + entropy * spread)).sum(), {"tokens": torch.tensor(float(len(logprob)))}
 
     stats = []
-    learned = logprobs._Learn.apply(inner, target, loss_of, stats, hidden, *inner.parameters)
+    learned = logprobs._Learn.apply(inner, chunks, loss_of, stats, rows, *inner.parameters)
     assert sum(float(one["tokens"]) for one in stats) == K
     for result in (scored, learned):
         assert torch.allclose(result, loss, atol=1e-4)
-        for one, other in zip(torch.autograd.grad(result, leaves), wanted, strict=True):
+        for one, other in zip(torch.autograd.grad(result, leaves, retain_graph=True), wanted, strict=True):
             assert torch.allclose(one, other, atol=1e-5), (one - other).abs().max()
 
 
@@ -93,8 +110,8 @@ def test_confident_tokens_keep_their_gradient_in_bfloat16(probability):
         leaf = hidden.detach().clone().requires_grad_()
         return torch.autograd.grad((weight * of(leaf)).sum(), leaf)[0].float()
 
-    inner = logprobs._Head(OneLayer(head), Drawn())
-    ours = gradient(lambda leaf: logprobs._Score.apply(inner, target, leaf, *inner.parameters)[0])
+    inner, (pack, _) = logprobs._Head(OneLayer(head), Drawn()), made_up_pack(torch.arange(K), target)
+    ours = gradient(lambda leaf: logprobs._Score.apply(inner, inner.chunks(pack), leaf, *inner.parameters)[0])
     plain = gradient(lambda leaf: truth(head, leaf, target, Drawn())[0])
     exact_head = nn.Linear(D, V, bias=False)
     exact_head.weight.data = head.weight.detach().float()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from learner import attention
 from learner.families import FAMILIES
 from learner.logprobs import Drawn, score
-from learner.packing import Row, plan, stretches
+from learner.packing import Row, plan, stretches, tokens
 from tests import tiny as tinies
 from tests.tiny import VOCAB_SIZE, make_model
 
@@ -23,15 +23,20 @@ def tiny():
     return functools.cache(lambda family="llama", **settings: make_model(family, **settings))
 
 
-def make_rows(sizes, seed=0):
-    """``sizes``: for each group (prompt length, completion lengths)."""
+def make_rows(sizes, seed=0, alphabet=VOCAB_SIZE):
+    """``sizes``: for each group (prompt length, completion lengths). Of a small alphabet many begin alike."""
     draw = random.Random(seed)
     rows = []
     for prompt_length, lengths in sizes:
-        prompt = tuple(draw.randrange(VOCAB_SIZE) for _ in range(prompt_length))
+        prompt = tuple(draw.randrange(alphabet) for _ in range(prompt_length))
         for length in lengths:
-            rows.append(Row(len(rows), prompt, tuple(draw.randrange(VOCAB_SIZE) for _ in range(length))))
+            rows.append(Row(len(rows), prompt, tuple(draw.randrange(alphabet) for _ in range(length))))
     return rows
+
+
+def beginnings(rows):
+    """What any of the rows' inputs begins with, each once, the shortest and least first."""
+    return sorted({row.inputs[: t + 1] for row in rows for t in range(len(row.inputs))})
 
 
 def run(model, rows, packed, budget=10**6, **options):
@@ -136,18 +141,27 @@ SIZES = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(SIZES, st.integers(8, 200), st.sampled_from(["llama", "gemma2", "mistral", "qwen2", "olmoe"]))
-@example([(1, [1])], 200, "llama")  # one token in, one out
-@example([(7, [1, 1, 1])], 200, "gemma2")  # no completion has inputs
-@example([(9, [0, 0]), (4, [0, 5]), (3, [0])], 200, "llama")  # empty completions, and groups of nothing else
-@example([(9, [0, 0])], 200, "llama")
-@example([(30, [4] * 32)], 4096, "llama")  # a large group
-@example([(500, [3, 0, 9]), (2, [4]), (499, [1])], 4096, "llama")  # a long and a short prompt in a pack
-@example([(450, [40, 2]), (390, [60])], 4096, "gemma2")
-@example([(450, [40, 2]), (390, [60])], 500, "mistral")
-@example([(2, [400, 1, 300])], 4096, "qwen2")  # long completions of a short prompt
-def test_any_groups_in_any_budget(tiny, sizes, budget, family):
-    rows = make_rows(sizes)
+@given(
+    SIZES,
+    st.integers(8, 200),
+    st.sampled_from(["llama", "gemma2", "mistral", "qwen2", "olmoe"]),
+    st.sampled_from([1, 2, 3, VOCAB_SIZE]),
+)
+@example([(1, [1])], 200, "llama", VOCAB_SIZE)  # one token in, one out
+@example([(7, [1, 1, 1])], 200, "gemma2", VOCAB_SIZE)  # no completion has inputs
+@example([(9, [0, 0]), (4, [0, 5]), (3, [0])], 200, "llama", VOCAB_SIZE)  # empty completions; groups of nothing else
+@example([(9, [0, 0])], 200, "llama", VOCAB_SIZE)
+@example([(30, [4] * 32)], 4096, "llama", VOCAB_SIZE)  # a large group
+@example([(30, [4] * 32)], 4096, "gemma2", 2)  # many the same, and many that begin alike
+@example([(9, [5, 5, 5])], 4096, "llama", 1)  # all the same
+@example([(9, [5, 7]), (12, [3]), (10, [1, 9])], 4096, "mistral", 1)  # completions that go on like other prompts
+@example([(500, [3, 0, 9]), (2, [4]), (499, [1])], 4096, "llama", VOCAB_SIZE)  # a long and a short prompt in a pack
+@example([(450, [40, 2]), (390, [60])], 4096, "gemma2", VOCAB_SIZE)
+@example([(450, [40, 2]), (390, [60])], 500, "mistral", VOCAB_SIZE)
+@example([(450, [140, 2]), (390, [260])], 4096, "mistral", 1)  # a long run that others leave midway
+@example([(2, [400, 1, 300])], 4096, "qwen2", VOCAB_SIZE)  # long completions of a short prompt
+def test_any_groups_in_any_budget(tiny, sizes, budget, family, alphabet):
+    rows = make_rows(sizes, alphabet=alphabet)
     model = tiny(family)
     assert_equal(run(model, rows, packed=True, budget=budget), run(model, rows, packed=False, budget=10**6))
 
@@ -159,16 +173,18 @@ def test_any_groups_in_any_budget(tiny, sizes, budget, family):
     ),
     st.integers(1, 200),
     st.booleans(),
+    st.sampled_from([1, 2, 3, VOCAB_SIZE]),
 )
-def test_plan_holds_every_token_once_and_keeps_the_budget(sizes, budget, packed):
-    rows = make_rows(sizes)
+def test_plan_holds_every_token_once_and_keeps_the_budget(sizes, budget, packed, alphabet):
+    rows = make_rows(sizes, alphabet=alphabet)
     packs = plan(rows, budget, packed)
     wanted = {(row.index, t): token for row in rows for t, token in enumerate(row.completion)}
     found = {}
     for pack in packs:
         places = list(zip(pack.row_K.tolist(), pack.column_K.tolist(), strict=True))
         assert not found.keys() & set(places)
-        found |= dict(zip(places, pack.target_K.tolist(), strict=True))
+        found |= dict(zip(places, pack.target_P[pack.pair_K].tolist(), strict=True))
+        assert pack.pairs_U[-1] == len(pack.target_P) and pack.tokens_P[-1] == len(places)
         alone = len(set(pack.row_K.tolist())) == 1
         assert pack.token_ids.numel() <= budget or alone
     assert found == wanted
@@ -179,6 +195,39 @@ def test_each_prompt_once_in_a_group():
     (pack,) = plan(rows, 1000, packed=True)
     assert pack.token_ids.numel() == 50 + 8 * 3 == stretches(rows)[0].tokens
     assert pack.prompt_tokens == 50
+    assert len(pack.predict_U) == 8 * 3 + 1, "all first tokens are predicted by the prompt's last one"
+
+
+@settings(deadline=None)
+@given(SIZES, st.sampled_from([1, 2, 3, VOCAB_SIZE]))
+def test_a_pack_holds_each_beginning_once_in_the_order_of_the_tokens(sizes, alphabet):
+    rows = [row for row in make_rows(sizes, alphabet=alphabet) if row.completion]
+    if not rows:
+        return
+    (pack,) = plan(rows, 10**6, packed=True)
+    once = beginnings(rows)
+    assert pack.token_ids[0].tolist() == [one[-1] for one in once]
+    assert pack.position_ids[0].tolist() == [len(one) - 1 for one in once]
+    assert tokens(stretches(rows)) >= len(once)
+    pairs = {(row.inputs[: len(row.prompt) + t], token) for row in rows for t, token in enumerate(row.completion)}
+    assert len(pack.target_P) == len(pairs) and len(pack.predict_U) == len({one for one, _ in pairs})
+
+
+def test_prompts_that_begin_alike_come_into_one_pack():
+    rng = random.Random(1)
+    examples = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(100)) for _ in range(3)]
+    rows = []
+    for number in range(12):  # the three take turns
+        prompt = (*examples[number % 3], *(rng.randrange(VOCAB_SIZE) for _ in range(10)))
+        rows += [Row(len(rows) + i, prompt, (number, i)) for i in range(2)]
+    packs = plan(rows, 160, packed=True)
+    assert [pack.token_ids.numel() for pack in packs] == [100 + 4 * (10 + 1)] * 3
+    assert [pack.prompt_tokens for pack in packs] == [140] * 3
+
+
+def test_packs_are_even_where_nothing_is_alike():
+    rows = make_rows([(n, [1]) for n in (100, 60, 60, 20, 40, 40)])
+    assert [pack.token_ids.numel() for pack in plan(rows, 170, packed=True)] == [160, 160]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.3}])

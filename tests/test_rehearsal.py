@@ -91,7 +91,7 @@ def test_a_run_with_rehearsal_equals_one_without(tiny, tmp_path, caplog):
 @pytest.mark.parametrize("budget", [30, 64, 100, 10_000])
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_largest_pack_is_one_pass_and_as_full_as_it_can_be(packed, budget, size):
-    every = groups(3, 20, [12] * size)
+    every = memory.unlike(groups(3, 20, [12] * size), 100)
     chosen, more = memory.largest_pack(every, budget, packed)
     pairs = [(group.prompt.token_ids, one.token_ids) for group in chosen for one in group.completions]
     (pack,) = plan([Row(i, prompt, own) for i, (prompt, own) in enumerate(pairs)], budget, packed)

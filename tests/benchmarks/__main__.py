@@ -171,7 +171,8 @@ def product_share(bench: Bench) -> list[Row]:
 def needed_flops(folder: Path, load: Load) -> float:
     """Floating-point operations that one update on the load needs: 2 a weight and token forward, twice that backward.
 
-    Layers: every prompt once and every completion token but the last, which predicts nothing. Head: predicted tokens.
+    Layers: every prompt once and every completion token but the last, which predicts nothing. Head: positions that
+    predict, a prompt's last one for all of its completions' first tokens.
     Attention: two products over the pairs (query, key) that see each other. Embedding look-ups, norms, softmax, the
     optimizer and everything recomputed count nothing.
     """
@@ -191,7 +192,7 @@ def needed_flops(folder: Path, load: Load) -> float:
         inputs = [len(one.token_ids) - 1 for one in group.completions]
         tokens += prompt + sum(inputs)
         pairs += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in inputs)
-        predicted += sum(n + 1 for n in inputs)
+        predicted += 1 + sum(inputs)
     return 6.0 * weights * tokens + 6.0 * config["vocab_size"] * width * predicted + 12.0 * layers * across * pairs
 
 
