@@ -156,7 +156,8 @@ class LearnerConfig(Section):
     """Tokens of a forward and backward pass at most; a longer single sequence still goes alone. Less memory, same
     gradient."""
     packing: Literal["auto", "packed", "padded"] = "auto"
-    """packed computes each prompt once for its group; padded repeats it; auto packs where the model can."""
+    """packed computes what prompts or completions of a pass begin with alike once; padded repeats it; auto packs where
+    the model can."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     head_tokens: Count = 512

@@ -105,20 +105,21 @@ def test_loads_have_the_lengths_they_say_and_uneven_rewards() -> None:
             assert all(one.advantage for one in group.completions)
 
 
-def test_needed_operations_against_a_count_one_by_one(tiny: Path) -> None:
-    load = Load(1, 3, 5, 2, 4)
-    (group,) = groups_of(load, VOCAB_SIZE)
-    # The tiny model: 2 layers, width 64, 2 heads of 32 and 1 for keys and values, 128 inside; each prompt token once.
+@pytest.mark.parametrize("load", [Load(1, 3, 5, 2, 4), Load(3, 2, 7, 2, 4, alike=4)])
+def test_needed_operations_against_a_count_one_by_one(tiny: Path, load: Load) -> None:
+    # The tiny model: 2 layers, width 64, 2 heads of 32 and 1 for keys and values, 128 inside.
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
+    computed, predicts = set(), set()  # each token known by all that comes before it
+    for group in groups_of(load, VOCAB_SIZE):
+        for completion in group.completions:
+            sequence = group.prompt.token_ids + completion.token_ids
+            computed |= {sequence[: end + 1] for end in range(len(sequence) - 1)}
+            predicts |= {sequence[:end] for end in range(load.prompt, len(sequence))}
     flops = 0
-    sequences = [(0, group.prompt.token_ids)] + [(load.prompt, c.token_ids[:-1]) for c in group.completions]
-    for seen_before, tokens in sequences:
-        for place, _ in enumerate(tokens):
-            flops += 3 * 2 * 2 * layer
-            for _seen in range(seen_before + place + 1):
-                flops += 3 * 2 * 2 * 2 * 64  # forward and twice backward; two products; two layers; all heads' width
-    # The prompt's last token predicts all first ones; every other token but a last one the next.
-    flops += 3 * 2 * 64 * VOCAB_SIZE * (1 + sum(len(completion.token_ids) - 1 for completion in group.completions))
+    for sequence in computed:
+        flops += 3 * 2 * 2 * layer
+        flops += 3 * 2 * 2 * 2 * 64 * len(sequence)  # forward and twice backward; two products; two layers; all heads
+    flops += 3 * 2 * 64 * VOCAB_SIZE * len(predicts)
     assert needed_flops(tiny, load) == flops
 
 

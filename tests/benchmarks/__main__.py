@@ -138,7 +138,8 @@ def against_trl(bench: Bench) -> Iterator[Row]:
 
 def against_padded(bench: Bench) -> list[Row]:
     rows = []
-    for name, load in bench.loads.items():
+    loads = bench.loads if len(bench.loads) == 1 else {**bench.loads, "examples": LOADS["examples"]}
+    for name, load in loads.items():
         specs = {way: bench.side("learner", load, f"learner.packing={way}") for way in ("packed", "padded")}
         found = bench.turns_of(f"b {name}", specs, "learn")
         packed_s, padded_s = (least(found[way], "learn_s") for way in specs)
@@ -171,8 +172,8 @@ def product_share(bench: Bench) -> list[Row]:
 def needed_flops(folder: Path, load: Load) -> float:
     """Floating-point operations that one update on the load needs: 2 a weight and token forward, twice that backward.
 
-    Layers: every prompt once and every completion token but the last, which predicts nothing. Head: positions that
-    predict, a prompt's last one for all of its completions' first tokens.
+    Layers: every prompt once, what all begin with once for all, and every completion token but the last, which predicts
+    nothing. Head: positions that predict, a prompt's last one for all of its completions' first tokens.
     Attention: two products over the pairs (query, key) that see each other. Embedding look-ups, norms, softmax, the
     optimizer and everything recomputed count nothing.
     """
@@ -186,7 +187,8 @@ def needed_flops(folder: Path, load: Load) -> float:
             for name in opened.keys():
                 shape = opened.get_slice(name).get_shape()
                 weights += math.prod(shape) if len(shape) == 2 and ".layers." in name else 0
-    tokens = pairs = predicted = 0
+    again = 1 - load.groups  # what is alike is counted with each of them, and taken off but for one
+    tokens, pairs, predicted = load.alike * again, load.alike * (load.alike + 1) // 2 * again, 0
     for group in groups_of(load, config["vocab_size"]):
         prompt = len(group.prompt.token_ids)
         inputs = [len(one.token_ids) - 1 for one in group.completions]
@@ -391,7 +393,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("sections", nargs="*", help="a to g; all when none is named")
     parser.add_argument("--quick", action="store_true", help="one turn, the short load only")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--loads", default=",".join(LOADS), help="some of the loads")
+    parser.add_argument("--loads", default="short,gsm8k,few-shot", help=f"some of {','.join(LOADS)}")
     parser.add_argument("--set", action="append", default=[], help="section.key=value for our side")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args(words)

@@ -18,22 +18,26 @@ from learner import advantages
 
 @dataclass(frozen=True)
 class Load:
-    """One optimizer step's worth of groups. Lengths in tokens; completions are drawn between ``least`` and ``most``."""
+    """One optimizer step's worth of groups. Lengths in tokens; completions are drawn between ``least`` and ``most``;
+    all prompts begin with the same ``alike`` tokens."""
 
     groups: int
     group_size: int
     prompt: int
     least: int
     most: int
+    alike: int = 0
 
     def words(self) -> str:
-        return f"{self.groups} x {self.group_size}, prompt {self.prompt}, completions {self.least} to {self.most}"
+        prompt = f"prompt {self.prompt}" + (f" ({self.alike} of them the same)" if self.alike else "")
+        return f"{self.groups} x {self.group_size}, {prompt}, completions {self.least} to {self.most}"
 
 
 LOADS = {
     "short": Load(8, 8, 50, 8, 32),
     "gsm8k": Load(4, 8, 160, 40, 200),
     "few-shot": Load(2, 8, 800, 40, 200),
+    "examples": Load(4, 8, 800, 40, 200, alike=640),
 }
 
 
@@ -52,11 +56,13 @@ def groups_of(load: Load, vocabulary: int, first: int = 0, seed: int = 0) -> lis
     count = load.groups * load.group_size
     lengths = [load.least + round((load.most - load.least) * place / max(1, count - 1)) for place in range(count)]
     draw.shuffle(lengths)
+    alike = tokens(load.alike)
     groups = []
     for number in range(load.groups):
         answers = [tokens(lengths.pop()) for _ in range(load.group_size)]
         made = [Completion(ids, "", (-10.0,) * len(ids), "stop", 0, {}, reward_of(ids)) for ids in answers]
-        groups.append(Group(Prompt(str(number), (), token_ids=tokens(load.prompt)), tuple(made)))
+        prompt = (*alike, *tokens(load.prompt - load.alike))
+        groups.append(Group(Prompt(str(number), (), token_ids=prompt), tuple(made)))
     return advantages.assign(groups, "zscore")
 
 
