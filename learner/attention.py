@@ -1,7 +1,7 @@
-"""Attention over a packed sequence: a prompt sees itself, a completion sees its prompt and itself, causally.
+"""Attention over a packed sequence: a token sees itself and what comes before it in its own sequences.
 
 Registered with transformers under the name ``packed``, so no model is touched; the pack's layout travels to every
-layer as a keyword argument. On a CPU the pack is worked on in tiles: stretches of a prompt or of completions, each
+layer as a keyword argument. On a CPU the pack is worked on in tiles: stretches of neighbouring tokens, each
 against the keys it may see, gathered and scattered with index tensors, because a dense mask over the pack would cost
 T x T; on a GPU by the kernels of ``learner/flex.py``. Sliding windows and logit soft-capping are honoured; attention
 sinks and learned biases are refused.

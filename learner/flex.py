@@ -4,8 +4,8 @@ Two of them, behind ``attend``:
 
 - ``by_varlen``: variable-length flash attention. The pack, as it lies, is a row of runs (the tokens of a sequence that
   no earlier one has); each is the queries of one sequence, whose keys are the whole of it. Flash attention lines up
-  the last query with the last key, so causality and window come out right in one call. Its keys are copies: a prompt's
-  as often as it has completions.
+  the last query with the last key, so causality and window come out right in one call. Its keys are copies: a
+  prompt's as often as runs go on from it.
 - ``by_flex``: PyTorch's flex_attention (arXiv 2412.05496) under a block mask; copies nothing, any number format.
 
 ``choose`` says which. flash-attn is used where it is installed and needed by nothing. Left out: attention sinks and

@@ -40,7 +40,7 @@ class Drawn:
     top_p: float = 1.0
     top_k: int = 0
     chunk: int = 512
-    """Positions whose logits exist at once."""
+    """Positions (pairs, where tokens are left out) whose logits exist at once."""
 
     @property
     def cuts(self) -> bool:
@@ -217,7 +217,7 @@ def _summed(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tens
     if len(values) == count:
         return values
     sums = values.new_zeros(count)
-    # On a GPU only the second sorts before it adds, on a CPU only the first adds in one thread.
+    # On a GPU only the first sorts before it adds, on a CPU only the second adds in one thread.
     if values.device.type == "cuda":
         return sums.index_put_((index,), values, accumulate=True)
     return sums.index_add_(0, index, values)

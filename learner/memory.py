@@ -29,10 +29,11 @@ from torch.utils._pytree import tree_flatten
 from common.config import Config
 from common.errors import RunFailure
 from common.types import Completion, Group, Prompt
-from learner import families, logprobs
+from learner import families, logprobs, packing
 from learner import model as models
 from learner.apart import Apart
 from learner.heap import Heap
+from learner.packing import Row
 
 if TYPE_CHECKING:
     from learner.learner import TorchLearner
@@ -46,12 +47,13 @@ LONGEST_S = 300  # seconds that a measurement may take; a 7B model takes some te
 
 
 def longest_groups(config: Config, prompt_tokens: int) -> list[Group]:
-    """A step's groups at their longest: every prompt ``prompt_tokens``, every completion ``max_tokens`` tokens."""
+    """A step's groups at their longest: every prompt ``prompt_tokens``, every completion ``max_tokens`` tokens, none
+    with a beginning that another has."""
     length, size = config.sampler.max_tokens, config.train.group_size
     return [
         Group(
-            Prompt(f"longest-{number}", (), token_ids=(1,) * max(prompt_tokens, 1)),
-            (_made_up((1,) * length),) * size,
+            Prompt(f"longest-{number}", (), token_ids=(number, *(1,) * (prompt_tokens - 1))),
+            tuple(_made_up((place, *(1,) * (length - 1))) for place in range(size)),
         )
         for number in range(config.train.prompts_per_step)
     ]
@@ -71,58 +73,80 @@ def lengthened(groups: Iterable[Group], max_tokens: int) -> list[Group]:
     ]
 
 
-def unlike(groups: Iterable[Group], vocabulary: int) -> list[Group]:
-    """These groups as prompts and completions that begin with a token of their own each: what they have in common would
-    be computed once, and a pack of them be smaller than one of those that have nothing."""
-
-    def own(number: int, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        return (number % vocabulary, *token_ids[1:])
-
-    return [
-        dataclasses.replace(
-            group,
-            prompt=dataclasses.replace(group.prompt, token_ids=own(number, group.prompt.token_ids)),
-            completions=tuple(
-                dataclasses.replace(one, token_ids=own(place, one.token_ids))
-                for place, one in enumerate(group.completions)
-            ),
-        )
-        for number, group in enumerate(groups)
-    ]
-
-
 def _made_up(token_ids: tuple[int, ...]) -> Completion:
     # "stop" and not "length": learner.truncated may leave those out.
     return Completion(token_ids, "", (0.0,) * len(token_ids), "stop", 0, {}, 1.0, 1.0)
 
 
-def largest_pack(groups: Sequence[Group], budget_tokens: int, packed: bool) -> tuple[list[Group], bool]:
-    """What of ``groups`` fills one forward pass to ``budget_tokens`` (``learner/packing.py``), and whether anything is
-    left over for another pass.
+def largest_pack(
+    groups: Sequence[Group], budget_tokens: int, packed: bool, vocabulary: int
+) -> tuple[list[Group], bool]:
+    """What of ``groups`` fills one forward pass to ``budget_tokens`` (``learner/packing.py``), and whether anything may
+    be left over for another pass. The last completion is shortened to fit: a step whose other completions are shorter
+    fills a pack just so.
 
-    The last completion is shortened to fit: a step whose other completions are shorter fills a pack just so.
+    When packed, prompts may begin alike to any length, and the more they do the more of a pass are completions: so all
+    groups get the longest one's prompt, and as far as that leaves room prompts of their own. Completions have nothing
+    in common.
     """
+    if not packed:
+        return _largest_padded(groups, budget_tokens)
+    base = (0, *max((group.prompt.token_ids for group in groups), key=len)[1:])
+    used, count = len(base), 0
     taken: list[Group] = []
-    used = rows = longest = 0
+    more = False
     for group in groups:
-        prompt = len(group.prompt.token_ids)
         kept: list[Completion] = []
         for one in group.completions:
-            own = len(one.token_ids) - 1
-            if packed:
-                room = budget_tokens - used - (0 if kept else prompt)
-            else:
-                longest = max(longest, prompt + own)
-                room = budget_tokens // longest - rows if rows else own
-            if (taken or kept) and (room < 1):
+            room = budget_tokens - used
+            more = more or len(one.token_ids) - 1 > room
+            if count and room < 1:
+                more = True
+                break
+            cut = one.token_ids[: room + 1] if count else one.token_ids
+            kept.append(_made_up((*_own(count, vocabulary), *cut[2:])[: len(cut)]))
+            used, count = used + len(cut) - 1, count + 1
+        taken = _closed(taken, group, kept)
+    alike = [dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, token_ids=base)) for one in taken]
+    for place in range(1, len(alike)):
+        wanted = len(taken[place].prompt.token_ids)
+        own = min(wanted, max(0, budget_tokens - used))
+        more = more or own < wanted
+        alike[place] = _branching(alike[place], len(base) - own, place, vocabulary)
+        used += own
+    return alike, more
+
+
+def _own(number: int, vocabulary: int) -> tuple[int, int]:
+    """Two tokens that no other number has."""
+    return number % vocabulary, number // vocabulary % vocabulary
+
+
+def _branching(group: Group, at: int, number: int, vocabulary: int) -> Group:
+    """With a prompt that leaves the others' after ``at`` tokens."""
+    prompt = group.prompt.token_ids
+    if at < len(prompt):
+        prompt = (*prompt[:at], (prompt[at] + number) % vocabulary, *prompt[at + 1 :])
+    return dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, token_ids=prompt))
+
+
+def repeated(pack: Sequence[Group], times: int, vocabulary: int) -> list[Group]:
+    """The pack so many times, no two with anything in common: the prompts of each begin with tokens of their own."""
+    return [_branching(group, 0, again * len(pack), vocabulary) for again in range(times) for group in pack]
+
+
+def _largest_padded(groups: Sequence[Group], budget_tokens: int) -> tuple[list[Group], bool]:
+    taken: list[Group] = []
+    rows = longest = 0
+    for group in groups:
+        kept: list[Completion] = []
+        for one in group.completions:
+            longest = max(longest, len(group.prompt.token_ids) + len(one.token_ids) - 1)
+            if rows and budget_tokens // longest - rows < 1:
                 return _closed(taken, group, kept), True
-            if packed and own > room and (taken or kept):
-                kept.append(_made_up(one.token_ids[: room + 1]))
-                return _closed(taken, group, kept), True
-            used += own + (0 if kept else prompt)
             rows += 1
             kept.append(one)
-        taken.append(dataclasses.replace(group, completions=tuple(kept)))
+        taken = _closed(taken, group, kept)
     return taken, False
 
 
@@ -361,12 +385,12 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None
     _still_where_fused(optimizer, heap is not None)
     learner._optimizer = _Phased(optimizer, ledger)  # type: ignore[assignment]
     groups = longest_groups(config, prompt_tokens)
-    pack, more = largest_pack(groups, config.learner.microbatch_tokens, learner.packed)
+    pack, more = largest_pack(groups, config.learner.microbatch_tokens, learner.packed, _vocabulary(model))
     ledger.rows = sum(len(group.completions) for group in pack)
     with _fused_attention(), ledger, untouched(learner):
         ledger.phase = "learn"
         # A second pass finds the first one's gradients, and what it left free.
-        learner.update(unlike(pack * 2 if more else pack, _vocabulary(model)))
+        learner.update(repeated(pack, 2 if more else 1, _vocabulary(model)))
         ledger.phase = "probe"
         if config.sync.proof:
             learner.logprobs(_probe(config, prompt_tokens))
@@ -374,11 +398,8 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None
     trained = [p.nbytes for p in model.parameters() if p.requires_grad]
     probe = ledger.peaks.pop("probe").bytes - resident if config.sync.proof else 0
     grown = ledger.grown if heap is not None and heap.grown is not None else {}
-    tokens = sum(
-        sum(len(one.token_ids) - 1 for one in group.completions)
-        + len(group.prompt.token_ids) * (1 if learner.packed else len(group.completions))
-        for group in pack
-    )
+    rows = (Row(0, group.prompt.token_ids, one.token_ids) for group in pack for one in group.completions)
+    tokens = packing.tokens(packing.stretches(rows), learner.packed)
     return LearnerMemory(
         ledger.peaks, grown, learner.parameters_trained, learner.parameters_total, tokens, learner.packed,
         probe, sum(trained), max(trained),
@@ -562,8 +583,9 @@ def rehearse(learner: TorchLearner, groups: Sequence[Group]) -> None:
     """``TorchLearner.rehearse``."""
     spec = learner._config
     full = lengthened(groups, spec.sampler.max_tokens)
-    pack, more = largest_pack(full, spec.learner.microbatch_tokens, learner.packed)
+    vocabulary = _vocabulary(learner._model)
+    pack, more = largest_pack(full, spec.learner.microbatch_tokens, learner.packed, vocabulary)
     with untouched(learner):
         if more:  # a later pack finds the gradients of those before it
             learner._optimizer.blank_gradients()
-        learner.update(unlike(pack * learner._ranks.size, _vocabulary(learner._model)))
+        learner.update(repeated(pack, learner._ranks.size, vocabulary))

@@ -195,12 +195,19 @@ def plan(rows: Sequence[Row], budget_tokens: int, packed: bool) -> list[Pack]:
     if not packed:
         return [_padded(chunk) for chunk in _padded_chunks([r for r in rows if r.completion], budget_tokens)]
     parts = [part for whole in stretches(rows) for part in _split(whole, budget_tokens)]
-    count = -(-tokens(parts) // budget_tokens)
-    while True:
-        bins = _even_bins(parts, count)
-        if count >= len(parts) or all(tokens(one) <= budget_tokens for one in bins):
-            return [_packed(one) for one in bins if one]
-        count += 1
+    small = [part for part in parts if part.tokens <= budget_tokens]
+    bins = [[part] for part in parts if part.tokens > budget_tokens]
+    if small:
+        alone = sum(part.tokens for part in small)
+        in_order, by_cost = len(_filled(_in_order(small), budget_tokens)), -(-alone // budget_tokens)
+        while by_cost < in_order and max(_sizes(_emptiest(small, by_cost))) > budget_tokens:
+            by_cost += 1
+        bins += _even_bins(small, min(in_order, by_cost))
+    return [_packed(one) for one in bins if one]
+
+
+def _sizes(bins: Sequence[Sequence[Stretch]]) -> list[int]:
+    return [sum(part.tokens for part in one) for one in bins]
 
 
 def tokens(parts: Sequence[Stretch], packed: bool = True) -> int:
@@ -223,7 +230,8 @@ def _prompt(part: Stretch) -> tuple[int, ...]:
 
 
 def share(rows: Sequence[Row], ranks: int, packed: bool) -> list[list[Row]]:
-    """Each rank's rows, about even in tokens to compute, whole groups so that each prompt is computed once.
+    """Each rank's rows, about even in tokens to compute, whole groups so that a prompt is computed by one rank; what
+    prompts begin with alike may be computed by several.
 
     With fewer groups than ranks the costliest are cut in two; with fewer rows some ranks get none.
     """
@@ -242,7 +250,7 @@ def _split(stretch: Stretch, budget: int) -> list[Stretch]:
     used = 0
     for row in stretch.rows:
         own = len(row.inputs) - (_common(row.inputs, parts[-1][-1].inputs) if parts else 0)
-        if not parts or used + own > budget:
+        if not parts or (own and used + own > budget):
             parts.append([])
             used, own = 0, len(row.inputs)
         parts[-1].append(row)
@@ -260,7 +268,7 @@ def _even_bins(parts: Sequence[Stretch], count: int, packed: bool = True) -> lis
     )
 
 
-def _emptiest(parts: Sequence[Stretch], count: int, packed: bool) -> list[list[Stretch]]:
+def _emptiest(parts: Sequence[Stretch], count: int, packed: bool = True) -> list[list[Stretch]]:
     bins: list[list[Stretch]] = [[] for _ in range(count)]
     sizes = [0] * count
     for part in sorted(parts, key=lambda part: _alone(part, packed), reverse=True):
@@ -271,24 +279,31 @@ def _emptiest(parts: Sequence[Stretch], count: int, packed: bool) -> list[list[S
 
 
 def _neighbours(parts: Sequence[Stretch], count: int, packed: bool) -> list[list[Stretch]]:
-    ordered = sorted(parts, key=_prompt)
-    costs = [(_alone(part, packed), saved) for part, saved in zip(ordered, [0, *_saved(ordered, packed)], strict=False)]
-
-    def filled(most: int) -> list[list[Stretch]]:
-        bins: list[list[Stretch]] = []
-        used = 0
-        for part, (alone, saved) in zip(ordered, costs, strict=True):
-            used += alone - saved
-            if not bins or used > most:
-                bins.append([])
-                used = alone
-            bins[-1].append(part)
-        return bins
-
+    ordered = _in_order(parts, packed)
     # The least that a bin may hold for all of them to fit into so many.
-    most = bisect_left(range(tokens(ordered, packed)), True, key=lambda most: len(filled(most)) <= count)
-    bins = filled(most)
+    most = bisect_left(range(tokens(parts, packed)), True, key=lambda most: len(_filled(ordered, most)) <= count)
+    bins = _filled(ordered, most)
     return bins + [[] for _ in range(count - len(bins))]
+
+
+def _in_order(parts: Sequence[Stretch], packed: bool = True) -> list[tuple[Stretch, int, int]]:
+    """In the order of their tokens, each with its own tokens and how many of them the one before it has."""
+    ordered = sorted(parts, key=_prompt)
+    saved = [0, *_saved(ordered, packed)]
+    return [(part, _alone(part, packed), alike) for part, alike in zip(ordered, saved, strict=False)]
+
+
+def _filled(ordered: Sequence[tuple[Stretch, int, int]], most: int) -> list[list[Stretch]]:
+    """As few bins of neighbours as hold at most so many tokens each, or a single part."""
+    bins: list[list[Stretch]] = []
+    used = 0
+    for part, alone, alike in ordered:
+        used += alone - alike
+        if not bins or used > most:
+            bins.append([])
+            used = alone
+        bins[-1].append(part)
+    return bins
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from learner import attention
+from learner import attention, packing
 from learner.families import FAMILIES
 from learner.logprobs import Drawn, score
 from learner.packing import Row, plan, stretches, tokens
@@ -185,7 +185,7 @@ def test_plan_holds_every_token_once_and_keeps_the_budget(sizes, budget, packed,
         assert not found.keys() & set(places)
         found |= dict(zip(places, pack.target_P[pack.pair_K].tolist(), strict=True))
         assert pack.pairs_U[-1] == len(pack.target_P) and pack.tokens_P[-1] == len(places)
-        alone = len(set(pack.row_K.tolist())) == 1
+        alone = pack.token_ids.numel() == max(len(rows[index].inputs) for index in pack.row_K.tolist())
         assert pack.token_ids.numel() <= budget or alone
     assert found == wanted
 
@@ -223,6 +223,24 @@ def test_prompts_that_begin_alike_come_into_one_pack():
     packs = plan(rows, 160, packed=True)
     assert [pack.token_ids.numel() for pack in packs] == [100 + 4 * (10 + 1)] * 3
     assert [pack.prompt_tokens for pack in packs] == [140] * 3
+
+
+def test_a_sequence_beyond_the_budget_goes_alone_and_the_others_stay_together():
+    rows = make_rows([(300, [5])] + [(20, [2])] * 6)
+    assert sorted(pack.token_ids.numel() for pack in plan(rows, 130, packed=True)) == [6 * 21, 304]
+    twice = [Row(i, rows[0].prompt, rows[0].completion) for i in range(3)]
+    assert [pack.token_ids.numel() for pack in plan(twice, 130, packed=True)] == [304]
+
+
+def test_many_groups_that_share_a_long_beginning_are_planned_at_once(monkeypatch):
+    """Each bin repeats the beginning, so the least possible number of bins is far from the real one."""
+    beginning = tuple(range(300))
+    rows = [Row(i, (*beginning, i % 7, i, i), (i, 1)) for i in range(128)]
+    tries = []
+    monkeypatch.setattr(packing, "_emptiest", lambda *of, real=packing._emptiest: tries.append(of) or real(*of))
+    packs = plan(rows, 320, packed=True)
+    assert max(pack.token_ids.numel() for pack in packs) <= 320
+    assert len(packs) <= 32 and len(tries) <= 2
 
 
 def test_packs_are_even_where_nothing_is_alike():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,19 +92,29 @@ def test_a_run_with_rehearsal_equals_one_without(tiny, tmp_path, caplog):
 @pytest.mark.parametrize("budget", [30, 64, 100, 10_000])
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_largest_pack_is_one_pass_and_as_full_as_it_can_be(packed, budget, size):
-    every = memory.unlike(groups(3, 20, [12] * size), 100)
-    chosen, more = memory.largest_pack(every, budget, packed)
-    pairs = [(group.prompt.token_ids, one.token_ids) for group in chosen for one in group.completions]
-    (pack,) = plan([Row(i, prompt, own) for i, (prompt, own) in enumerate(pairs)], budget, packed)
-    whole = [Row(i, g.prompt.token_ids, one.token_ids) for i, (g, one) in
-             enumerate((g, one) for g in every for one in g.completions)]  # fmt: skip
-    others = plan(whole, budget, packed)
-    assert more == (len(pairs) < len(whole) or any(len(own) < 12 for _, own in pairs))
-    assert pack.token_ids.numel() >= max(other.token_ids.numel() for other in others) or size == 1
+    """Fuller than any pass of the real step, whether its prompts have nothing in common or nearly everything."""
+    every = groups(3, 20, [12] * size)
+    chosen, more = memory.largest_pack(every, budget, packed, 384)
+    (pack,) = passes(chosen, budget, packed)
     single = 20 + 11
     assert pack.token_ids.numel() <= max(budget, single)
-    if packed and more and budget > single + 20:
-        assert budget - pack.token_ids.numel() <= 21, "a prompt and a token more would have found room"
+    alike = [replace(g, prompt=replace(g.prompt, token_ids=(*range(17), g.prompt.token_ids[0], 1, 2))) for g in every]
+    for real in (every, alike):
+        others = passes(real, budget, packed)
+        assert len(others) == 1 or more
+        for other in others if size > 1 else ():
+            assert pack.token_ids.numel() >= other.token_ids.numel()
+            assert len(pack.predict_U) >= len(other.predict_U) or not packed
+    if packed and more and budget > single and size > 1:
+        assert pack.token_ids.numel() == budget
+    if packed:
+        twice = passes(memory.repeated(chosen, 2, 384), budget, packed) if more else []
+        assert all(other.token_ids.numel() == pack.token_ids.numel() for other in twice) and len(twice) in (0, 2)
+
+
+def passes(of, budget, packed):
+    pairs = [(group.prompt.token_ids, one.token_ids) for group in of for one in group.completions]
+    return plan([Row(i, prompt, own) for i, (prompt, own) in enumerate(pairs)], budget, packed)
 
 
 def test_running_out_of_memory_in_the_rehearsal_is_one_sentence_that_names_the_side():
