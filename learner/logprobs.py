@@ -218,7 +218,7 @@ def _summed(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tens
         return values
     sums = values.new_zeros(count)
     # On a GPU only the first sorts before it adds, on a CPU only the second adds in one thread.
-    if values.device.type == "cuda":
+    if values.is_cuda:
         return sums.index_put_((index,), values, accumulate=True)
     return sums.index_add_(0, index, values)
 

@@ -117,7 +117,7 @@ def test_every_proposal_is_a_right_configuration_that_fits_by_its_own_plan(tiny)
                        "sampler.name=hf")  # fmt: skip
     needed = Planner(config, tiny, 40, Place("host memory", False, 64 * GIB)).plan(config)
     activations = needed.devices[0].phases["learn"]["activations"]
-    planner = Planner(config, tiny, 40, Place("host memory", False, needed.peak - activations // 2))
+    planner = Planner(config, tiny, 40, Place("host memory", False, needed.peak - activations // 3))
     plan = planner.plan(config)
     assert plan.fits is False
     proposals = plans.solve(planner, plan, 60, lambda text: None, wanted=2)

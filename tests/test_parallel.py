@@ -417,7 +417,7 @@ def rows(*lengths: tuple[int, list[int]]) -> list[Row]:
     """One prompt for each (prompt length, completion lengths)."""
     found: list[Row] = []
     for prompt, completions in lengths:
-        found += [Row(len(found) + i, (len(found),) * prompt, (1,) * length) for i, length in enumerate(completions)]
+        found += [Row(len(found) + i, (len(found),) * prompt, (i,) * length) for i, length in enumerate(completions)]
     return found
 
 
