@@ -212,17 +212,11 @@ def _sizes(bins: Sequence[Sequence[Stretch]]) -> list[int]:
 
 def tokens(parts: Sequence[Stretch], packed: bool = True) -> int:
     """As many as are computed for these in one pass, or a few less where a completion goes on like another prompt."""
-    ordered = sorted(parts, key=_prompt)
-    return sum(_alone(part, packed) for part in ordered) - sum(_saved(ordered, packed))
+    return sum(alone - alike for _, alone, alike in _in_order(parts, packed))
 
 
 def _alone(part: Stretch, packed: bool) -> int:
     return part.tokens if packed else sum(len(row.inputs) for row in part.rows)
-
-
-def _saved(ordered: Sequence[Stretch], packed: bool) -> list[int]:
-    """How many tokens of each one's prompt the one before it has as well."""
-    return [_common(a.prompt, b.prompt) if packed else 0 for a, b in pairwise(ordered)]
 
 
 def _prompt(part: Stretch) -> tuple[int, ...]:
@@ -281,7 +275,8 @@ def _emptiest(parts: Sequence[Stretch], count: int, packed: bool = True) -> list
 def _neighbours(parts: Sequence[Stretch], count: int, packed: bool) -> list[list[Stretch]]:
     ordered = _in_order(parts, packed)
     # The least that a bin may hold for all of them to fit into so many.
-    most = bisect_left(range(tokens(parts, packed)), True, key=lambda most: len(_filled(ordered, most)) <= count)
+    every = sum(alone - alike for _, alone, alike in ordered)
+    most = bisect_left(range(every), True, key=lambda most: len(_filled(ordered, most)) <= count)
     bins = _filled(ordered, most)
     return bins + [[] for _ in range(count - len(bins))]
 
@@ -289,8 +284,8 @@ def _neighbours(parts: Sequence[Stretch], count: int, packed: bool) -> list[list
 def _in_order(parts: Sequence[Stretch], packed: bool = True) -> list[tuple[Stretch, int, int]]:
     """In the order of their tokens, each with its own tokens and how many of them the one before it has."""
     ordered = sorted(parts, key=_prompt)
-    saved = [0, *_saved(ordered, packed)]
-    return [(part, _alone(part, packed), alike) for part, alike in zip(ordered, saved, strict=False)]
+    alike = [_common(one.prompt, other.prompt) if packed else 0 for one, other in pairwise(ordered)]
+    return [(part, _alone(part, packed), begins) for part, begins in zip(ordered, [0, *alike], strict=False)]
 
 
 def _filled(ordered: Sequence[tuple[Stretch, int, int]], most: int) -> list[list[Stretch]]:
