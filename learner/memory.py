@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from common.config import Config
+from common.device import KERNELS
 from common.errors import RunFailure
 from common.types import Completion, Group, Prompt
 from learner import families, logprobs, packing
@@ -338,24 +339,30 @@ class LearnerMemory:
     """The largest tensor that is trained."""
 
 
-def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool) -> LearnerMemory:
+HEAPS = 2
+KERNELS_BYTES = KERNELS * 640 << 10
+"""Of the compiled products that a CPU process keeps (``common.device``): measured, because none is made on shapes."""
+
+
+def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool, heaps: int = HEAPS) -> LearnerMemory:
     """Runs the learner of ``config`` on shapes alone; ``folder`` needs only the model's ``config.json``.
 
-    For a CPU it does so in a process of its own: what the learner's blocks have done to one heap is in the way of the
-    next.
+    For a CPU it does so in processes of their own, as many as ``heaps``, of which the largest counts: what the
+    learner's blocks have done to one heap is in the way of the next, and no heap crumbles quite like another.
     """
     if not on_cpu:
         return _measure(config, folder, prompt_tokens, None)
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    modeling = f"transformers.models.{kind}.modeling_{kind}"
+    found: list[LearnerMemory] = []
     try:
-        found = apart.call(
-            _measure_on_heap, config, folder, prompt_tokens,
-            limit_s=LONGEST_S, imports=[f"transformers.models.{kind}.modeling_{kind}"],
-        )  # fmt: skip
+        for _ in range(heaps):
+            one = apart.call(_measure_on_heap, config, folder, prompt_tokens, limit_s=LONGEST_S, imports=[modeling])
+            found.append(one)
     except RunFailure as failure:
         raise RunFailure(f"the learner's memory could not be worked out: {failure}; set memory.plan='off'") from None
-    assert isinstance(found, LearnerMemory)
-    return found
+    heap = {name: max(one.heap[name] for one in found) + (name != "load") * KERNELS_BYTES for name in found[0].heap}
+    return dataclasses.replace(found[0], heap=heap)
 
 
 apart = Apart("learner.learner", "learner.memory", "transformers.models.auto.modeling_auto")
@@ -437,7 +444,7 @@ def measure_quickly(config: Config, folder: Path, prompt_tokens: int, *, on_cpu:
             (Path(place) / "config.json").write_text(json.dumps(_shallower(shape, layers, count)))
             for file in folder.glob("*.py"):  # a model with code of its own
                 (Path(place) / file.name).symlink_to(file.absolute())
-            found.append(measure(config, Path(place), prompt_tokens, on_cpu=on_cpu))
+            found.append(measure(config, Path(place), prompt_tokens, on_cpu=on_cpu, heaps=1))
     low, high = found
     times = (layers - SHALLOW[1]) / (SHALLOW[1] - SHALLOW[0])
 
