@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -299,6 +301,29 @@ def test_the_heap_is_trimmed_only_once_it_has_grown():
     for size in (60, 150, 60, 150, 60, 150):  # on the fresh heap the work needs more: that is allowed
         heap.release(size)
     assert trims == [1]
+
+
+EVER_NEW_SHAPES = """
+import psutil, torch
+from common.device import _trim, set_threads
+set_threads(1)
+states, answer = torch.zeros(2000 * 576).bfloat16(), torch.zeros(2000 * 1536).bfloat16()
+weight = torch.zeros(1536, 576).bfloat16()
+def resident(tokens):
+    for T in tokens:
+        torch.mm(states[: T * 576].view(T, 576), weight.t(), out=answer[: T * 1536].view(T, 1536))
+    _trim()
+    return psutil.Process().memory_info().rss
+print(resident(range(1999, 1000, -4)), resident(range(1000, 1999, 2)))
+"""
+
+
+def test_ever_new_shapes_do_not_make_a_process_grow():
+    """torch's default keeps 0.6 MiB of each of the last thousand: 300 MiB here."""
+    ran = subprocess.run([sys.executable, "-c", EVER_NEW_SHAPES], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    before, after = map(int, ran.stdout.split())
+    assert after - before < 50 << 20
 
 
 @pytest.mark.parametrize("family", ["mamba", "gpt_oss", "gptj"])
