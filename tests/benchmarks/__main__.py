@@ -41,6 +41,7 @@ from tests.benchmarks.sides import Side, Spec
 BUSY = 0.05  # share of all cores at work elsewhere above which a figure is marked
 FAST = ("learner.compile=on",)
 SMALL = ("learner.microbatch_tokens=2048",)  # a whole group of the longest load still fits
+THRIFTY = ("learner.gradient_checkpointing=true",)
 SPARING = ("optimizer.master=stochastic", "optimizer.name=adamw_8bit")
 # TRL's fastest settings that run here, found by trying micro-batches of 2 to 64 rows, weights in bfloat16 and float32,
 # with autocast and without, no checkpointing, SDPA: bfloat16 throughout, which leaves AdamW no float32 masters, and a
@@ -208,6 +209,7 @@ def memory(bench: Bench) -> Iterator[Row]:
             "ours": bench.side("learner", load, *FAST),
             "eager": bench.side("learner", load),
             "small": bench.side("learner", load, *FAST, *SMALL),
+            "thrifty": bench.side("learner", load, *SMALL, *THRIFTY),
             "sparing": bench.side("learner", load, *FAST, *SMALL, *SPARING),
             "ours_padded": bench.side("learner", load, "learner.packing=padded"),
         } | {
@@ -221,7 +223,8 @@ def memory(bench: Bench) -> Iterator[Row]:
             counts.add(found[-1]["tokens"])
         assert len(counts) == 1, f"the sides learned from different tokens: {counts}"
         row |= {f"{ours}_of_{way}": row[f"{ours}_gib"] / row[f"trl_{way}_gib"]
-                for ours, way in (("ours", "masters"), ("small", "masters"), ("sparing", "fastest"))}  # fmt: skip
+                for ours, way in (("ours", "masters"), ("small", "masters"), ("thrifty", "masters"),
+                                  ("thrifty", "thrifty"), ("sparing", "fastest"))}  # fmt: skip
         row["tokens"] = counts.pop()
         yield row
 
@@ -306,8 +309,8 @@ NOTES = {
     "c": "Needed: 6 x layer weights x tokens (each prompt once) + 6 x head x predicted tokens + attention over visible "
     "pairs. learner.compile=on. The machine's rate is the best of five large `torch.mm` in the same process.",
     "d": "GiB. Ours and TRL as in (a), where `fastest` has no float32 masters and `masters` has, as ours; `small`: "
-    f"{SMALL[0]}; `sparing`: also {', '.join(SPARING)}, so no masters; `thrifty`: float32 weights under autocast with "
-    "gradient checkpointing.",
+    f"{SMALL[0]}; `sparing`: also {', '.join(SPARING)}, so no masters; `thrifty`: with gradient checkpointing, ours as "
+    "`small` but not compiled, TRL's as `masters`.",
     "e": "`bare`: `LLM.generate` with the drawn tokens' log-probs; `no_logprobs`: without. Prefix caches start empty.",
 }
 
