@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -40,8 +40,11 @@ class ModelConfig(Section):
     package). The default is the demo model, which needs no hub."""
     revision: str = "main"
     """Branch, tag or commit on the hub."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Number format of the weights in the forward pass, on both sides; the optimizer keeps float32 masters."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the weights in the forward pass, on both sides; the optimizer keeps float32 masters. auto:
+    bfloat16 where the device multiplies it quickly (GPUs since Ampere, CPUs with AVX-512 BF16, AMX or Arm's BF16),
+    else float32: without such instructions bfloat16 is many times slower. On a Ray cluster: bfloat16 where it has GPUs,
+    else as the driver's CPU. A run keeps what it began with."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
     lora_rank: Whole = 0
@@ -529,6 +532,15 @@ def build(values: dict[str, Any]) -> Config:
     for sentence in _contradictions(config):
         raise UserError(sentence)
     return config
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with these ``section.key`` set besides what it had set; checks as ``load``."""
+    values = config.model_dump(exclude_unset=True)
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values.setdefault(section, {})[name] = value
+    return build(values)
 
 
 def resolved_toml(config: Config) -> str:

@@ -20,6 +20,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+from common import device as devices
 from common.config import Config
 from common.errors import LearnerLost, RunFailure, UserError
 from common.waits import bounded
@@ -226,14 +227,14 @@ class Cluster:
         with bounded("cluster", "taking this process in", config.timeouts.start_s):
             self._joined = connect(config.cluster.address)
         self._config, self._say = config, say
-        has_gpus = any(node.get("GPU") for node in self._nodes().values())
+        has_gpus = _has_gpus()
         if config.train.device == "gpu" and not has_gpus:
             raise UserError("train.device='gpu' but no node of the cluster has a GPU; set train.device='cpu'")
         self._needs = needs(config, has_gpus and config.train.device != "cpu")
         self._lock = threading.Lock()
         until = time.monotonic() + (config.timeouts.start_s if resuming else 0.0)
         told = False
-        while lacking := missing_room(self._needs, self._nodes()):
+        while lacking := missing_room(self._needs, _nodes()):
             if time.monotonic() >= until:
                 raise UserError(
                     f"cluster.samplers={config.cluster.samplers} and cluster.learner_ranks="
@@ -261,7 +262,7 @@ class Cluster:
             if waited > limit_s:
                 raise RunFailure(
                     f"the cluster had no room for the run within timeouts.start_s={limit_s:g}: it is large enough "
-                    f"({'; '.join(f'{n} has {_amounts(h)}' for n, h in self._nodes().items())}), so other jobs hold it"
+                    f"({'; '.join(f'{n} has {_amounts(h)}' for n, h in _nodes().items())}), so other jobs hold it"
                 )
             if waited > 5 and not told:
                 self._say(f"waiting for room on the cluster, which others use (at most {limit_s:g} s)")
@@ -398,16 +399,37 @@ class Cluster:
                 "versions on every node (nanogrpo doctor --cluster compares them)"
             )
 
-    def _nodes(self) -> dict[str, Need]:
-        import ray
 
-        return {
-            f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})": {
-                "CPU": node["Resources"].get("CPU", 0.0), "GPU": node["Resources"].get("GPU", 0.0)
-            }
-            for node in ray.nodes()
-            if node["Alive"]
-        }  # fmt: skip
+def takes_gpus(config: Config) -> bool:
+    """Whether the run will compute on GPUs: asks the cluster, and leaves it again, where the configuration leaves that
+    open. Raises ``UserError`` as ``connect`` does."""
+    if config.train.device != "auto" or config.cluster.address == "private":  # whose only node this machine is
+        return config.train.device == "gpu" or devices.pick(config.train.device) != "cpu"
+    with bounded("cluster", "taking this process in", config.timeouts.start_s):
+        joined = connect(config.cluster.address)
+    try:
+        return _has_gpus()
+    finally:
+        if joined:
+            import ray
+
+            ray.shutdown()
+
+
+def _has_gpus() -> bool:
+    return any(node.get("GPU") for node in _nodes().values())
+
+
+def _nodes() -> dict[str, Need]:
+    import ray
+
+    return {
+        f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})": {
+            "CPU": node["Resources"].get("CPU", 0.0), "GPU": node["Resources"].get("GPU", 0.0)
+        }
+        for node in ray.nodes()
+        if node["Alive"]
+    }  # fmt: skip
 
 
 def _answers(node: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from common import device as devices
 from common import plugins
-from common.config import Config
+from common.config import Config, changed
 from common.errors import LearnerLost, UserError
 from common.protocols import Learner, Placement, Sampler, Split, Task
 from common.rewards import Scorer
@@ -102,10 +102,29 @@ class Prepared:
     device: str
 
 
+def settled(config: Config, device: str) -> Config:
+    """The same with the number format that ``model.dtype="auto"`` stands for on this device.
+
+    Raises ``UserError`` for a setting that has no effect in that format.
+    """
+    if config.model.dtype != "auto":
+        return config
+    found = devices.quick_dtype(device)
+    try:
+        return changed(config, {"model.dtype": found})
+    except UserError as error:
+        kind = "CPU" if device == "cpu" else "GPU"
+        raise UserError(f"model.dtype='auto' is {found!r} on this {kind}, where {error}") from None
+
+
 def prepare(config: Config, *, need_train: bool = True) -> Prepared:
-    """Checks configuration, sampler, task, model and data. Raises ``UserError`` for the first thing that is wrong."""
+    """Checks configuration, sampler, task, model and data, and settles ``model.dtype``. Raises ``UserError`` for the
+    first thing that is wrong."""
     alone = config.cluster.mode == "local"
     device = devices.pick(config.train.device if alone else "cpu")  # this process computes nothing for a cluster
+    config = settled(config, device)
+    if alone and config.model.dtype == "bfloat16" and devices.quick_dtype(device) == "float32":
+        log.warning("model.dtype='bfloat16' is many times slower here than 'float32': no instructions multiply it")
     if config.train.max_staleness and alone:
         raise UserError(
             f"train.max_staleness={config.train.max_staleness} has no use here: sampler and learner share this process "
@@ -260,7 +279,7 @@ def parts(ready: Prepared) -> Iterator[Parts]:
             SharedDevice(sampler, learner),
             f"sampler {ready.config.sampler.name}\nlearner {learner.parameters_trained / 1e6:.1f} M of "
             f"{learner.parameters_total / 1e6:.1f} M weights, {'packed' if learner.packed else 'padded'}, "
-            f"{ready.device}",
+            f"{ready.config.model.dtype}, {ready.device}",
             memory_gib=lambda: devices.peak_memory_gib(ready.device),
             answer_s=ready.config.timeouts.generate_s,
             sync_s=ready.config.timeouts.sync_s,

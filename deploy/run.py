@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from common import device as devices
 from common import files, plugins, tracking
 from common.config import Config, build, fields, resolved_toml
 from common.console import ConsoleTracker
@@ -57,6 +58,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         stack.enter_context(_logging_to(folder / "run.log"))
         files.remove_leftovers(folder)
         stack.callback(memory.apart.close)
+        config = _settled(config)
         place = plan.warm_up(config)
         ready = local.prepare(config)
         scorer = stack.enter_context(Scorer(config.task))
@@ -83,6 +85,18 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
                 if parts.recover is None:
                     raise
                 lost = loss
+
+
+def _settled(config: Config) -> Config:
+    """With the number format that suits what the run will compute on."""
+    if config.model.dtype != "auto":
+        return config
+    gpu = False
+    if config.cluster.mode == "ray":
+        from deploy import cluster
+
+        gpu = cluster.takes_gpus(config)
+    return local.settled(config, "gpu" if gpu else devices.pick(config.train.device))
 
 
 def _parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Parts]:

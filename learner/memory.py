@@ -5,8 +5,8 @@ head, loss, backward pass and optimizer of the run, on the largest pack that the
 operation and counts the storage alive, by part. On a CPU it also has the C library find a place for each
 (``learner/heap.py``), because freed blocks that fit no later request stay with the process.
 
-Left out: the sampler and who is awake when (``deploy/plan.py``), and whatever lies outside torch's tensors. Also here:
-what ``rehearse`` learns from, in the plan and before the first step.
+Left out: the sampler and who is awake when (``deploy/planner.py``), and whatever lies outside torch's tensors. Also
+here: what ``rehearse`` learns from, in the plan and before the first step.
 """
 
 from __future__ import annotations

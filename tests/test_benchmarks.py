@@ -144,7 +144,7 @@ def test_peak_memory_starts_anew() -> None:
 
 def test_a_section_runs_and_keeps_the_others_results(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    bench = Bench(tiny, {"short": LOAD}, 1, ("model.dtype=float32",), said.append)
+    bench = Bench(tiny, {"short": LOAD}, 1, say=said.append)
     run(bench, ["c"], tmp_path)
     run(bench, ["b"], tmp_path)
     sections = json.loads((tmp_path / "results.json").read_text())["sections"]

@@ -12,7 +12,10 @@ from common.config import load
 from common.errors import UserError
 from common.types import SamplerSetup
 from deploy import plan as plans
-from deploy.plan import GIB, Place, Planner
+from deploy import planner as planners
+from deploy import solver
+from deploy.local import settled
+from deploy.planner import GIB, Place, Planner
 from learner import logprobs, memory
 from learner.learner import TorchLearner
 from sampler import vllm as vllm_sampler
@@ -35,8 +38,9 @@ def llama(tmp_path_factory):
 
 
 def config_of(folder, *words):
-    return load(None, [f"model.name={folder}", "train.prompts_per_step=4", "train.group_size=4",
-                       "sampler.max_tokens=24", "learner.microbatch_tokens=256", *words])  # fmt: skip
+    return load(None, [f"model.name={folder}", "model.dtype=bfloat16", "train.prompts_per_step=4",
+                       "train.group_size=4", "sampler.max_tokens=24", "learner.microbatch_tokens=256",
+                       *words])  # fmt: skip
 
 
 class Real(memory.Ledger):
@@ -104,7 +108,7 @@ def test_shallow_copies_tell_of_the_whole(llama):
 
 
 def test_the_shipped_run_for_8_gib_fits_with_room(llama):
-    config = load(CONFIGS / "gsm8k-8gb.toml", [f"model.name={llama}", "train.device=gpu"])
+    config = settled(load(CONFIGS / "gsm8k-8gb.toml", [f"model.name={llama}", "train.device=gpu"]), "gpu")
     plan = Planner(config, llama, config.sampler.max_prompt_tokens, Place("GPU", True, 8 * GIB)).plan(config)
     assert plan.fits
     assert plan.margin is not None
@@ -120,12 +124,12 @@ def test_every_proposal_is_a_right_configuration_that_fits_by_its_own_plan(tiny)
     planner = Planner(config, tiny, 40, Place("host memory", False, needed.peak - activations // 3))
     plan = planner.plan(config)
     assert plan.fits is False
-    proposals = plans.solve(planner, plan, 60, lambda text: None, wanted=2)
+    proposals = solver.solve(planner, plan, 60, lambda text: None, wanted=2)
     costs = [sum(move.cost for move in one.moves) for one in proposals]
     assert costs == sorted(costs)
     assert {"learner.microbatch_tokens"} in [one.keys for one in proposals]
     for one in proposals:
-        changed = plans.changed(config, [change for move in one.moves for change in move.changes])
+        changed = solver.changed(config, [change for move in one.moves for change in move.changes])
         assert changed is not None
         again = Planner(changed, tiny, 40, planner.place).plan(changed)
         assert again.fits
@@ -142,13 +146,13 @@ def test_the_cache_is_vllms_own_rule(tiny):
 
 
 def test_sizes_and_places():
-    assert plans.size_of("8GiB") == 8 * GIB
-    assert plans.size_of("24 GB") == 24 * 10**9
-    assert plans.size_of("1.5") == int(1.5 * GIB)
+    assert planners.size_of("8GiB") == 8 * GIB
+    assert planners.size_of("24 GB") == 24 * 10**9
+    assert planners.size_of("1.5") == int(1.5 * GIB)
     with pytest.raises(UserError, match="--device-memory"):
-        plans.size_of("much")
-    assert plans.place_of(load(None, ["train.device=cpu"]), "4GiB") == Place("host memory", False, 4 * GIB)
-    assert plans.place_of(load(None, ["cluster.mode=ray", "train.device=gpu"])).bytes is None
+        planners.size_of("much")
+    assert planners.place_of(load(None, ["train.device=cpu"]), "4GiB") == Place("host memory", False, 4 * GIB)
+    assert planners.place_of(load(None, ["cluster.mode=ray", "train.device=gpu"])).bytes is None
 
 
 def test_a_run_that_cannot_fit_is_refused_before_models_are_loaded(tiny, tmp_path):

@@ -4,7 +4,7 @@
 none is) and puts them in the place of their older selves in the results:
 
 a  learner phase and whole step against TRL's GRPOTrainer    b  packed against padded
-c  share of the measured bf16 product rate                   d  peak memory against TRL and against the plan
+c  share of the measured matrix-product rate                 d  peak memory against TRL and against the plan
 e  sampler against bare vLLM                                 f  sync and proof against a plain copy
 g  cost over group size and prompt length
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import itertools
 import json
 import math
 import os
@@ -32,8 +33,9 @@ from typing import Any
 
 from safetensors import safe_open
 
+from common import config as configs
 from common import files
-from common.config import build
+from deploy.local import settled
 from learner import model as models
 from tests.benchmarks.loads import LOADS, Load, groups_of
 from tests.benchmarks.sides import Side, Spec
@@ -46,17 +48,19 @@ SPARING = ("optimizer.master=stochastic", "optimizer.name=adamw_8bit")
 # TRL's fastest settings that run here, found by trying micro-batches of 2 to 64 rows, weights in bfloat16 and float32,
 # with autocast and without, no checkpointing, SDPA: bfloat16 throughout, which leaves AdamW no float32 masters, and a
 # micro-batch that the processor's cache likes. ``masters``: the same with float32 weights under autocast, which is what
-# our side computes. ``thrifty``: as ``masters``, with checkpointing.
+# our side computes. ``thrifty``: as ``masters``, with checkpointing. Where the machine computes in float32, so do both
+# sides, and the first two are one.
 TRL_ROWS = {"short": 16, "gsm8k": 4, "few-shot": 2}
 Row = dict[str, Any]
 
 
-def trl_settings(way: str, load: str) -> dict[str, Any]:
-    rows, masters = {"rows": TRL_ROWS.get(load, 0)}, {"weights": "float32"}
+def trl_settings(way: str, load: str, dtype: str) -> dict[str, Any]:
+    rows = {"rows": TRL_ROWS.get(load, 0)}
+    masters = {**rows, "weights": "float32", "bf16": dtype == "bfloat16"}
     return {
-        "fastest": {**rows, "bf16": False},
-        "masters": {**rows, **masters},
-        "thrifty": {**rows, **masters, "gradient_checkpointing": True},
+        "fastest": {**rows, "weights": dtype, "bf16": False},
+        "masters": masters,
+        "thrifty": {**masters, "gradient_checkpointing": True},
     }[way]
 
 
@@ -69,10 +73,18 @@ class Bench:
     turns: int
     words: tuple[str, ...] = ()
     """``section.key=value`` for our side."""
+    dtype: str = "float32"
+    """What both sides compute in."""
     say: Callable[[str], None] = print
 
     def side(self, kind: Any, load: Load, *words: str, settings: Mapping[str, Any] | None = None) -> Spec:
-        return Spec(kind, str(self.folder), asdict(load), (*self.words, *words), settings or {})
+        said = () if kind == "trl" else (f"model.dtype={self.dtype}", *self.words, *words)
+        return Spec(kind, str(self.folder), asdict(load), said, settings or {})
+
+    def trl(self, load: str, *more: str) -> dict[str, Spec]:
+        """TRL's sides that learn what ours learns, and ``more``."""
+        ways = (*(("fastest", "masters") if self.dtype == "bfloat16" else ("fastest",)), *more)
+        return {way: self.side("trl", self.loads[load], settings=trl_settings(way, load, self.dtype)) for way in ways}
 
     def turns_of(
         self, title: str, specs: Mapping[str, Spec], word: str | Mapping[str, str], turns: int | None = None
@@ -114,11 +126,11 @@ def same_tokens(found: Mapping[str, Sequence[Mapping[str, float]]]) -> float:
 
 def against_trl(bench: Bench) -> Iterator[Row]:
     for name, load in bench.loads.items():
-        trl = {way: bench.side("trl", load, settings=trl_settings(way, name)) for way in ("fastest", "masters")}
+        trl = bench.trl(name)
         ours = {"ours": bench.side("learner", load, *FAST), "eager": bench.side("learner", load)}
         learned = {}
-        for our_way, way in zip(ours, trl, strict=True):  # two at once: four would not fit into 24 GiB
-            pair = {our_way: ours[our_way], way: trl[way]}
+        for our_way, way in itertools.zip_longest(ours, trl):  # two at once: four would not fit into 24 GiB
+            pair = {our_way: ours[our_way]} | ({way: trl[way]} if way else {})
             learned |= bench.turns_of(f"a {name}, learner", pair, "learn")
         stepped = bench.turns_of(
             f"a {name}, step", {"ours": bench.side("loop", load, *FAST), "trl": trl["fastest"]}, "step"
@@ -210,12 +222,9 @@ def memory(bench: Bench) -> Iterator[Row]:
             "eager": bench.side("learner", load),
             "small": bench.side("learner", load, *FAST, *SMALL),
             "thrifty": bench.side("learner", load, *SMALL, *THRIFTY),
-            "sparing": bench.side("learner", load, *FAST, *SMALL, *SPARING),
+            **({"sparing": bench.side("learner", load, *FAST, *SMALL, *SPARING)} if bench.dtype == "bfloat16" else {}),
             "ours_padded": bench.side("learner", load, "learner.packing=padded"),
-        } | {
-            f"trl_{way}": bench.side("trl", load, settings=trl_settings(way, name))
-            for way in ("fastest", "masters", "thrifty")
-        }
+        } | {f"trl_{way}": spec for way, spec in bench.trl(name, "thrifty").items()}
         counts = set()
         for side, spec in specs.items():
             found = bench.turns_of(f"d {name}", {side: spec}, "learn", turns=1)[side]
@@ -224,7 +233,9 @@ def memory(bench: Bench) -> Iterator[Row]:
         assert len(counts) == 1, f"the sides learned from different tokens: {counts}"
         row |= {f"{ours}_of_{way}": row[f"{ours}_gib"] / row[f"trl_{way}_gib"]
                 for ours, way in (("ours", "masters"), ("small", "masters"), ("thrifty", "masters"),
-                                  ("thrifty", "thrifty"), ("sparing", "fastest"))}  # fmt: skip
+                                  ("thrifty", "thrifty"), ("ours", "fastest"), ("small", "fastest"),
+                                  ("sparing", "fastest"))
+                if ours in specs and f"trl_{way}" in specs}  # fmt: skip
         row["tokens"] = counts.pop()
         yield row
 
@@ -294,7 +305,7 @@ def growth(bench: Bench) -> Iterator[Row]:
 SECTIONS: dict[str, tuple[str, Callable[[Bench], Iterable[Row]]]] = {
     "a": ("Learner phase and whole step against TRL's GRPOTrainer", against_trl),
     "b": ("Packed against padded, learner phase", against_padded),
-    "c": ("Share of the measured bf16 product rate, needed operations only", product_share),
+    "c": ("Share of the measured matrix-product rate, needed operations only", product_share),
     "d": ("Peak memory of the learner above its imports", memory),
     "e": ("Sampler against bare vLLM, the same requests on the same engine", sampler),
     "f": ("Weight sync and its proof against a plain copy of the bytes", sync),
@@ -302,12 +313,14 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], Iterable[Row]]]] = {
 }
 NOTES = {
     "a": "Seconds. TRL's learner phase: rewards, advantages, one forward and backward pass (none for old log-probs), "
-    "clipping, AdamW; its whole step adds `generate`. `fastest`: bfloat16 weights and AdamW, the best micro-batch of "
-    "those tried; `masters`: the same with float32 weights under autocast, as our float32 masters. Ours: `update` with "
+    "clipping, AdamW; its whole step adds `generate`. `fastest`: weights and AdamW in the format of the section's "
+    "model, the best micro-batch of those tried; `masters`: float32 weights under bfloat16 autocast, as our float32 "
+    "masters. Ours: `update` with "
     "learner.compile=on (`eager`: off); the step is the run's loop: vLLM, rewards in a worker process, advantages, "
     "update, sync, proof. Equal prompts, completions (learner) and lengths (step).",
     "c": "Needed: 6 x layer weights x tokens (each prompt once) + 6 x head x predicted tokens + attention over visible "
-    "pairs. learner.compile=on. The machine's rate is the best of five large `torch.mm` in the same process.",
+    "pairs. learner.compile=on. The machine's rate is the best of five large `torch.mm` in the same process and "
+    "number format.",
     "d": "GiB. Ours and TRL as in (a), where `fastest` has no float32 masters and `masters` has, as ours; `small`: "
     f"{SMALL[0]}; `sparing`: also {', '.join(SPARING)}, so no masters; `thrifty`: with gradient checkpointing, ours as "
     "`small` but not compiled, TRL's as `masters`.",
@@ -326,7 +339,7 @@ def head_of(bench: Bench) -> Row:
         "machine": f"{machine}, {len(os.sched_getaffinity(0))} cores",
         "versions": {name: found for name in packages if (found := _version(name))},
         "commit": _commit(),
-        "model": f"{bench.folder.name}, bfloat16",
+        "model": f"{bench.folder.name}, {bench.dtype}",
         "turns": bench.turns,
         "settings": list(bench.words),
         "lengths": {name: load.words() for name, load in bench.loads.items()},
@@ -404,11 +417,13 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error(f"no such section: {', '.join(sorted(unknown))}; choose of {', '.join(SECTIONS)}")
     names = ["short"] if chosen.quick else chosen.loads.split(",")
     began = time.perf_counter()
+    model = settled(configs.load(None, chosen.set), "cpu").model
     bench = Bench(
-        models.prepare(build({}).model),
+        models.prepare(model),
         {name: LOADS[name] for name in names},
         1 if chosen.quick else chosen.turns,
-        tuple(chosen.set),
+        tuple(word for word in chosen.set if not word.startswith("model.dtype=")),
+        model.dtype,
         lambda text: print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True),
     )
     run(bench, chosen.sections or list(SECTIONS), chosen.out)

@@ -27,10 +27,14 @@ SHORT, LONG = (160, 65, 1344), (480, 129, 1504)
 
 
 def _words(model: str, method: str, lengths: Sequence[int], prompts: int) -> list[str]:
+    from common.device import quick_dtype
+
     _, completion, budget = lengths
     return [
-        f"model.name={model}", f"sampler.max_tokens={completion}", f"learner.microbatch_tokens={budget}",
-        f"train.group_size={GROUP_SIZE}", f"train.prompts_per_step={prompts}", "train.threads=1", *METHODS[method],
+        f"model.name={model}", f"model.dtype={quick_dtype('cpu')}",
+        f"sampler.max_tokens={completion}", f"learner.microbatch_tokens={budget}",
+        f"train.group_size={GROUP_SIZE}", f"train.prompts_per_step={prompts}",
+        "train.threads=1", *METHODS[method],
     ]  # fmt: skip
 
 
@@ -47,14 +51,15 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     from common.config import load
-    from common.device import release, set_threads
+    from common.device import dtype_of, release, set_threads
     from learner import memory, model
     from learner.learner import TorchLearner
 
     config = load(None, words)
     folder = model.prepare(config.model)
     set_threads(1)
-    torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
+    ones = torch.ones(64, 64, dtype=dtype_of(config.model.dtype))
+    ones @ ones
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _resident("VmRSS")
     learner = TorchLearner(config, folder, "cpu")
@@ -133,7 +138,8 @@ WAYS: dict[str, list[dict[str, Any]]] = {
 def table() -> list[dict[str, Any]]:
     """For each way of training the largest model of ``shapes.NAMES`` that fits 8 GiB, both sides on one card."""
     from common.config import load
-    from deploy.plan import Place, Planner
+    from deploy.local import settled
+    from deploy.planner import Place, Planner
 
     found = []
     with tempfile.TemporaryDirectory() as place:
@@ -148,7 +154,7 @@ def table() -> list[dict[str, Any]]:
                         words += [f"model.name={folder}", *COMMON, "sampler.options.enforce_eager=true",
                                   f"sampler.options.gpu_memory_utilization={share}",
                                   "sampler.options.max_num_batched_tokens=2048"]  # fmt: skip
-                        config = load(None, words)
+                        config = settled(load(None, words), "gpu")
                         if best is None:
                             planner = Planner(config, folder, 512, Place("GPU", True, CARD))
                         plan = planner.plan(config, quick=True)

@@ -94,7 +94,7 @@ def half_billion(like: Path) -> Path:
 
 def sync() -> list[dict[str, Any]]:
     rows = []
-    demo = models.prepare(build({}).model)
+    demo = models.prepare(local.settled(build({}), "cpu").model)
     for name, folder in (("135M", None), ("0.5B", half_billion(demo))):
         for transport, samplers, ranks in (
             ("shared_memory", 1, 1), ("collective", 1, 1), ("collective", 2, 1), ("shared_memory", 1, 2),

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.config import Config, load
-from common.device import set_threads
+from common.device import dtype_of, set_threads
 from common.errors import RunFailure
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from tests.benchmarks.loads import Load, groups_of, peak_gib, reset_peak, reward_of
@@ -160,12 +160,13 @@ def config_of(spec: Spec) -> Config:
 def learner_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
     from learner.learner import TorchLearner
 
-    learner = TorchLearner(config_of(spec), Path(spec.folder), "cpu")
+    config = config_of(spec)
+    learner = TorchLearner(config, Path(spec.folder), "cpu")
     pipe.answer({})
     while True:
         word = pipe.word()
         if word == "rate":
-            pipe.answer({"flops": product_rate()})
+            pipe.answer({"flops": product_rate(config.model.dtype)})
             continue
         assert word == "learn", word
         started = time.perf_counter()
@@ -174,16 +175,16 @@ def learner_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
         pipe.answer({"learn_s": learn_s, "tokens": metrics["tokens_learned"]})
 
 
-def product_rate(rounds: int = 4) -> float:
-    """bf16 floating-point operations a second: the best of a few large products, square and as tall as a layer's."""
+def product_rate(dtype: str, rounds: int = 4) -> float:
+    """Floating-point operations a second: the best of a few large products, square and as tall as a layer's."""
     import torch
 
     best = 0.0
     for rows, inner, columns in ((2048, 2048, 2048), (4096, 4096, 4096), (4096, 576, 1536), (4096, 1536, 1536),
                                  (8192, 2048, 2048)):  # fmt: skip
-        left = torch.randn(rows, inner).bfloat16()
-        right = torch.randn(inner, columns).bfloat16()
-        out = torch.empty(rows, columns, dtype=torch.bfloat16)
+        left, right, out = (
+            torch.randn(shape).to(dtype_of(dtype)) for shape in ((rows, inner), (inner, columns), (rows, columns))
+        )
         torch.mm(left, right, out=out)
         for _ in range(rounds):
             started = time.perf_counter()
