@@ -114,7 +114,7 @@ def train(
                 pass
             out.print(
                 f"right: model {ready.folder}, {len(ready.train)} training and {len(ready.test)} test questions, "
-                f"longest prompt {ready.longest_prompt} tokens, device {ready.device}",
+                f"longest prompt {ready.longest_prompt} tokens, device {ready.device}, {ready.config.model.dtype}",
                 soft_wrap=True,
             )
             return

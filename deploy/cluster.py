@@ -25,7 +25,7 @@ from common.config import Config
 from common.errors import LearnerLost, RunFailure, UserError
 from common.waits import bounded
 from deploy import doctor
-from deploy.local import Parts, Prepared, sampler_setup
+from deploy.local import Parts, Prepared, sampler_setup, warn_if_slow
 from learner import model as models
 
 log = logging.getLogger("nanogrpo.cluster")
@@ -93,6 +93,7 @@ def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator
                 "config.toml in it; give a folder that is"
             )
         facts, timeouts = learner.facts, config.timeouts
+        warn_if_slow(config, facts["device"])
         replaced_s = timeouts.start_s + timeouts.load_s + 2 * timeouts.sync_s
         tries = config.cluster.max_restarts + 1
         yield Parts(
@@ -101,7 +102,8 @@ def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator
             Apart(),
             f"sampler {config.sampler.name} x {config.cluster.samplers}: {', '.join(pool.places())}\n"
             f"learner {facts['parameters_trained'] / 1e6:.1f} M of {facts['parameters_total'] / 1e6:.1f} M weights, "
-            f"{'packed' if facts['packed'] else 'padded'}, {facts['device']}: {', '.join(learner.places())}",
+            f"{'packed' if facts['packed'] else 'padded'}, {config.model.dtype}, {facts['device']}: "
+            f"{', '.join(learner.places())}",
             memory_gib=learner.memory_gib,
             # Each wait inside has its own limit; these are the sums, should all of them be needed.
             answer_s=tries * (timeouts.generate_s + replaced_s),

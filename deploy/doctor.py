@@ -223,10 +223,12 @@ def devices() -> Finding:
         if not torch.__version__.endswith("+cpu"):
             cure = "this torch is a GPU build; check the driver with nvidia-smi, or install the CPU build: make setup"
             return Finding("devices", "no GPU seen", "warn", cure)
-        return Finding("devices", f"CPU, where model.dtype=auto is {device.quick_dtype(name)}")
-    module = torch.get_device_module(name)
-    cards = [module.get_device_properties(index) for index in range(module.device_count())]
-    return Finding("devices", ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in cards))
+        said = "CPU"
+    else:
+        module = torch.get_device_module(name)
+        cards = [module.get_device_properties(index) for index in range(module.device_count())]
+        said = ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in cards)
+    return Finding("devices", f"{said}, where model.dtype=auto is {device.quick_dtype(name)}")
 
 
 def cores(quota: float | None = None) -> Finding:

@@ -102,19 +102,32 @@ class Prepared:
     device: str
 
 
-def settled(config: Config, device: str) -> Config:
-    """The same with the number format that ``model.dtype="auto"`` stands for on this device.
+def settled(config: Config, device: str = "") -> Config:
+    """The same with the number format that ``model.dtype="auto"`` stands for on this device; without one, on what the
+    run computes on, for which a cluster may be asked.
 
-    Raises ``UserError`` for a setting that has no effect in that format.
+    Raises ``UserError`` for a setting that has no effect in that format, and for a cluster that does not answer.
     """
     if config.model.dtype != "auto":
         return config
-    found = devices.quick_dtype(device)
+    if not device and config.cluster.mode == "ray":
+        from deploy import cluster  # ray is only needed here
+
+        found = "bfloat16" if cluster.takes_gpus(config) else devices.quick_dtype("cpu")
+    else:
+        device = device or devices.pick(config.train.device)
+        found = devices.quick_dtype(device)
     try:
         return changed(config, {"model.dtype": found})
     except UserError as error:
-        kind = "CPU" if device == "cpu" else "GPU"
+        kind = {"": "cluster", "cpu": "CPU"}.get(device, "GPU")
         raise UserError(f"model.dtype='auto' is {found!r} on this {kind}, where {error}") from None
+
+
+def warn_if_slow(config: Config, device: str) -> None:
+    """Says that bfloat16 was asked for where nothing multiplies it quickly."""
+    if config.model.dtype == "bfloat16" and devices.quick_dtype(device) == "float32":
+        log.warning("model.dtype='bfloat16' is many times slower here than 'float32': no instructions multiply it")
 
 
 def prepare(config: Config, *, need_train: bool = True) -> Prepared:
@@ -122,9 +135,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     first thing that is wrong."""
     alone = config.cluster.mode == "local"
     device = devices.pick(config.train.device if alone else "cpu")  # this process computes nothing for a cluster
-    config = settled(config, device)
-    if alone and config.model.dtype == "bfloat16" and devices.quick_dtype(device) == "float32":
-        log.warning("model.dtype='bfloat16' is many times slower here than 'float32': no instructions multiply it")
+    config = settled(config)
     if config.train.max_staleness and alone:
         raise UserError(
             f"train.max_staleness={config.train.max_staleness} has no use here: sampler and learner share this process "
@@ -193,6 +204,7 @@ def _questions(task: Task, config: Config, split: Split) -> list[Prompt]:
 
 def make_sampler(ready: Prepared, *, shares_device: bool = True, adapter_folder: Path | None = None) -> Sampler:
     """The run's sampler, serving the model's own weights, or the adapter in ``adapter_folder`` over them."""
+    warn_if_slow(ready.config, ready.device)
     setup = sampler_setup(ready, shares_device=shares_device, adapter_folder=adapter_folder)
     return load_sampler(ready.config, setup, adapter_folder)
 

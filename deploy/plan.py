@@ -152,6 +152,7 @@ def as_dict(plan: Plan, proposals: Sequence[Proposal] = (), limits: Mapping[str,
         "margin": plan.margin,
         "prompt_tokens": plan.prompt_tokens,
         "completion_tokens": plan.config.sampler.max_tokens,
+        "dtype": plan.config.model.dtype,
         "pack_tokens": plan.learner.pack_tokens,
         "packed": plan.learner.packed,
         "parameters": {"trained": plan.learner.parameters_trained, "total": plan.learner.parameters_total},
@@ -183,7 +184,7 @@ def show(
     """The same for people, in GiB."""
     for one in plan.devices:
         parts = list(dict.fromkeys(name for phase in one.phases.values() for name in phase))
-        table = Table("GiB", *one.phases, title=one.place.name)
+        table = Table("GiB", *one.phases, title=f"{one.place.name}, {plan.config.model.dtype}")
         for name in parts:
             table.add_row(name, *(_gib(phase.get(name)) for phase in one.phases.values()))
         table.add_section()

@@ -20,9 +20,8 @@ from typing import Any
 
 from rich.console import Console
 
-from common import device as devices
 from common import files, plugins, tracking
-from common.config import Config, build, fields, resolved_toml
+from common.config import Config, build, changed, fields, resolved_toml
 from common.console import ConsoleTracker
 from common.errors import LearnerLost, RunFailure, UserError
 from common.prompts import PromptStream
@@ -58,7 +57,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         stack.enter_context(_logging_to(folder / "run.log"))
         files.remove_leftovers(folder)
         stack.callback(memory.apart.close)
-        config = _settled(config)
+        config = local.settled(config)
         place = plan.warm_up(config)
         ready = local.prepare(config)
         scorer = stack.enter_context(Scorer(config.task))
@@ -85,18 +84,6 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
                 if parts.recover is None:
                     raise
                 lost = loss
-
-
-def _settled(config: Config) -> Config:
-    """With the number format that suits what the run will compute on."""
-    if config.model.dtype != "auto":
-        return config
-    gpu = False
-    if config.cluster.mode == "ray":
-        from deploy import cluster
-
-        gpu = cluster.takes_gpus(config)
-    return local.settled(config, "gpu" if gpu else devices.pick(config.train.device))
 
 
 def _parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Parts]:
@@ -247,6 +234,8 @@ def config_of(folder: Path, words: Sequence[str]) -> Config:
     saved = tomllib.loads((folder / "config.toml").read_text())
     config = load(folder / "config.toml", words, drop_idle=True)
     before = build(saved)
+    if config.model.dtype == "auto":  # it keeps what it began with
+        config = changed(config, {"model.dtype": before.model.dtype})
     free = {
         "eval",
         "run",

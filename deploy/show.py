@@ -44,7 +44,7 @@ def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
     final = folder / "final"
     if not final.is_dir():
         raise UserError(f"run folder {name!r} has no final/ yet; finish it with `nanogrpo train --resume {name}`")
-    config = load(folder / "config.toml", words)
+    config = load(folder / "config.toml", words, drop_idle=True)
     if (final / "adapter_config.json").is_file():
         return config, final
     model = {**config.model.model_dump(exclude_unset=True), "name": str(final)}

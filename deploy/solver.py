@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from common.config import Config
-from common.config import changed as with_changes
+from common.config import Config, changed
+from common.device import quick_dtype
 from common.errors import UserError
 from deploy.planner import Plan, Planner, summed
 from learner import model as models
@@ -87,6 +87,8 @@ def moves(config: Config, gpu: bool) -> list[list[Move]]:
                  "no float32 masters"),
             Move(OTHER, (("optimizer.name", "adafactor"),), "another optimizer"),
         ])  # fmt: skip
+    if spec.model.dtype == "float32" and quick_dtype("gpu" if gpu else "cpu") == "bfloat16":
+        found.append([Move(NUMBERS, (("model.dtype", "bfloat16"),), "coarser numbers, faster")])
     if lora:
         found.append(halved("model.lora_rank", spec.model.lora_rank, 4, NUMBERS, "a smaller adapter"))
         if spec.model.quantize == "off":
@@ -105,10 +107,10 @@ def moves(config: Config, gpu: bool) -> list[list[Move]]:
     return [knob for knob in found if knob]
 
 
-def changed(config: Config, changes: Sequence[Change]) -> Config | None:
+def allowed(config: Config, changes: Sequence[Change]) -> Config | None:
     """The configuration with these set; None where its own rules forbid it."""
     try:
-        made = with_changes(config, dict(changes))
+        made = changed(config, dict(changes))
         models.check(made.model, made.cluster.learner_ranks)
         check_optimizer(made, made.cluster.learner_ranks)
     except UserError:
@@ -143,7 +145,7 @@ def solve(planner: Planner, first: Plan, limit_s: float, say: Callable[[str], No
         useful: list[Tried] = []
         best = 0
         for move in knob:
-            config = changed(first.config, move.changes)
+            config = allowed(first.config, move.changes)
             if config is None or time.monotonic() > end - limit_s / 3:  # the rest is for the sets
                 continue
             say(f"trying {move.words()}")
@@ -165,7 +167,7 @@ def solve(planner: Planner, first: Plan, limit_s: float, say: Callable[[str], No
         if any(one.keys <= {key for move in chosen for key, _ in move.changes} for one in found):
             continue  # the same knobs turned further, or one more of them: dearer, and nothing new
         saved = summed(*(one for _, one in picked))
-        config = changed(first.config, [change for move in chosen for change in move.changes])
+        config = allowed(first.config, [change for move in chosen for change in move.changes])
         if config is None or any(base[phase] > saved[phase] for phase in base):
             continue
         say(f"trying {'; '.join(move.words() for move in chosen)}")
@@ -207,7 +209,7 @@ def _priced(planner: Planner, first: Plan, picked: Sequence[Move], last: Plan) -
     saved = []
     before = planner.plan(first.config, quick=True).peak
     for count in range(1, len(picked) + 1):
-        config = changed(first.config, [change for move in picked[:count] for change in move.changes])
+        config = allowed(first.config, [change for move in picked[:count] for change in move.changes])
         after = planner.plan(config, quick=True).peak if config is not None else before
         saved.append(before - after)
         before = after
@@ -222,7 +224,7 @@ def largest(planner: Planner, first: Plan, key: str, most: int, limit_s: float) 
     end = time.monotonic() + limit_s
 
     def fits(value: int) -> bool:
-        config = changed(first.config, [(key, value)])
+        config = allowed(first.config, [(key, value)])
         if config is None:
             return False
         plan = planner.plan(config, quick=True)
@@ -240,7 +242,7 @@ def largest(planner: Planner, first: Plan, key: str, most: int, limit_s: float) 
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     while low > 1:  # the shallow copies may have promised a little too much
-        config = changed(first.config, [(key, low)])
+        config = allowed(first.config, [(key, low)])
         if config is not None and planner.plan(config).fits:
             return low
         low = low * 31 // 32 if low > 32 else low - 1

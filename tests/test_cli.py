@@ -83,6 +83,17 @@ def test_train_then_eval_then_sample(tiny, run_file, tmp_path):
     assert output.count("reward") >= 2
 
 
+def test_a_run_can_be_asked_in_another_number_format(tiny, run_file, tmp_path):
+    """Its file holds settings of the learner that have no effect in that format."""
+    folder = tmp_path / "run"
+    more = (f"run.folder={folder}", "train.steps=1", "model.dtype=bfloat16")
+    code, output = call("train", run_file, *words(tiny, *more))
+    assert code == 0, output
+    assert "optimizer" in tomllib.loads((folder / "config.toml").read_text())
+    result = asked("eval", folder, "--json", "model.dtype=float32")
+    assert result["questions"] == 4
+
+
 @pytest.mark.parametrize("sampler", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
 def test_lora_run_is_served_with_its_adapter(tiny, run_file, tmp_path, sampler):
     folder = tmp_path / "run"

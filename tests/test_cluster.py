@@ -21,6 +21,7 @@ from rich.console import Console
 
 from common import files
 from common.config import Config, load, resolved_toml
+from common.device import quick_dtype
 from common.errors import RunFailure, UserError
 from common.types import Completion, Group, Prompt
 from deploy import cluster, guard
@@ -148,6 +149,14 @@ def test_stopped_and_resumed_equals_never_stopped(shared, tiny, tmp_path, lora, 
     run(spec(tiny, folder, *more), folder, stop_after=stop)
     run(runs.config_of(folder, []), folder, resume=True)
     assert same(folder, whole)
+
+
+def test_the_number_format_that_suits_the_cluster_is_said_and_kept(shared, tiny, tmp_path):
+    folder = tmp_path / "services"
+    console = run(spec(tiny, folder, *CLUSTER, "model.dtype=auto", steps=1), folder)
+    found = quick_dtype("cpu")  # its only node is this machine
+    assert load(folder / "config.toml").model.dtype == found
+    assert f"packed, {found}, cpu: " in " ".join(console.said)
 
 
 def test_goes_on_with_another_number_of_ranks(shared, tiny, alone, tmp_path):

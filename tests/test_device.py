@@ -1,6 +1,8 @@
 """Which number format ``model.dtype="auto"`` is, where, and that a run writes it down and keeps it."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,12 @@ from deploy import cluster, local, planner
 from deploy import run as runs
 from tests.tiny import make_tiny
 
+ASKS = """
+import sys, ray
+from common.config import load
+from deploy import cluster
+print(cluster.takes_gpus(load(None, sys.argv[1:])), ray.is_initialized())
+"""
 TOY = Path(__file__).parent / "toy.py"
 
 
@@ -70,15 +78,17 @@ def test_a_run_writes_the_format_down_and_goes_on_with_it(tiny, tmp_path):
             runs.run(load(None, [*words, f"model.dtype={asked}"]), folder, Console(file=nowhere))
         assert load(folder / "config.toml").model.dtype == kept
         assert runs.config_of(folder, ["train.steps=2"]).model.dtype == kept
+        assert runs.config_of(folder, ["model.dtype=auto"]).model.dtype == kept
         said = (folder / "run.log").read_text()
         assert ("model.dtype='bfloat16' is many times slower here" in said) == (kept == "bfloat16" != found)
 
 
-def test_the_plan_is_for_the_device_that_is_asked_about(tiny):
+def test_the_plan_is_for_the_device_that_is_asked_about(tiny, caplog):
     words = [f"model.name={tiny}", f"task.name={TOY}:Toy"]
     for more, dtype in (("gpu", "bfloat16"), ("cpu", device.quick_dtype("cpu"))):
         asked = planner.planner_of(load(None, [*words, f"train.device={more}"]), "8GiB", 40)
         assert asked.config.model.dtype == dtype
+    assert "slower" not in caplog.text  # nothing computes here
 
 
 def test_a_cluster_without_gpus_computes_as_this_cpu():
@@ -87,12 +97,17 @@ def test_a_cluster_without_gpus_computes_as_this_cpu():
     private = load(None, ["cluster.mode=ray", "cluster.address=private"])
     assert not torch.cuda.is_available()
     assert not cluster.takes_gpus(private)
-    assert cluster.takes_gpus(load(None, ["cluster.mode=ray", "train.device=gpu"]))
+    assert local.settled(private).model.dtype == device.quick_dtype("cpu")
+    with_gpus = load(None, ["cluster.mode=ray", "train.device=gpu", "optimizer.master=stochastic"])
+    assert cluster.takes_gpus(with_gpus)
+    assert local.settled(with_gpus).model.dtype == "bfloat16"
     assert not ray.is_initialized()
     assert cluster.connect("private")
     try:
-        joined = load(None, ["cluster.mode=ray", f"cluster.address={ray.get_runtime_context().gcs_address}"])
-        assert not cluster.takes_gpus(joined)
+        words = ["cluster.mode=ray", f"cluster.address={ray.get_runtime_context().gcs_address}"]
+        assert not cluster.takes_gpus(load(None, words))
         assert ray.is_initialized()  # one that was joined before is not left
+        ran = subprocess.run([sys.executable, "-c", ASKS, *words], capture_output=True, text=True, timeout=120)
+        assert ran.stdout.split() == ["False", "False"], ran.stderr  # and one that was joined to ask is
     finally:
         ray.shutdown()

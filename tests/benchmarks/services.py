@@ -157,7 +157,8 @@ def main() -> None:
     for name in chosen:
         rows += {"throughput": throughput, "sync": sync, "staleness": staleness}[name]()
     OUT.mkdir(parents=True, exist_ok=True)
-    head = f"{datetime.date.today().isoformat()}, SmolLM2-135M (and random weights in Qwen2.5-0.5B's shape), bfloat16"
+    dtype = local.settled(build({}), "cpu").model.dtype
+    head = f"{datetime.date.today().isoformat()}, SmolLM2-135M (and random weights in Qwen2.5-0.5B's shape), {dtype}"
     files.write_json(OUT / "services.json", {"head": head, "rows": rows})
     lines = [head, "", "| what | value | unit |", "|---|---|---|"]
     lines += [f"| {row['what']} | {row['value']:.2f} | {row['unit']} |" for row in rows]
