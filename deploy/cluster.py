@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -143,6 +144,7 @@ def connect(address: str) -> bool:
             f"{label}: nothing answers there; start the head (ray start --head) and give its address and port"
         )
     common: dict[str, Any] = {"namespace": "nanogrpo", "log_to_driver": False, "logging_level": "ERROR"}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if address == "private":
             _make_token()
@@ -164,7 +166,25 @@ def connect(address: str) -> bool:
         if _refused(error):
             raise UserError(f"{label}: {_OTHER_TOKEN}") from None
         raise UserError(f"{label}: cannot join the cluster ({_brief(error)})") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own would end a run that means to save first.
+            signal.signal(signal.SIGTERM, on_terminate or signal.SIG_DFL)
     return True
+
+
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[None]:
+    """In the run's cluster, and out of it again if this process was in none. Raises ``UserError`` as ``connect``."""
+    with bounded("cluster", "taking this process in", config.timeouts.start_s):
+        mine = connect(config.cluster.address)
+    try:
+        yield
+    finally:
+        if mine:
+            import ray
+
+            ray.shutdown()
 
 
 def _make_token() -> None:
@@ -403,19 +423,12 @@ class Cluster:
 
 
 def takes_gpus(config: Config) -> bool:
-    """Whether the run will compute on GPUs: asks the cluster, and leaves it again, where the configuration leaves that
-    open. Raises ``UserError`` as ``connect`` does."""
+    """Whether the run will compute on GPUs; the cluster is asked where the configuration leaves that open. Raises
+    ``UserError`` as ``connect`` does."""
     if config.train.device != "auto" or config.cluster.address == "private":  # whose only node this machine is
         return config.train.device == "gpu" or devices.pick(config.train.device) != "cpu"
-    with bounded("cluster", "taking this process in", config.timeouts.start_s):
-        joined = connect(config.cluster.address)
-    try:
+    with joined(config):
         return _has_gpus()
-    finally:
-        if joined:
-            import ray
-
-            ray.shutdown()
 
 
 def _has_gpus() -> bool:

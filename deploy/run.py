@@ -57,6 +57,10 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         stack.enter_context(_logging_to(folder / "run.log"))
         files.remove_leftovers(folder)
         stack.callback(memory.apart.close)
+        if config.cluster.mode == "ray" and config.cluster.address != "private":
+            from deploy import cluster
+
+            stack.enter_context(cluster.joined(config))  # once, for all who ask it
         config = local.settled(config)
         place = plan.warm_up(config)
         ready = local.prepare(config)

@@ -151,6 +151,15 @@ def test_stopped_and_resumed_equals_never_stopped(shared, tiny, tmp_path, lora, 
     assert same(folder, whole)
 
 
+def test_sigterm_saves_before_it_ends(tiny, tmp_path):
+    """As `ray job stop`, SLURM and Kubernetes send it; Ray has a handler of its own, which ends the process."""
+    asked = Run(words(tiny, tmp_path / "run", 500, *CLUSTER), tmp_path / "log")
+    asked.wait_for_step(2)
+    asked.process.send_signal(signal.SIGTERM)
+    assert asked.wait() == 130, asked.said
+    assert f"saved at step {asked.step()}" in asked.said
+
+
 def test_the_number_format_that_suits_the_cluster_is_said_and_kept(shared, tiny, tmp_path):
     folder = tmp_path / "services"
     console = run(spec(tiny, folder, *CLUSTER, "model.dtype=auto", steps=1), folder)
