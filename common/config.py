@@ -43,8 +43,8 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the weights in the forward pass, on both sides; the optimizer keeps float32 masters. auto:
     bfloat16 where the device multiplies it quickly (GPUs since Ampere, CPUs with AVX-512 BF16, AMX or Arm's BF16),
-    else float32: without such instructions bfloat16 is many times slower. On a Ray cluster: bfloat16 where it has GPUs,
-    else as the driver's CPU. A run keeps what it began with."""
+    else float32: without such instructions bfloat16 is many times slower. A Ray cluster with GPUs goes by the driver's
+    card, bfloat16 where it has none; one without by the driver's CPU. A run keeps what it began with."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
     lora_rank: Whole = 0

@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import threading
 import time
@@ -287,6 +288,9 @@ class _Worker:
 
 def _serve() -> None:
     """The worker's life: make the task, then answer groups until the parent goes away."""
+    # Whoever stops a whole job, as Ray does, tells this process too; the run ends it once its step is done. A function,
+    # because what a task starts would inherit that a signal is ignored.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     pipe = child.pipe()
     name, options, limit_s = pipe.recv()
     try:

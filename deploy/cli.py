@@ -108,13 +108,15 @@ def train(
             folder = runs.shared_folder(folder)
         if dry_run:
             ready = local.prepare(config)
+            local.warn_if_slow(ready.config, ready.device)
             from common.rewards import Scorer
 
             with Scorer(config.task):
                 pass
             out.print(
                 f"right: model {ready.folder}, {len(ready.train)} training and {len(ready.test)} test questions, "
-                f"longest prompt {ready.longest_prompt} tokens, device {ready.device}, {ready.config.model.dtype}",
+                f"longest prompt {ready.longest_prompt} tokens, {ready.config.model.dtype}, "
+                f"{ready.device if ready.config.cluster.mode == 'local' else 'on the cluster'}",
                 soft_wrap=True,
             )
             return

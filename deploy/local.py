@@ -113,7 +113,10 @@ def settled(config: Config, device: str = "") -> Config:
     if not device and config.cluster.mode == "ray":
         from deploy import cluster  # ray is only needed here
 
-        found = "bfloat16" if cluster.takes_gpus(config) else devices.quick_dtype("cpu")
+        try:
+            found = devices.quick_dtype("gpu" if cluster.takes_gpus(config) else "cpu")
+        except UserError as error:
+            raise UserError(f"{error}; or set model.dtype, and the cluster need not be asked for GPUs") from None
     else:
         device = device or devices.pick(config.train.device)
         found = devices.quick_dtype(device)
@@ -134,7 +137,8 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     """Checks configuration, sampler, task, model and data, and settles ``model.dtype``. Raises ``UserError`` for the
     first thing that is wrong."""
     alone = config.cluster.mode == "local"
-    device = devices.pick(config.train.device if alone else "cpu")  # this process computes nothing for a cluster
+    # For a run on a cluster this process computes nothing; a model that is only asked is asked here.
+    device = devices.pick(config.train.device if alone or not need_train else "cpu")
     config = settled(config)
     if config.train.max_staleness and alone:
         raise UserError(

@@ -136,6 +136,12 @@ def test_every_proposal_is_a_right_configuration_that_fits_by_its_own_plan(tiny)
         assert again.peak < plan.peak
 
 
+def test_the_quicker_format_is_proposed_to_whoever_chose_the_larger(tiny):
+    asked = [config_of(tiny, f"model.dtype={dtype}") for dtype in ("float32", "bfloat16")]
+    changes = [[move.changes for knob in solver.moves(config, gpu=True) for move in knob] for config in asked]
+    assert [(("model.dtype", "bfloat16"),) in one for one in changes] == [True, False]
+
+
 def test_the_cache_is_vllms_own_rule(tiny):
     config = config_of(tiny)
     planner = Planner(config, tiny, 40, Place("host memory", False, 64 * GIB))

@@ -44,6 +44,11 @@ TASK = """
             threading.Timer(0.2, lambda: os._exit(7)).start()
         if verb == "killed":
             os.kill(os.getpid(), 9)
+        if verb == "told":
+            os.kill(os.getpid(), 15)
+            started = subprocess.Popen(["sleep", "60"])
+            started.terminate()
+            return started.wait(5)
         if verb == "print":
             print(rest)
             print(rest.upper(), file=sys.stderr)
@@ -275,6 +280,11 @@ def test_data_that_cannot_travel_is_the_tasks_mistake(stops):
     with pytest.raises(UserError, match=r"'p' data .* JSON"):
         stops.score([bad])
     assert first(stops.score([group("return 1")])[0]) == [[1.0]]
+
+
+def test_sigterm_to_a_whole_job_leaves_the_scores_of_the_step_that_is_finished(stops):
+    """What a reward starts still ends by it."""
+    assert first(stops.score([group("told")])[0]) == [[-15.0]]
 
 
 def test_workers_are_other_processes_without_torch(task):
