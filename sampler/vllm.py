@@ -12,8 +12,8 @@ Everything that depends on vLLM's ways is in this file:
 - on the CPU a request cannot carry a seed, so the generator that all draw from is seeded before the request: there
   a seed fixes a request only while no other is in work;
 - on the CPU the cache's block is 32 tokens, the least it takes, so that short prompts are shared in a group (the
-  default of 128 shares only longer ones, and the rest of a prompt beyond its last whole block is computed for each
-  completion anew);
+  default of 128 shares only longer ones), and what a prompt has beyond its last whole block is copied
+  (``shared_prompts.py``) where vLLM would compute it for each completion anew;
 - on the CPU vLLM would spend a twelfth of its time on log-probs of the whole vocabulary and on the rank of the token
   drawn; it is made to compute the one log-prob that is asked for;
 - a base in 4 bits (``SamplerSetup.quantize``) under an adapter is made by vLLM's bitsandbytes plugin on a GPU; on the
@@ -453,6 +453,10 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
     if on_cpu:
         # Compiling costs half a minute at every start; sequences are short here.
         arguments |= {"enforce_eager": True, "block_size": CPU_BLOCK}
+        arguments["kv_transfer_config"] = {
+            "kv_connector": "SharedPrompts", "kv_connector_module_path": "sampler.shared_prompts",
+            "kv_role": "kv_consumer",
+        }  # fmt: skip
         arguments["kv_cache_memory_bytes"] = cache_bytes(model_config, setup)
     elif setup.shares_device:
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}

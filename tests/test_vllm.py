@@ -3,6 +3,7 @@ once, weights swapped under them, and what happens when the engine fails."""
 
 import gc
 import json
+import random
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from importlib.util import find_spec
@@ -227,6 +228,37 @@ def test_a_request_alone_is_what_vllm_itself_writes(folder, closing):
             assert list(one.logprobs) == [
                 entry[token].logprob for entry, token in zip(right.logprobs, right.token_ids, strict=True)
             ]
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_prompt_is_computed_once_for_its_group(folder, closing, lora):
+    """Whatever its length against a block of the cache; and a copy is as good as what is computed anew."""
+    _, sampler, sync = make(folder, lora=lora)
+    closing(sampler)
+    sync()
+    scheduler = sampler._llm.llm_engine.engine_core.engine_core.scheduler
+    plan, computed = scheduler.schedule, []
+
+    def watched(*args, **kwargs):
+        planned = plan(*args, **kwargs)
+        computed.append(planned.total_num_scheduled_tokens)
+        return planned
+
+    scheduler.schedule = watched
+    draw, lengths = random.Random(0), (1, 7, 32, 33, 50)
+    prompts = [Prompt(str(L), (), token_ids=tuple(draw.choices(range(3, 60), k=L))) for L in lengths]
+    params = SamplingParams(n=3, max_tokens=4, seed=1)
+    groups = sampler.generate(prompts, params).result()
+    written = sum(len(one.token_ids) for group in groups for one in group.completions)
+    # Of the others of a group only the prompt's last token, and of no completion its own last.
+    assert sum(computed) == sum(lengths) + (3 - 1) * len(lengths) + written - 3 * len(lengths)
+    # More sequences than there is room for at once: the one that computed a prompt may end before others of its group.
+    assert scheduler.max_num_running_reqs < 8 * len(lengths)
+    groups += sampler.generate(prompts, replace(params, n=8)).result()
+    for group in groups:
+        asked = [(*group.prompt.token_ids, *one.token_ids) for one in group.completions]
+        for one, anew in zip(group.completions, sampler.logprobs(asked), strict=True):
+            assert one.logprobs == pytest.approx(anew[-len(one.token_ids) :], abs=1e-4)
 
 
 def test_requests_are_in_work_together(folder, closing):
