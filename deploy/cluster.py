@@ -246,8 +246,8 @@ class Cluster:
     def __init__(self, config: Config, say: Callable[[str], None], *, resuming: bool = False) -> None:
         """Connects and checks the room. Raises ``UserError`` for a cluster too small for the run: at once, or for a run
         that has been on it before after ``timeouts.start_s``, because a lost node may come back."""
-        with bounded("cluster", "taking this process in", config.timeouts.start_s):
-            self._joined = connect(config.cluster.address)
+        self._membership = contextlib.ExitStack()
+        self._membership.enter_context(joined(config))
         self._config, self._say = config, say
         has_gpus = _has_gpus()
         if config.train.device == "gpu" and not has_gpus:
@@ -336,15 +336,13 @@ class Cluster:
         return members
 
     def close(self) -> None:
-        import ray
         from ray.util.placement_group import remove_placement_group
 
         if self._group is not None:
             with contextlib.suppress(Exception):
                 remove_placement_group(self._group)
             self._group = None
-        if self._joined:
-            ray.shutdown()
+        self._membership.close()
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
