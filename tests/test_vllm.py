@@ -261,6 +261,30 @@ def test_a_prompt_is_computed_once_for_its_group(folder, closing, lora):
             assert one.logprobs == pytest.approx(anew[-len(one.token_ids) :], abs=1e-4)
 
 
+def test_sequences_put_off_for_want_of_cache_are_written_as_well(folder, closing):
+    """vLLM takes the blocks of some away and begins them anew when there is room."""
+    per_token = cache_bytes_per_token(json.loads((folder / "config.json").read_text()), "float32")
+    _, sampler, sync = make(folder, kv_cache_memory_bytes=9 * 32 * per_token)
+    closing(sampler)
+    sync()
+    scheduler = sampler._llm.llm_engine.engine_core.engine_core.scheduler
+    put_off, preempt = [], scheduler._preempt_request
+
+    def watched(request, *args, **kwargs):
+        put_off.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = watched
+    draw = random.Random(1)
+    prompts = [Prompt(str(L), (), token_ids=tuple(draw.choices(range(3, 60), k=L))) for L in (12, 20, 25, 29)]
+    groups = sampler.generate(prompts, SamplingParams(n=6, max_tokens=24, seed=1)).result()
+    assert len(put_off) > 4
+    for group in groups:
+        asked = [(*group.prompt.token_ids, *one.token_ids) for one in group.completions]
+        for one, anew in zip(group.completions, sampler.logprobs(asked), strict=True):
+            assert one.logprobs == pytest.approx(anew[-len(one.token_ids) :], abs=1e-4)
+
+
 def test_requests_are_in_work_together(folder, closing):
     """A short one overtakes a long one; log-probs and new weights between them disturb neither."""
     sampler, truth, base = serve(folder, closing)
