@@ -7,7 +7,7 @@ pipe and computes nothing. Kinds of side:
 - ``learner``: ``TorchLearner`` alone. ``learn``: ``update`` on the same; ``rate``: the machine's matrix products.
 - ``loop``: the run's own loop (``learner/loop.py``) with vLLM in process, rewards in a worker process, sync and proof.
   ``step``: one of its steps; ``copy``: a plain copy of the bytes that a sync sends; ``write`` and ``bare``: the load's
-  requests through ``VllmSampler`` and through ``vllm.LLM.generate`` on the same engine.
+  requests through ``VllmSampler`` and through its engine's own ``generate``.
 
 The parent's part is ``Side``; the child's is the rest. Left out: what is compared (``__main__.py``).
 """
@@ -50,7 +50,7 @@ class Spec:
     words: tuple[str, ...] = ()
     """``section.key=value`` over the benchmark's own, for ours."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """GRPOConfig's, ``rows`` (of a micro-batch) and ``weights`` (dtype), for TRL."""
+    """GRPOConfig's, ``rows`` (of a micro-batch) and ``weights`` (dtype), for TRL; the engine's, for ``loop``."""
 
 
 # -- in the parent -----------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def loop_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
         setup = SamplerSetup(
             str(folder), config.model.dtype, one.prompt + one.most, min(one.groups * one.group_size, AT_ONCE)
         )
-        sampler = VllmSampler(setup, **config.sampler.options)
+        sampler = VllmSampler(setup, **config.sampler.options, **spec.settings)
         try:
             learner = TorchLearner(config, Path(spec.folder), "cpu")
             placement, watch = SharedDevice(sampler, learner), Watch()
