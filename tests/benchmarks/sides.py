@@ -263,7 +263,7 @@ def loop_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
         setup = SamplerSetup(
             str(folder), config.model.dtype, one.prompt + one.most, min(one.groups * one.group_size, AT_ONCE)
         )
-        sampler = VllmSampler(setup, **config.sampler.options, **spec.settings)
+        sampler = VllmSampler(setup, **{**config.sampler.options, **spec.settings})
         try:
             learner = TorchLearner(config, Path(spec.folder), "cpu")
             placement, watch = SharedDevice(sampler, learner), Watch()
