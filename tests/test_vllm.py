@@ -19,7 +19,15 @@ from learner import model as models
 from learner.learner import TorchLearner
 from learner.sync import SyncError, WeightSync, probe_of
 from sampler.truth import Truth, lend, perturbed
-from sampler.vllm import _chosen_only, _part_seed, _spread_seed, cache_bytes, cache_bytes_per_token, engine_arguments
+from sampler.vllm import (
+    CPU_BLOCK,
+    _chosen_only,
+    _part_seed,
+    _spread_seed,
+    cache_bytes,
+    cache_bytes_per_token,
+    engine_arguments,
+)
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
 from tests.tiny import make_tiny
@@ -230,6 +238,19 @@ def test_a_request_alone_is_what_vllm_itself_writes(folder, closing):
             ]
 
 
+def check_against_computed_anew(sampler, groups):
+    """The engine's own log-probs of the same tokens, each sequence read at once."""
+    for group in groups:
+        asked = [(*group.prompt.token_ids, *one.token_ids) for one in group.completions]
+        for one, anew in zip(group.completions, sampler.logprobs(asked), strict=True):
+            assert one.logprobs == pytest.approx(anew[-len(one.token_ids) :], abs=1e-4)
+
+
+def random_prompts(seed, lengths):
+    draw = random.Random(seed)
+    return [Prompt(str(L), (), token_ids=tuple(draw.choices(range(3, 60), k=L))) for L in lengths]
+
+
 @pytest.mark.parametrize("lora", [0, 4])
 def test_a_prompt_is_computed_once_for_its_group(folder, closing, lora):
     """Whatever its length against a block of the cache; and a copy is as good as what is computed anew."""
@@ -245,8 +266,8 @@ def test_a_prompt_is_computed_once_for_its_group(folder, closing, lora):
         return planned
 
     scheduler.schedule = watched
-    draw, lengths = random.Random(0), (1, 7, 32, 33, 50)
-    prompts = [Prompt(str(L), (), token_ids=tuple(draw.choices(range(3, 60), k=L))) for L in lengths]
+    lengths = (1, 7, 32, 33, 50)
+    prompts = random_prompts(0, lengths)
     params = SamplingParams(n=3, max_tokens=4, seed=1)
     groups = sampler.generate(prompts, params).result()
     written = sum(len(one.token_ids) for group in groups for one in group.completions)
@@ -255,16 +276,13 @@ def test_a_prompt_is_computed_once_for_its_group(folder, closing, lora):
     # More sequences than there is room for at once: the one that computed a prompt may end before others of its group.
     assert scheduler.max_num_running_reqs < 8 * len(lengths)
     groups += sampler.generate(prompts, replace(params, n=8)).result()
-    for group in groups:
-        asked = [(*group.prompt.token_ids, *one.token_ids) for one in group.completions]
-        for one, anew in zip(group.completions, sampler.logprobs(asked), strict=True):
-            assert one.logprobs == pytest.approx(anew[-len(one.token_ids) :], abs=1e-4)
+    check_against_computed_anew(sampler, groups)
 
 
 def test_sequences_put_off_for_want_of_cache_are_written_as_well(folder, closing):
     """vLLM takes the blocks of some away and begins them anew when there is room."""
     per_token = cache_bytes_per_token(json.loads((folder / "config.json").read_text()), "float32")
-    _, sampler, sync = make(folder, kv_cache_memory_bytes=9 * 32 * per_token)
+    _, sampler, sync = make(folder, kv_cache_memory_bytes=9 * CPU_BLOCK * per_token)
     closing(sampler)
     sync()
     scheduler = sampler._llm.llm_engine.engine_core.engine_core.scheduler
@@ -275,14 +293,9 @@ def test_sequences_put_off_for_want_of_cache_are_written_as_well(folder, closing
         return preempt(request, *args, **kwargs)
 
     scheduler._preempt_request = watched
-    draw = random.Random(1)
-    prompts = [Prompt(str(L), (), token_ids=tuple(draw.choices(range(3, 60), k=L))) for L in (12, 20, 25, 29)]
-    groups = sampler.generate(prompts, SamplingParams(n=6, max_tokens=24, seed=1)).result()
+    groups = sampler.generate(random_prompts(1, (12, 20, 25, 29)), SamplingParams(n=6, max_tokens=24, seed=1)).result()
     assert len(put_off) > 4
-    for group in groups:
-        asked = [(*group.prompt.token_ids, *one.token_ids) for one in group.completions]
-        for one, anew in zip(group.completions, sampler.logprobs(asked), strict=True):
-            assert one.logprobs == pytest.approx(anew[-len(one.token_ids) :], abs=1e-4)
+    check_against_computed_anew(sampler, groups)
 
 
 def test_requests_are_in_work_together(folder, closing):

@@ -319,7 +319,8 @@ NOTES = {
     f"{SMALL[0]}; `sparing`: also {', '.join(SPARING)}, so no masters; `thrifty`: with gradient checkpointing, ours as "
     "`small` but not compiled, TRL's as `masters`.",
     "e": "`bare`: `LLM.generate` with the drawn tokens' log-probs, on an engine with vLLM's own block of the cache and "
-    "without copies of prompts; `no_logprobs`: without log-probs. Prefix caches start empty.",
+    "without copies of prompts, but with our way of making log-probs; `no_logprobs`: without them. Prefix caches start "
+    "empty.",
 }
 
 
