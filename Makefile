@@ -8,10 +8,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 STAMP := .venv/.setup-$(ACCEL)
 
-.PHONY: help setup demo test lint bench clean
+TEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help setup demo test test-fast test-full lint bench clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 	@echo "ACCEL=$(ACCEL) (cpu or gpu; found by itself, yours wins)"
 
 setup: $(STAMP)  ## install everything into .venv (about 3 minutes)
@@ -46,8 +48,14 @@ endif
 demo: $(STAMP)  ## train SmolLM2-135M with GRPO on generated questions, with vLLM, and show that it got better
 	@$(BIN)/nanogrpo train deploy/configs/demo.toml $(ARGS)
 
-test: $(STAMP)  ## unit, property and integration tests, vLLM included
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## every claim once: unit, property and integration tests, vLLM and Ray included
+	@$(TEST) -m "not full" --durations=25 $(ARGS)
+
+test-fast: $(STAMP)  ## what needs neither vLLM nor Ray
+	@$(TEST) -m "not full and not vllm and not ray" $(ARGS)
+
+test-full: $(STAMP)  ## what test leaves out: two nodes (as root), every stop point, long searches for counterexamples
+	@NANOGRPO_TESTS=full $(TEST) -m "full or property" --durations=25 $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -299,6 +299,8 @@ class RunConfig(Section):
     """LoRA: write the merged model to ``final/merged`` too."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    report: bool = True
+    """Write ``report.html`` and ``report.png`` when the run ends."""
     trackers: tuple[str, ...] = ()
     """Your own trackers, ``module:attr`` or ``file.py:attr``, each made with the run folder. A resumed run tells them
     the steps since its checkpoint again."""

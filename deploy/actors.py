@@ -2,14 +2,16 @@
 
 Each actor wraps a ``Sampler`` or a ``TorchLearner`` that knows nothing of Ray. Calls run one after another, in the
 order made; beside them ``pulse`` answers at any time, so that a process that hangs whole is told from one at work.
-An actor is never restarted behind our back (its state would be gone): who owns it decides. Used by deploy/pool.py
-and deploy/group.py.
+An actor is never restarted behind our back (its state would be gone): who owns it decides. One that was closed can be
+started again, for another run or in a learner that lost another rank: that saves the imports of a new process. Used by
+deploy/pool.py and deploy/group.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import logging
 import os
@@ -60,6 +62,8 @@ class Member:
     name: str
     actor: Any
     about: About | None = None
+    bundle: int = -1
+    """Its place in the placement group."""
 
     @property
     def place(self) -> str:
@@ -164,7 +168,13 @@ class SamplerService:
         return self._sampler.logprobs(sequences)
 
     def close(self) -> None:
+        """Lets go of everything; ``start`` may follow."""
+        if self._broadcast is not None:
+            self._broadcast.close()
+            self._broadcast = None
+        self._open = {}
         self._sampler.close()
+        del self._sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,16 +312,42 @@ class LearnerService:
         return devices.peak_memory_gib(self._device)
 
     def close(self) -> None:
+        """Lets go of everything; ``start`` may follow."""
         if self._offer is not None:
             self._offer.remove()
+            self._offer = None
+        if self._broadcast is not None:
+            self._broadcast.close()
+            self._broadcast = None
+        self._stack.close()
+        self._ranks.leave()
+        del self._learner
+        gc.collect()  # what is left of the learner would keep the connections to the other ranks
         for folder in self._meetings:
             shutil.rmtree(folder, ignore_errors=True)
+        self._meetings = []
 
 
 def actor_of(service: type, **options: Any) -> Any:
     """Starts a service as an actor; ``options`` are Ray's."""
     settings: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"pulse": 1}}
     return ray.remote(**settings)(service).options(runtime_env={"env_vars": _environment()}, **options).remote()
+
+
+def close_all(members: Sequence[Member], limit_s: float) -> list[Member]:
+    """Closes these services. Returns those that can be started again; the others' processes are ended: those that did
+    not answer within ``limit_s``, that failed, and that used a GPU, whose memory is surely free only without them."""
+    calls = {member: member.actor.close.remote() for member in members if member.actor is not None}
+    closed = ray.wait(list(calls.values()), num_returns=len(calls), timeout=limit_s)[0] if calls else []
+    well = []
+    for member in members:
+        if member.about is not None and member.about.facts["device"] == "cpu" and calls.get(member) in closed:
+            with contextlib.suppress(RayError):
+                ray.get(calls[member], timeout=60)
+                well.append(member)
+                continue
+        member.kill()
+    return well
 
 
 def gather(

@@ -139,7 +139,8 @@ def train(
             out.print(
                 Stack(report.transcripts(outcome.before, outcome.after), report.table(outcome.before, outcome.after))
             )
-        out.print(f"done: model in {folder / 'final'}, report in {folder / 'report.html'}", soft_wrap=True)
+        report_file = f", report in {folder / 'report.html'}" if config.run.report else ""
+        out.print(f"done: model in {folder / 'final'}{report_file}", soft_wrap=True)
 
 
 @app.command()
@@ -147,6 +148,7 @@ def plan(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run; see deploy/configs")],
     words: Words = None,
     device_memory: Annotated[str, typer.Option("--device-memory", metavar="SIZE", help="8GiB: a card like that")] = "",
+    limit_s: Annotated[float, typer.Option("--limit-s", min=0.0, help="seconds to search for changes")] = 45.0,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Work out the run's peak memory, and what would make it fit or how far it can grow. Loads no weights."""
@@ -159,7 +161,7 @@ def plan(
         config = load(run_file, words or [])
         try:
             found, proposals, limits = plans.answer(
-                config, device_memory, lambda text: err.print(text, style="dim", soft_wrap=True)
+                config, device_memory, lambda text: err.print(text, style="dim", soft_wrap=True), limit_s=limit_s
             )
         except (UserError, RunFailure):
             raise

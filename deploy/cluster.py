@@ -67,8 +67,10 @@ def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator
     restarts = Restarts(config.cluster.max_restarts)
     setup = sampler_setup(ready, shares_device=False, threads=max(1, int(config.cluster.sampler_cpus)), base=False)
     vocabulary = max(len(ready.tokenizer), models.vocabulary(ready.folder))
-    pool = SamplerPool(config, lambda i: cluster.start_sampler(i, setup), setup, vocabulary, restarts, say)
-    learner = LearnerGroup(config, cluster.start_learner)
+    pool = SamplerPool(
+        config, lambda index: cluster.start_sampler(index, setup), setup, vocabulary, restarts, say, cluster.end
+    )
+    learner = LearnerGroup(config, cluster.start_learner, cluster.end)
 
     def open_learner() -> None:
         while True:
@@ -240,8 +242,64 @@ def missing_room(wanted: Sequence[Need], nodes: Mapping[str, Need]) -> str:
     )
 
 
+@dataclasses.dataclass
+class Room:
+    """Places that are reserved on the cluster."""
+
+    group: Any
+    """Ray's placement group."""
+    idle: dict[int, Any] = dataclasses.field(default_factory=dict)
+    """Services that were closed and can be started again, by their place."""
+
+    def close(self) -> None:
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            for actor in self.idle.values():
+                ray.kill(actor)
+            remove_placement_group(self.group)
+
+
+class _Kept:
+    """What ``services_kept`` keeps from one run to the next."""
+
+    wanted = False
+    room: Room | None = None
+    kind: Any = None
+
+    def take(self, kind: Any) -> Room | None:
+        """The room kept, if it is of this kind; one of another kind is given back."""
+        room, self.room = self.room, None
+        if room is not None and (kind != self.kind or not self.wanted):
+            room.close()
+            return None
+        return room
+
+    def give(self, kind: Any, room: Room) -> None:
+        if self.wanted:
+            self.kind, self.room = kind, room
+        else:
+            room.close()
+
+
+_KEPT = _Kept()
+
+
+@contextlib.contextmanager
+def services_kept() -> Iterator[None]:
+    """Inside, a run of this process leaves its room and its services to the next run that needs the same, which then
+    starts without new processes and their imports. For notebooks and tests; join the cluster before."""
+    _KEPT.wanted = True
+    try:
+        yield
+    finally:
+        _KEPT.wanted = False
+        _KEPT.take(None)
+
+
 class Cluster:
-    """The run's place on a cluster: starts its parts, and starts them anew."""
+    """The run's place on a cluster: starts its parts, and starts them again."""
 
     def __init__(self, config: Config, say: Callable[[str], None], *, resuming: bool = False) -> None:
         """Connects and checks the room. Raises ``UserError`` for a cluster too small for the run: at once, or for a run
@@ -268,16 +326,20 @@ class Cluster:
                 told = True
             time.sleep(2.0)
         self._versions: Mapping[str, str] = {}
-        self._group: Any = None
+        self._room: Room | None = None
 
     def take_room(self) -> None:
         """Reserves the places. Raises ``RunFailure`` when others hold them longer than ``timeouts.start_s``."""
         import ray
         from ray.util.placement_group import placement_group
 
-        self._group = placement_group(self._needs, strategy="SPREAD" if self._config.cluster.spread else "PACK")
+        self._room = _KEPT.take(self._kind_of_room())
+        if self._room is not None:
+            return
+        group = placement_group(self._needs, strategy="SPREAD" if self._config.cluster.spread else "PACK")
+        self._room = Room(group)
         limit_s = self._config.timeouts.start_s
-        ready, started = self._group.ready(), time.monotonic()
+        ready, started = group.ready(), time.monotonic()
         told = False
         while not ray.wait([ready], timeout=2.0)[0]:
             waited = time.monotonic() - started
@@ -299,7 +361,7 @@ class Cluster:
             if self._config.cluster.on_lost_node == "shrink":
                 raise NoRoom("the cluster has no room for a replacement")
             self._wait_for_place(index, f"sampler {index}")
-        member = Member(f"sampler {index}", self._actor(SamplerService, index))
+        member = Member(f"sampler {index}", self._actor(SamplerService, index), bundle=index)
         self._begin(member, member.actor.start.remote(self._config, setup))
         return member
 
@@ -309,7 +371,8 @@ class Cluster:
 
         places = self._learner_places()
         members = [
-            Member(f"learner rank {rank}", self._actor(LearnerService, place)) for rank, place in enumerate(places)
+            Member(f"learner rank {rank}", self._actor(LearnerService, place), bundle=place)
+            for rank, place in enumerate(places)
         ]
         timeouts = self._config.timeouts
         limit_s = timeouts.load_s
@@ -335,16 +398,23 @@ class Cluster:
             self._same_versions(member)
         return members
 
-    def close(self) -> None:
-        from ray.util.placement_group import remove_placement_group
+    def end(self, members: Sequence[Any], limit_s: float) -> None:
+        """Ends these services, within ``limit_s``; those that can be started again wait in their places for that."""
+        from deploy.actors import close_all
 
-        if self._group is not None:
-            with contextlib.suppress(Exception):
-                remove_placement_group(self._group)
-            self._group = None
+        assert self._room is not None, "services live in a room"
+        self._room.idle |= {member.bundle: member.actor for member in close_all(members, limit_s)}
+
+    def close(self) -> None:
+        room, self._room = self._room, None
+        if room is not None:
+            _KEPT.give(self._kind_of_room(), room)
         self._membership.close()
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _kind_of_room(self) -> Any:
+        return self._config.cluster.spread, *(tuple(sorted(need.items())) for need in self._needs)
 
     def _learner_places(self) -> list[int]:
         """The bundles to start ranks in: all of them, or after a lost node those that are left (``shrink``)."""
@@ -376,20 +446,30 @@ class Cluster:
         import ray
         from ray.util import placement_group_table
 
-        home = placement_group_table(self._group)["bundles_to_node_id"].get(index)
+        assert self._room is not None, "a place is in a room"
+        home = placement_group_table(self._room.group)["bundles_to_node_id"].get(index)
         return any(node["NodeID"] == home and node["Alive"] and _answers(node) for node in ray.nodes())
 
     def _actor(self, service: type, index: int) -> Any:
+        """A service in this place: one that waits there, or a new process."""
+        import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from deploy.actors import actor_of
 
+        assert self._room is not None, "services live in a room"
+        idle = self._room.idle.pop(index, None)
+        if idle is not None:
+            with contextlib.suppress(ray.exceptions.RayError):  # its node may be gone
+                ray.get(idle.pulse.remote(), timeout=self._config.timeouts.pulse_s)
+                return idle
+            ray.kill(idle)
         need = self._needs[index]
         return actor_of(
             service,
             num_cpus=need["CPU"],
             num_gpus=need.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._room.group, placement_group_bundle_index=index),
         )
 
     def _begin(self, member: Any, call: Any) -> None:

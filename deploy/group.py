@@ -28,11 +28,13 @@ _SHARE = 0.95  # of a limit: the plain watchdog around the call would end the pr
 
 
 class LearnerGroup:
-    """Ranks that ``start()`` starts."""
+    """Ranks that ``start()`` starts; ``end(members, limit_s)`` ends them, or keeps them for another start."""
 
-    def __init__(self, config: Config, start: Callable[[], list[Member]]) -> None:
+    def __init__(
+        self, config: Config, start: Callable[[], list[Member]], end: Callable[[Sequence[Member], float], None]
+    ) -> None:
         self.version = 0
-        self._config, self._start = config, start
+        self._config, self._start, self._end = config, start, end
         self._ranks: list[Member] = []
         self.turn = threading.Lock()  # the ranks do one thing at a time; a replacement sampler asks from its own thread
         self._joined: tuple[Member, ...] = ()  # the samplers in the broadcast's group
@@ -50,7 +52,7 @@ class LearnerGroup:
         self._joined = ()
 
     def restart(self) -> None:
-        """Other processes in place of all ranks, knowing nothing; ``restore`` follows."""
+        """All ranks from the start, those that were lost in other processes; ``restore`` follows."""
         self.close()
         self.version = 0
         self.open()
@@ -104,12 +106,8 @@ class LearnerGroup:
         return [member.place for member, found in seen.items() if not found]
 
     def close(self) -> None:
-        calls = [member.actor.close.remote() for member in self._ranks]
-        if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=5)
-        for member in self._ranks:
-            member.kill()
-        self._ranks = []
+        ranks, self._ranks = self._ranks, []
+        self._end(ranks, 5.0)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -81,9 +81,11 @@ class SamplerPool:
         vocabulary: int,
         restarts: Restarts,
         say: Callable[[str], None],
+        end: Callable[[Sequence[Member], float], None],
     ) -> None:
-        """``setup`` is every replica's; ``vocabulary`` its number of tokens; ``say`` tells people of losses."""
-        self._config, self._start, self._say = config, start, say
+        """``setup`` is every replica's; ``vocabulary`` its number of tokens; ``say`` tells people of losses;
+        ``end(members, limit_s)`` ends replicas, or keeps them for another start."""
+        self._config, self._start, self._say, self._end = config, start, say, end
         self._setup, self._vocabulary, self._restarts = setup, vocabulary, restarts
         self._lock = threading.Condition(threading.RLock())
         self._weights = threading.Lock()  # one hand-over at a time
@@ -243,11 +245,7 @@ class SamplerPool:
             self._closing = True
             self._lock.notify_all()
             replicas = list(self._replicas)
-        calls = {one.member: one.member.actor.close.remote() for one in replicas}
-        if calls:
-            ray.wait(list(calls.values()), num_returns=len(calls), timeout=20)
-        for replica in replicas:
-            replica.member.kill()
+        self._end([replica.member for replica in replicas], 20.0)
 
     # -- work --------------------------------------------------------------------------------------------------------
 

@@ -159,7 +159,8 @@ def _train(
             tracker.phase("disk: writing the final model")
             with placement.learning():
                 _export(learner, folder, config)
-    report.write(folder)
+    if config.run.report:
+        report.write(folder)
     evaluations = report.by_step(files.read_json_lines(folder / "eval.jsonl"))
     asked = {row["step"]: row for row in evaluations}
     return Outcome(folder, finished, learner.version, asked.get(0), asked.get(config.train.steps))

@@ -7,6 +7,11 @@ from common.config import Config, build
 from common.types import Completion, Group, Prompt
 from tests.tiny import VOCAB_SIZE
 
+QUIET = ("memory.plan=off", "memory.rehearsal=false", "run.tensorboard=false", "run.report=false")
+"""Settings of a run in a test that is about something else: each of these takes seconds."""
+EVERYTHING = ("memory.plan=refuse", "memory.rehearsal=true", "run.tensorboard=true", "run.report=true")
+"""The defaults again, for a test that is about them."""
+
 
 def config(**sections: dict[str, Any]) -> Config:
     """A small float32 run; a section given here is laid over it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.types import Group
@@ -28,7 +28,6 @@ def test_the_slow_truth() -> None:
 
 @pytest.mark.parametrize(("kind", "scale_rewards"), [("zscore", "group"), ("no_std", "none"), ("batch_std", "batch")])
 @given(data=st.data(), group_size=st.integers(2, 5), groups=st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
 def test_advantages_are_trls(kind: Any, scale_rewards: str, data: Any, group_size: int, groups: int) -> None:
     rows = group_size * groups
     # Rounded: TRL's float arithmetic gives a group of equal, long fractions a spread of 1e-16, ours exactly 0.
@@ -46,7 +45,6 @@ def test_advantages_are_trls(kind: Any, scale_rewards: str, data: Any, group_siz
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(rewards=st.lists(st.lists(REWARDS, min_size=1, max_size=6), min_size=1, max_size=4), shift=st.integers(-3, 3))
-@settings(max_examples=60, deadline=None)
 def test_what_holds_for_any_rewards(kind: Any, rewards: list[list[float]], shift: int) -> None:
     """Advantages of a group sum to 0, keep the order of the rewards, and do not see a constant added to them."""
     groups = [slow_truth.group_of(of_group) for of_group in rewards]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from common import files
 from common.config import load
 from deploy.cli import app
+from tests.making import EVERYTHING
 from tests.test_run import TOY, words
 from tests.tiny import make_tiny
 
@@ -65,9 +66,10 @@ def refused(code, said, *args):
 
 def test_train_then_eval_then_sample(tiny, run_file, tmp_path):
     folder = tmp_path / "run"
-    code, output = call("train", run_file, *words(tiny, f"run.folder={folder}", "train.steps=2"))
+    code, output = call("train", run_file, *words(tiny, f"run.folder={folder}", "train.steps=2", *EVERYTHING))
     assert code == 0, output
     assert "before" in output
+    assert f"report in {folder / 'report.html'}" in " ".join(output.split())
     assert "step 2/2" in output
     result = asked("eval", folder, "--json", "eval.samples=4", "eval.k=[1, 4]")
     assert result["questions"] == 4
@@ -338,9 +340,7 @@ def test_bad_reward_stops_with_a_sentence_and_its_completion_in_the_log(tiny, ru
 def test_disk_full(tiny, run_file, tmp_path):
     """A real limit on file size stands in for the full disk: the checkpoint is the first file above it."""
     path = tmp_path / "run.toml"
-    values = words(
-        tiny, f"run.folder={tmp_path / 'run'}", "run.tensorboard=false", "eval.questions=0", "run.save_every=1"
-    )
+    values = words(tiny, f"run.folder={tmp_path / 'run'}", "eval.questions=0", "run.save_every=1")
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))

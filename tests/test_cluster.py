@@ -27,20 +27,26 @@ from common.types import Completion, Group, Prompt
 from deploy import cluster, guard
 from deploy import run as runs
 from tests.cluster.disturb import CLUSTER, Run, numbers, same, weights, words
+from tests.making import EVERYTHING
 from tests.tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent
 FAULTY = f"sampler.name={ROOT / 'tests' / 'faulty.py'}:Faulty"
 REPLAY = f"sampler.name={ROOT / 'tests' / 'replay.py'}:Replay"
 
+TWO = ("cluster.samplers=2", "cluster.learner_ranks=2")
+
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def shared():
-    """A cluster of this machine, on loopback, that the runs of this module join."""
+    """A cluster of this machine, on loopback, that the runs of this module join; its services serve all of them."""
     import ray
 
     assert cluster.connect("private")
-    yield
+    with cluster.services_kept():
+        yield
     ray.shutdown()
 
 
@@ -83,13 +89,101 @@ def alone(tiny, tmp_path_factory):
     return folder
 
 
+# -- two replicas and two ranks (first: runs of one kind one after another share their services) -----------------------
+
+
+def test_two_replicas_and_two_ranks_learn_the_same_from_the_same_completions(shared, tiny, alone, tmp_path):
+    """Ten steps on the completions of the one process, weights broadcast: losses within 1e-5."""
+    folder = tmp_path / "two"
+    replayed = (REPLAY, f"sampler.options.rollouts={alone / 'rollouts'}", "sync.transport=collective")
+    run(spec(tiny, folder, *CLUSTER, *TWO, *replayed, steps=10), folder)
+    mine, theirs = numbers(folder), numbers(alone)
+    assert len(mine) == 10
+    for row, truth in zip(mine, theirs, strict=True):
+        for key in ("grad_norm", "entropy", "reward_mean", "tokens_learned"):
+            assert row[key] == pytest.approx(truth[key], rel=1e-5), (truth["step"], key)
+        assert row["loss"] == pytest.approx(truth["loss"], abs=1e-5), truth["step"]
+    one, other = weights(folder), weights(alone)
+    assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=2e-4) for name in other)
+    assert {row["sync_transport"] for row in files.read_json_lines(folder / "metrics.jsonl")} == {2}
+
+
+def test_replicas_change_no_completion_where_requests_are_seeded(shared, tiny, alone, tmp_path):
+    folder = tmp_path / "two"
+    run(spec(tiny, folder, *CLUSTER, *TWO, steps=1), folder)
+    mine, theirs = (files.read_json_lines(one / "rollouts" / "step-000001.jsonl") for one in (folder, alone))
+    assert [(row["prompt_id"], row["token_ids"]) for row in mine] == [
+        (row["prompt_id"], row["token_ids"]) for row in theirs
+    ]
+
+
+def test_a_replica_with_old_weights_is_found_by_name(shared, tiny, tmp_path):
+    """It says that the bytes arrived, and serves the old ones."""
+    folder = tmp_path / "run"
+    options = (FAULTY, "sampler.options.fault=stale", f"sampler.options.marker={tmp_path / 'x'}", "optimizer.lr=0.1")
+    with pytest.raises(RunFailure, match=r"sampler [01].*(old weights|other weights)"):
+        run(spec(tiny, folder, *CLUSTER, *TWO, *options), folder)
+
+
+STRUCK = (*CLUSTER, *TWO, "timeouts.pulse_s=10", "cluster.max_restarts=20")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(spec(tiny, folder, *STRUCK, steps=40), folder)
+    return folder
+
+
+@pytest.mark.timeout(300)  # three losses; each new process imports torch for some seconds
+@pytest.mark.parametrize(
+    "strikes",
+    [
+        (("learner", signal.SIGKILL), ("sampler", signal.SIGSTOP), ("driver", signal.SIGKILL)),
+        pytest.param((("sampler", signal.SIGKILL), ("learner", signal.SIGSTOP), ("driver", signal.SIGSTOP)),
+                     marks=pytest.mark.full),
+    ],
+    ids=["killed", "stopped"],
+)  # fmt: skip
+def test_struck_services_and_driver_leave_the_run_as_it_would_have_been(undisturbed, tiny, tmp_path, strikes):
+    """SIGKILL and SIGSTOP of a replica, a rank and the driver; and at last SIGTERM, for which Ray has a handler of its
+    own: the run saves, and goes on. The real command, on a cluster of its own. The same with more rounds and a table:
+    ``python -m tests.cluster.disturb``."""
+    folder = tmp_path / "struck"
+    struck = Run(words(tiny, folder, 40, *STRUCK), tmp_path / "log")
+    try:
+        for place, (name, number) in enumerate(strikes):
+            struck.wait_for_step(2 + 4 * place)
+            struck.seconds_to_recover(name, number)
+        struck.process.send_signal(signal.SIGTERM)
+        assert struck.wait() == 130, struck.said
+    finally:
+        struck.end()
+    assert "starting it again, from the last checkpoint" in struck.said
+    assert f"saved at step {struck.step()}" in struck.said
+    assert struck.step() < 40
+    run(runs.config_of(folder, []), folder, resume=True)
+    assert same(folder, undisturbed)
+
+
+def test_goes_on_with_another_number_of_ranks(shared, tiny, alone, tmp_path):
+    """Two ranks' checkpoint read by one process, and the end is that of a run that never changed."""
+    folder = tmp_path / "changed"
+    replayed = (REPLAY, f"sampler.options.rollouts={alone / 'rollouts'}")
+    run(spec(tiny, folder, *CLUSTER, *TWO, *replayed, steps=10), folder, stop_after=4)
+    run(runs.config_of(folder, ["cluster.learner_ranks=1", "cluster.samplers=1"]), folder, resume=True)
+    one, other = weights(folder), weights(alone)
+    assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=2e-4) for name in other)
+
+
 # -- the same numbers --------------------------------------------------------------------------------------------------
 
 
 def test_one_replica_and_one_rank_give_the_numbers_of_one_process(shared, tiny, alone, tmp_path):
-    """Bit for bit, over ten steps; and the weights really went from one process to another."""
+    """Bit for bit, over ten steps; and the weights really went from one process to another. With everything that a
+    run does: the plan, the rehearsal, the report."""
     folder = tmp_path / "services"
-    run(spec(tiny, folder, *CLUSTER, steps=10), folder)
+    run(spec(tiny, folder, *CLUSTER, *EVERYTHING, steps=10), folder)
     assert same(folder, alone)
     rows = files.read_json_lines(folder / "metrics.jsonl")
     assert {row["sync_transport"] for row in rows} == {1}
@@ -111,56 +205,33 @@ def test_with_vllm_too(shared, tiny, tmp_path, lora):
     assert transports == ({3} if lora else {1})
 
 
-def test_two_replicas_and_two_ranks_learn_the_same_from_the_same_completions(shared, tiny, alone, tmp_path):
-    """Ten steps on the completions of the one process, weights broadcast: losses within 1e-5."""
-    folder = tmp_path / "two"
-    two = ("cluster.samplers=2", "cluster.learner_ranks=2", "sync.transport=collective")
-    run(spec(tiny, folder, *CLUSTER, *two, REPLAY, f"sampler.options.rollouts={alone / 'rollouts'}", steps=10), folder)
-    mine, theirs = numbers(folder), numbers(alone)
-    assert len(mine) == 10
-    for row, truth in zip(mine, theirs, strict=True):
-        for key in ("grad_norm", "entropy", "reward_mean", "tokens_learned"):
-            assert row[key] == pytest.approx(truth[key], rel=1e-5), (truth["step"], key)
-        assert row["loss"] == pytest.approx(truth["loss"], abs=1e-5), truth["step"]
-    one, other = weights(folder), weights(alone)
-    assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=2e-4) for name in other)
-    assert {row["sync_transport"] for row in files.read_json_lines(folder / "metrics.jsonl")} == {2}
-
-
-def test_replicas_change_no_completion_where_requests_are_seeded(shared, tiny, alone, tmp_path):
-    folder = tmp_path / "three"
-    run(spec(tiny, folder, *CLUSTER, "cluster.samplers=3", "cluster.sampler_cpus=0.25", steps=2), folder)
-    for file in sorted((folder / "rollouts").glob("step-*.jsonl")):
-        mine, theirs = (files.read_json_lines(one / "rollouts" / file.name) for one in (folder, alone))
-        assert [(row["prompt_id"], row["token_ids"]) for row in mine] == [
-            (row["prompt_id"], row["token_ids"]) for row in theirs
-        ]
-
-
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("lora", "stop"), [(0, 1), (0, 4), (4, 2), (4, 5), (0, 3)])
-def test_stopped_and_resumed_equals_never_stopped(shared, tiny, tmp_path, lora, stop):
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """Six steps in one process, which equal those of services, by rank of the adapter."""
+    folders: dict[int, Path] = {}
+
+    def whole_of(lora: int) -> Path:
+        if lora not in folders:
+            folders[lora] = tmp_path_factory.mktemp("runs") / f"whole-{lora}"
+            run(spec(tiny, folders[lora], f"model.lora_rank={lora}"), folders[lora])
+        return folders[lora]
+
+    return whole_of
+
+
+@pytest.mark.parametrize(
+    ("lora", "stop"),
+    [(0, 3), (0, 4), (4, 2), *(pytest.param(*more, marks=pytest.mark.full) for more in ((0, 1), (4, 5)))],
+)
+def test_stopped_and_resumed_equals_never_stopped(shared, tiny, whole, tmp_path, lora, stop):
     """The stop points lie on and between checkpoints (every third step)."""
-    more = [*CLUSTER, *([f"model.lora_rank={lora}"] if lora else [])]
-    whole, folder = tmp_path / "whole", tmp_path / "stopped"
-    run(spec(tiny, whole, *(more[len(CLUSTER) :])), whole)  # in one process: equal to services, as shown above
-    run(spec(tiny, folder, *more), folder, stop_after=stop)
+    folder = tmp_path / "stopped"
+    run(spec(tiny, folder, *CLUSTER, f"model.lora_rank={lora}"), folder, stop_after=stop)
     run(runs.config_of(folder, []), folder, resume=True)
-    assert same(folder, whole)
-
-
-def test_sigterm_saves_before_it_ends(tiny, tmp_path):
-    """Ray has a handler of its own, which ends the process."""
-    asked = Run(words(tiny, tmp_path / "run", 500, *CLUSTER), tmp_path / "log")
-    try:
-        asked.wait_for_step(2)
-        asked.process.send_signal(signal.SIGTERM)
-        assert asked.wait() == 130, asked.said
-    finally:
-        asked.end()
-    assert f"saved at step {asked.step()}" in asked.said
+    assert same(folder, whole(lora))
 
 
 def test_the_number_format_that_suits_the_cluster_is_said_and_kept(shared, tiny, tmp_path):
@@ -172,15 +243,6 @@ def test_the_number_format_that_suits_the_cluster_is_said_and_kept(shared, tiny,
     found = quick_dtype("cpu")  # its only node is this machine
     assert load(folder / "config.toml").model.dtype == found
     assert f"packed, {found}, cpu: " in " ".join(console.said)
-
-
-def test_goes_on_with_another_number_of_ranks(shared, tiny, alone, tmp_path):
-    """Two ranks' checkpoint read by one process, and the end is that of a run that never changed."""
-    folder = tmp_path / "changed"
-    run(spec(tiny, folder, *CLUSTER, "cluster.learner_ranks=2", steps=10), folder, stop_after=4)
-    run(runs.config_of(folder, ["cluster.learner_ranks=1"]), folder, resume=True)
-    one, other = weights(folder), weights(alone)
-    assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=2e-4) for name in other)
 
 
 def test_staleness_overlaps_and_resumes_exactly(shared, tiny, tmp_path):
@@ -237,20 +299,6 @@ def test_a_sampler_that_works_without_end_is_replaced(shared, tiny, alone, tmp_p
     assert numbers(folder) == numbers(alone)[:3]
 
 
-def test_sampler_and_learner_lost_together(tiny, alone, tmp_path):
-    """Nobody is left who could give the new sampler its weights: the learner comes back first."""
-    more = (*CLUSTER, "sync.transport=collective", "timeouts.pulse_s=8")
-    struck = Run(words(tiny, tmp_path / "run", 10, *more), tmp_path / "log")
-    try:
-        struck.wait_for_step(4)
-        struck.strike("learner", signal.SIGKILL)
-        struck.strike("sampler", signal.SIGKILL)
-        assert struck.wait() == 0, struck.said
-    finally:
-        struck.end()
-    assert same(tmp_path / "run", alone)
-
-
 def test_a_sampler_that_always_fails_ends_the_run_in_a_sentence(shared, tiny, tmp_path):
     folder = tmp_path / "run"
     options = (FAULTY, "sampler.options.fault=raise", f"sampler.options.marker={tmp_path / 'x'}")
@@ -259,39 +307,18 @@ def test_a_sampler_that_always_fails_ends_the_run_in_a_sentence(shared, tiny, tm
         run(config, folder)
 
 
-def test_a_replica_with_old_weights_is_found_by_name(shared, tiny, tmp_path):
-    """It says that the bytes arrived, and serves the old ones."""
-    folder = tmp_path / "run"
-    options = (FAULTY, "sampler.options.fault=stale", f"sampler.options.marker={tmp_path / 'x'}", "optimizer.lr=0.1")
-    with pytest.raises(RunFailure, match=r"sampler [01].*(old weights|other weights)"):
-        run(spec(tiny, folder, *CLUSTER, *options, "cluster.samplers=2", "cluster.sampler_cpus=0.25"), folder)
-
-
-@pytest.mark.timeout(900)
-def test_struck_services_and_driver_leave_the_run_as_it_would_have_been(tiny, tmp_path):
-    """SIGKILL and SIGSTOP of a replica, a rank and the driver; the real command, on a cluster of its own. The same
-    with more rounds and a table: ``python -m tests.cluster.disturb``."""
-    more = (*CLUSTER, "cluster.learner_ranks=2", "cluster.samplers=2", "timeouts.pulse_s=8", "cluster.max_restarts=20")
-    model = tiny
-    whole = Run(words(model, tmp_path / "whole", 40, *more), tmp_path / "whole.log")
-    assert whole.wait() == 0, whole.said
-    struck = Run(words(model, tmp_path / "struck", 40, *more), tmp_path / "struck.log")
+@pytest.mark.full
+def test_sampler_and_learner_lost_together(tiny, alone, tmp_path):
+    """Nobody is left who could give the new sampler its weights: the learner comes back first."""
+    struck = Run(words(tiny, tmp_path / "run", 10, *CLUSTER, "sync.transport=collective"), tmp_path / "log")
     try:
-        for step, name, number in (
-            (3, "sampler", signal.SIGKILL),
-            (9, "learner", signal.SIGKILL),
-            (16, "sampler", signal.SIGSTOP),
-            (22, "driver", signal.SIGKILL),
-            (29, "learner", signal.SIGSTOP),
-            (34, "driver", signal.SIGSTOP),
-        ):
-            struck.wait_for_step(step)
-            struck.seconds_to_recover(name, number, which=0)
+        struck.wait_for_step(4)
+        struck.strike("learner", signal.SIGKILL)
+        struck.strike("sampler", signal.SIGKILL)
         assert struck.wait() == 0, struck.said
     finally:
         struck.end()
-    assert same(tmp_path / "struck", tmp_path / "whole")
-    assert "starting it again, from the last checkpoint" in struck.said
+    assert same(tmp_path / "run", alone)
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------

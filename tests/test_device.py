@@ -14,6 +14,7 @@ from common.config import load
 from common.errors import UserError
 from deploy import cluster, local, planner
 from deploy import run as runs
+from tests.making import QUIET
 from tests.tiny import make_tiny
 
 ASKS = """
@@ -68,7 +69,7 @@ def test_a_run_writes_the_format_down_and_goes_on_with_it(tiny, tmp_path):
     words = [
         f"model.name={tiny}", f"task.name={TOY}:Toy", "sampler.name=hf", "sampler.max_tokens=8", "train.steps=1",
         "train.prompts_per_step=2", "train.group_size=2", "train.device=cpu", "eval.questions=0",
-        "optimizer.warmup_steps=0", "run.console=plain",
+        "optimizer.warmup_steps=0", "run.console=plain", *QUIET,
     ]  # fmt: skip
     found = device.quick_dtype("cpu")
     other = {"bfloat16": "float32", "float32": "bfloat16"}[found]
@@ -91,6 +92,7 @@ def test_the_plan_is_for_the_device_that_is_asked_about(tiny, caplog):
     assert "slower" not in caplog.text  # nothing computes here
 
 
+@pytest.mark.ray
 def test_a_cluster_without_gpus_computes_as_this_cpu():
     import ray
 

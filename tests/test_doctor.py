@@ -290,6 +290,7 @@ DOCTOR = (
 )
 
 
+@pytest.mark.ray
 def test_a_private_cluster(tmp_path):
     needs_ray()
     (tmp_path / "shared").mkdir()
@@ -303,6 +304,8 @@ def test_a_private_cluster(tmp_path):
     assert not list((tmp_path / "shared").iterdir())
 
 
+@pytest.mark.full
+@pytest.mark.ray
 def test_two_nodes_in_a_network_of_their_own(tmp_path):
     """Two Ray nodes with an address each, in a network and a process namespace that end with the test."""
     needs_ray()

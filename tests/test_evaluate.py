@@ -10,7 +10,7 @@ from fractions import Fraction
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import RunFailure
@@ -138,7 +138,6 @@ def test_the_bootstrap_is_the_same_every_time_and_has_no_width_without_spread() 
 # --- evaluate ---
 
 
-@settings(max_examples=15, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=12))
 def test_an_evaluation_counts_what_the_scorer_says(table: list[list[bool]]) -> None:
     prompts = [ask(number) for number in range(len(table))]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common import files
@@ -187,7 +187,6 @@ def test_without_an_exchange_the_old_folder_comes_back_after_a_kill_between_the_
 rows = st.lists(st.dictionaries(st.text(max_size=5), st.text() | st.integers() | st.none(), max_size=3), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows=rows, cut=st.floats(0, 1))
 def test_a_log_cut_anywhere_keeps_its_whole_lines_and_goes_on(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]], cut: float

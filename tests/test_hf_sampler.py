@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import RunFailure, UserError
@@ -121,7 +121,6 @@ def test_unseeded_draws_repeat_in_a_new_sampler(tied: Path) -> None:
     assert groups[0] != groups[2]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     uniform=st.sampled_from([0.0, 1e-12, 0.3, 0.999999, 1 - 2**-53]),

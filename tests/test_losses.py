@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -124,7 +124,6 @@ def choices(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(batch=batches(), choice=choices())
-@settings(max_examples=100, deadline=None)
 def test_loss_and_gradient_are_trls(kind: losses.LossKind, batch: dict[str, Any], choice: dict[str, Any]) -> None:
     theirs = trl_reference.run(**batch, loss_type=kind, **translate(choice))
     loss, gradient_BT, entropy_gradient_BT, _ = ours(batch, kind, **choice)
@@ -162,7 +161,6 @@ def test_float32_is_within_1e5_of_trls(kind: losses.LossKind, level: str, import
     micro_batches=st.sampled_from([2, 4]),
     kind=st.sampled_from(["grpo", "dr_grpo", "dapo", "cispo", "sapo"]),
 )
-@settings(max_examples=25, deadline=None)
 def test_one_big_batch_is_trls_accumulated_micro_batches(batch: dict[str, Any], micro_batches: int, kind: Any) -> None:
     """All but bnpo, whose result in TRL depends on the split."""
     rows = len(batch["mask_BT"]) // micro_batches * micro_batches
@@ -175,7 +173,6 @@ def test_one_big_batch_is_trls_accumulated_micro_batches(batch: dict[str, Any], 
 
 
 @given(batch=batches(), level=st.sampled_from(["token", "sequence"]))
-@settings(max_examples=25, deadline=None)
 def test_a_plain_kl_can_be_composed(batch: dict[str, Any], level: Any) -> None:
     """loss_BT + kl_coef * kl_BT(...) is TRL without its bias correction."""
     theirs = trl_reference.run(**batch, loss_type="grpo", level=level, kl_coef=0.3, kl_correction=False)
@@ -214,7 +211,6 @@ def test_stats_are_trls_metrics() -> None:
 
 
 @given(batch=batches(), kind=st.sampled_from(KINDS), choice=choices(), data=st.data())
-@settings(max_examples=80, deadline=None)
 def test_micro_batches_add_up(batch: dict[str, Any], kind: losses.LossKind, choice: dict[str, Any], data: Any) -> None:
     """Any split of the rows, in any order: the same loss, gradient and stats as the one big batch."""
     whole, gradient_BT, entropy_gradient_BT, stats = ours(batch, kind, **choice)

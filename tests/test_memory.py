@@ -1,12 +1,11 @@
 """The memory plan: what it counts against what torch holds, its verdict, and that its proposals are runs that fit."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from common.config import load
 from common.errors import UserError
@@ -14,6 +13,7 @@ from common.types import SamplerSetup
 from deploy import plan as plans
 from deploy import planner as planners
 from deploy import solver
+from deploy.cli import app
 from deploy.local import settled
 from deploy.planner import GIB, Place, Planner
 from learner import logprobs, memory
@@ -116,6 +116,7 @@ def test_the_shipped_run_for_8_gib_fits_with_room(llama):
     assert not plan.devices[0].notes or "would not start" not in " ".join(plan.devices[0].notes)
 
 
+@pytest.mark.full
 def test_every_proposal_is_a_right_configuration_that_fits_by_its_own_plan(tiny):
     config = config_of(tiny, "sampler.max_tokens=100", "train.prompts_per_step=16", "learner.microbatch_tokens=4096",
                        "sampler.name=hf")  # fmt: skip
@@ -161,30 +162,25 @@ def test_sizes_and_places():
     assert planners.place_of(load(None, ["cluster.mode=ray", "train.device=gpu"])).bytes is None
 
 
-def test_a_run_that_cannot_fit_is_refused_before_models_are_loaded(tiny, tmp_path):
-    def train(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "deploy.cli", "train", str(CONFIGS / "demo.toml"), f"model.name={tiny}",
-             f"task.name={ROOT / 'tests' / 'toy.py'}:Toy", "sampler.name=hf", "sampler.max_tokens=8",
-             "train.steps=1", "train.prompts_per_step=2", "train.group_size=2", "train.device=cpu",
-             "optimizer.warmup_steps=0", "eval.questions=0", f"run.folder={tmp_path / 'run'}", *words],
-            cwd=ROOT, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
+def call(*words):
+    return CliRunner().invoke(app, [*map(str, words), f"task.name={ROOT / 'tests' / 'toy.py'}:Toy"])
 
-    refused = train("memory.device_gib=0.1")
-    assert refused.returncode == 2, refused.stderr
+
+def test_a_run_that_cannot_fit_is_refused_before_models_are_loaded(tiny, tmp_path):
+    refused = call("train", CONFIGS / "demo.toml", f"model.name={tiny}", "sampler.name=hf", "sampler.max_tokens=8",
+                   "train.steps=1", "train.prompts_per_step=2", "train.group_size=2", "train.device=cpu",
+                   "optimizer.warmup_steps=0", "eval.questions=0", f"run.folder={tmp_path / 'run'}",
+                   "memory.device_gib=0.1")  # fmt: skip
+    assert refused.exit_code == 2, refused.output
     assert "does not fit" in " ".join(refused.stderr.split())
     assert "memory.plan='warn'" in " ".join(refused.stderr.split())
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_plan_as_json(tiny):
-    ran = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "plan", str(CONFIGS / "demo.toml"), f"model.name={tiny}",
-         f"task.name={ROOT / 'tests' / 'toy.py'}:Toy", "train.device=gpu", "--device-memory", "8GiB", "--json"],
-        cwd=ROOT, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
+    ran = call("plan", CONFIGS / "demo.toml", f"model.name={tiny}", "train.device=gpu", "--device-memory", "8GiB",
+               "--limit-s", "4", "--json")  # fmt: skip
+    assert ran.exit_code == 0, ran.output
     said = json.loads(ran.stdout)
     assert said["units"] == {"memory": "bytes", "lengths": "tokens"}
     assert said["fits"] is True

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from learner import attention, packing
@@ -140,7 +140,6 @@ SIZES = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     SIZES,
     st.integers(8, 200),
@@ -166,7 +165,6 @@ def test_any_groups_in_any_budget(tiny, sizes, budget, family, alphabet):
     assert_equal(run(model, rows, packed=True, budget=budget), run(model, rows, packed=False, budget=10**6))
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 40), st.lists(st.integers(0, 30), min_size=1, max_size=6)), min_size=1, max_size=9
@@ -198,7 +196,6 @@ def test_each_prompt_once_in_a_group():
     assert len(pack.predict_U) == 8 * 3 + 1, "all first tokens are predicted by the prompt's last one"
 
 
-@settings(deadline=None)
 @given(SIZES, st.sampled_from([1, 2, 3, VOCAB_SIZE]))
 def test_a_pack_holds_each_beginning_once_in_the_order_of_the_tokens(sizes, alphabet):
     rows = [row for row in make_rows(sizes, alphabet=alphabet) if row.completion]

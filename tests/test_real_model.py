@@ -19,6 +19,7 @@ from learner import model as models
 from learner.checkpoint import Checkpoints
 from learner.learner import TorchLearner
 from learner.sync import weighted_difference
+from tests.making import QUIET
 
 pytestmark = pytest.mark.vllm
 DEMO = Path(__file__).parent.parent / "deploy" / "configs" / "demo.toml"
@@ -27,7 +28,8 @@ DEMO = Path(__file__).parent.parent / "deploy" / "configs" / "demo.toml"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "run"
-    asked = load(DEMO, ["train.steps=2", "train.prompts_per_step=4", "eval.questions=8", "run.console=plain"])
+    asked = load(DEMO, ["train.steps=2", "train.prompts_per_step=4", "eval.questions=4", "run.console=plain",
+                        *QUIET, "memory.rehearsal=true"])  # fmt: skip
     with open(os.devnull, "w") as nowhere:
         outcome = runs.run(asked, folder, Console(file=nowhere))
     assert outcome.finished

@@ -78,8 +78,8 @@ def test_a_rehearsed_learner_goes_on_bit_for_bit_as_one_that_never_was(tiny, tmp
 
 def test_a_run_with_rehearsal_equals_one_without(tiny, tmp_path, caplog):
     caplog.set_level(logging.INFO, "nanogrpo")
-    run(spec(tiny, "train.steps=2"), tmp_path / "with")
-    run(spec(tiny, "train.steps=2", "memory.rehearsal=false"), tmp_path / "without")
+    run(spec(tiny, "train.steps=2", "memory.rehearsal=true"), tmp_path / "with")
+    run(spec(tiny, "train.steps=2"), tmp_path / "without")
     assert "rehearsed the longest batch" in (tmp_path / "with" / "run.log").read_text()
     assert "rehearsed" not in (tmp_path / "without" / "run.log").read_text()
     assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
@@ -130,7 +130,7 @@ def test_running_out_of_memory_in_the_rehearsal_is_one_sentence_that_names_the_s
 
 def test_a_resumed_run_does_not_rehearse_again(tiny, tmp_path, caplog):
     caplog.set_level(logging.INFO, "nanogrpo")
-    run(spec(tiny, "train.steps=2"), tmp_path / "run")
+    run(spec(tiny, "train.steps=2", "memory.rehearsal=true"), tmp_path / "run")
     config = runs.config_of(tmp_path / "run", ["train.steps=4"])
     before = (tmp_path / "run" / "run.log").read_text().count("rehearsed")
     run(config, tmp_path / "run", resume=True)

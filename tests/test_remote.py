@@ -112,7 +112,7 @@ def server(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("server")
     running = Server(setup_of(folder), place / "log", model_folder=str(prepare_for_server(folder, place / "untied")))
     yield running
-    running.kill()
+    running.kill()  # a test may have done so
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +207,9 @@ def test_the_key_is_never_shown(server, folder, caplog, capfd):
     assert KEY not in shown
 
 
+@pytest.mark.full
 @pytest.mark.vllm
-def test_a_tied_server_follows_and_its_death_is_noticed(folder, tmp_path):
+def test_a_tied_server_follows(folder, tmp_path):
     """vLLM's tied Llama takes a head that is sent explicitly; the check at the start has tried it."""
     running = Server(setup_of(folder), tmp_path / "log")
     try:
@@ -218,20 +219,28 @@ def test_a_tied_server_follows_and_its_death_is_noticed(folder, tmp_path):
         sampler.load_weights(_Lent(tensors), 3)
         ids = [5, 60, 61, 70, 90]
         assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(tensors, ids), abs=2e-3)
-
-        work = sampler.generate([Prompt("long", (), token_ids=(5, 6, 7))], SamplingParams(n=64, max_tokens=180))
-        assert not work.done()
-        running.kill()
-        with pytest.raises(RunFailure, match=f"{running.url} broke while it was writing completions of prompt 'long'"):
-            work.result(60)
-        with pytest.raises(RunFailure, match=r"nothing answers at .* is started by"):
-            sampler.logprobs([ids])
         sampler.close()
-        sampler.close()
-        with pytest.raises(RunFailure, match="after it was closed"):
-            sampler.logprobs([ids])
     finally:
         running.kill()
+
+
+@pytest.mark.vllm
+def test_a_servers_death_is_noticed(env, server, folder):
+    """The last that this server is asked."""
+    env.close()
+    sampler = make(server, setup_of(folder, adapter=None))
+    ids = [5, 60, 61, 70, 90]
+    work = sampler.generate([Prompt("long", (), token_ids=(5, 6, 7))], SamplingParams(n=64, max_tokens=180))
+    assert not work.done()
+    server.kill()
+    with pytest.raises(RunFailure, match=f"{server.url} broke while it was writing completions of prompt 'long'"):
+        work.result(60)
+    with pytest.raises(RunFailure, match=r"nothing answers at .* is started by"):
+        sampler.logprobs([ids])
+    sampler.close()
+    sampler.close()
+    with pytest.raises(RunFailure, match="after it was closed"):
+        sampler.logprobs([ids])
 
 
 class _Lent:

@@ -130,7 +130,7 @@ def test_scores(stops):
             assert isinstance(new.rewards["first"], float)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=5), max_size=9))
 def test_order_is_kept_across_workers(skips, values):
     groups = [group(*(f"return {value!r}" for value in row), name=f"p{i}") for i, row in enumerate(values)]

@@ -22,6 +22,7 @@ from common.config import Config, load
 from common.errors import RunFailure
 from common.tracking import METRICS
 from deploy import run as runs
+from tests.making import EVERYTHING, QUIET
 from tests.tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def words(tiny, *more: str) -> list[str]:
     return [
         f"model.name={tiny}", "model.dtype=float32", f"task.name={TOY}", "sampler.name=hf", "sampler.max_tokens=8",
         "optimizer.lr=1e-3", "train.steps=4", "train.prompts_per_step=3", "train.group_size=4", "train.threads=1",
-        "eval.questions=4", "run.save_every=2", "run.console=plain", *more,
+        "eval.questions=4", "run.save_every=2", "run.console=plain", *QUIET, *more,
     ]  # fmt: skip
 
 
@@ -64,9 +65,9 @@ def final(folder):
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """One uninterrupted run."""
+    """One uninterrupted run, with everything that a run does."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    outcome = run(spec(tiny), folder)
+    outcome = run(spec(tiny, *EVERYTHING), folder)
     assert outcome.finished
     assert outcome.before is not None
     assert outcome.after is not None
@@ -79,7 +80,7 @@ def test_run_folder_holds_what_the_readme_says(whole, tiny):
         "config.toml", "metrics.jsonl", "eval.jsonl", "rollouts", "checkpoints", "final", "report.html", "report.png",
         "run.log", "tensorboard",
     }  # fmt: skip
-    assert load(whole / "config.toml") == spec(tiny)
+    assert load(whole / "config.toml") == spec(tiny, *EVERYTHING)
     rows = files.read_json_lines(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
@@ -189,8 +190,7 @@ def assert_every_file_is_whole(folder):
 
 def test_killed_at_random_moments_it_goes_on_to_the_same_end(tiny, tmp_path):
     """SIGKILL again and again, each time at a random moment of real work, until the run is through."""
-    values = words(tiny, "train.steps=8", "run.save_every=1", "eval.questions=2", "run.tensorboard=false")
-    (tiny.parent / "run.toml").write_text("")
+    values = words(tiny, "train.steps=8", "run.save_every=1", "eval.questions=2")
     (tiny.parent / "run.toml").write_text(runs.resolved_toml(load(None, values)))
     run(load(None, values), tmp_path / "whole")
     folder, draw, kills = tmp_path / "killed", random.Random(4), 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
@@ -187,7 +187,6 @@ def unit(question: str) -> tuple[str, ...]:
 HELD_OUT = {unit(asked(prompt)) for seed in range(8) for prompt in Warmup(seed, test_questions=220).prompts("test")}
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**40), shots=st.integers(0, 4), kinds=st.lists(st.sampled_from(KINDS), min_size=1, unique=True)
 )
@@ -439,7 +438,6 @@ def test_not_the_same_number(answer):
     assert not same_number("18", answer)
 
 
-@settings(max_examples=150, deadline=None)
 @given(a=st.integers(-(10**7), 10**7), b=st.integers(-(10**7), 10**7), unit=st.sampled_from(["", " dollars", " km"]))
 def test_same_number_for_any(a, b, unit):
     assert same_number(str(a), f"{a}{unit}")
@@ -514,7 +512,6 @@ def test_reasoning_gym_scores_in_another_process_what_was_made_here(name):
 NARROW = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
 
-@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_reasoning_gym_splits_share_nothing_even_where_questions_are_few(seed):
     task = ReasoningGym("chain_sum", size=60, test_size=60, seed=seed, settings=NARROW)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from common import files
 from common.tracking import METRICS
+from tests.making import QUIET
 from tests.tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -40,8 +41,8 @@ def words(model: Path, folder: Path, steps: int, *more: str) -> list[str]:
     return [
         f"model.name={model}", "model.dtype=float32", f"task.name={TOY}", "sampler.name=hf", "sampler.max_tokens=8",
         "optimizer.lr=1e-3", f"train.steps={steps}", "train.prompts_per_step=4", "train.group_size=4",
-        "train.threads=1", "eval.questions=0", "run.save_every=3", "run.console=plain", "run.tensorboard=false",
-        f"run.folder={folder}", *more,
+        "train.threads=1", "eval.questions=0", "run.save_every=3", "run.console=plain", f"run.folder={folder}",
+        *QUIET, *more,
     ]  # fmt: skip
 
 

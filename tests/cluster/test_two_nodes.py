@@ -12,7 +12,12 @@ from tests.tiny import make_tiny
 
 STEPS = 8
 
-pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking() or "never")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.ray,
+    pytest.mark.timeout(300),  # nodes that start, and processes that import torch on each
+    pytest.mark.skipif(bool(lacking()), reason=lacking() or "never"),
+]
 
 
 @pytest.fixture(scope="module")
