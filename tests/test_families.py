@@ -15,7 +15,7 @@ from learner.attention import packed_attention
 from learner.logprobs import score
 from learner.packing import plan
 from tests import tiny
-from tests.test_packing import MIXED, make_rows
+from tests.parity import MIXED, make_rows
 from tests.tiny import make_model
 
 attention.register()

@@ -1,7 +1,5 @@
 """The GPU's attention, as far as a CPU can show: what it sees, how it cuts a pack into spans, and what comes out."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,67 +7,15 @@ from hypothesis import strategies as st
 
 from learner import flex
 from learner.attention import packed_attention
-from learner.packing import plan
-from tests.test_packing import beginnings, make_rows
+from tests.parity import SIZES, WAYS, dense, layout_of, reference_kernel, seen_from_the_words
+from tests.parity import states as states_of
 from tests.tiny import VOCAB_SIZE
 
-HEADS, KEY_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
-SIZES = [
-    [(5, [3, 1, 7]), (30, [20, 2]), (1, [4]), (12, [1, 1])],
-    [(1, [1])],
-    [(150, [3, 40]), (2, [60])],
-    [(4, [9] * 12)],
-]
+SCALE = 0.3
 
 
-def layout_of(sizes, alphabet=VOCAB_SIZE):
-    (pack,) = plan(make_rows(sizes, alphabet=alphabet), 10**6, packed=True)
-    return pack.layout, pack.token_ids.numel()
-
-
-def states(tokens, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(1, HEADS, tokens, WIDTH), (1, KEY_HEADS, tokens, WIDTH), (1, KEY_HEADS, tokens, WIDTH)]
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-
-
-def dense(query, key, value, seen_QK, scaling, softcap):
-    """Attention under a dense mask: the slow truth."""
-    key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for one in (key, value))
-    scores = query @ key.transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~seen_QK, -torch.inf).softmax(-1) @ value
-
-
-def seen_from_the_words(sizes, window, alphabet=VOCAB_SIZE):
-    """A token sees the tokens that its sequence has up to itself, by nested loops: each token of the pack is known by
-    all that comes before it."""
-    once = beginnings([row for row in make_rows(sizes, alphabet=alphabet) if row.completion])
-    seen = torch.zeros(len(once), len(once), dtype=torch.bool)
-    for q, mine in enumerate(once):
-        for k, other in enumerate(once):
-            seen[q, k] = mine[: len(other)] == other and len(mine) - len(other) < (window or 10**9)
-    return seen
-
-
-def reference_kernel(query_THD, key_SJD, value_SJD, spans, scaling, window, softcap):
-    """What variable-length flash attention promises: causal, the last query beside the last key, ``window`` back."""
-    out = []
-    query_ends, key_ends = spans.query_ends.tolist(), spans.key_ends.tolist()
-    assert spans.most_queries == max(b - a for a, b in itertools.pairwise(query_ends))
-    assert spans.most_keys == max(b - a for a, b in itertools.pairwise(key_ends))
-    for n in range(len(query_ends) - 1):
-        one = [query_THD[query_ends[n] : query_ends[n + 1]]]
-        one += [each[key_ends[n] : key_ends[n + 1]] for each in (key_SJD, value_SJD)]
-        query, key, value = (each.transpose(0, 1)[None] for each in one)
-        behind = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2] - torch.arange(key.shape[2])
-        seen = (behind >= 0) & (behind <= (10**9 if window is None else window - 1))
-        out.append(dense(query, key, value, seen, scaling, softcap)[0].transpose(0, 1))
-    return torch.cat(out)
-
-
-WAYS = [(None, None), (7, None), (1, None), (None, 2.0), (16, 0.5)]
+def states(tokens):
+    return states_of(tokens, heads=4, key_heads=2, width=8)
 
 
 @pytest.mark.parametrize(("window", "softcap"), WAYS)

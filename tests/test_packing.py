@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from learner import attention, packing
 from learner.families import FAMILIES
-from learner.logprobs import Drawn, score
+from learner.logprobs import score
 from learner.packing import Row, plan, stretches, tokens
 from tests import tiny as tinies
+from tests.parity import MIXED, assert_equal, beginnings, make_rows, naive_logprobs, run
 from tests.tiny import VOCAB_SIZE, make_model
 
 attention.register()
@@ -21,50 +22,6 @@ attention.register()
 @pytest.fixture(scope="module")
 def tiny():
     return functools.cache(lambda family="llama", **settings: make_model(family, **settings))
-
-
-def make_rows(sizes, seed=0, alphabet=VOCAB_SIZE):
-    """``sizes``: for each group (prompt length, completion lengths). Of a small alphabet many begin alike."""
-    draw = random.Random(seed)
-    rows = []
-    for prompt_length, lengths in sizes:
-        prompt = tuple(draw.randrange(alphabet) for _ in range(prompt_length))
-        for length in lengths:
-            rows.append(Row(len(rows), prompt, tuple(draw.randrange(alphabet) for _ in range(length))))
-    return rows
-
-
-def beginnings(rows):
-    """What any of the rows' inputs begins with, each once, the shortest and least first."""
-    return sorted({row.inputs[: t + 1] for row in rows for t in range(len(row.inputs))})
-
-
-def run(model, rows, packed, budget=10**6, **options):
-    """Log-probs and entropies [B, T] and every gradient of a weighted sum of them."""
-    model.zero_grad(set_to_none=True)
-    shape = (len(rows), max(len(row.completion) for row in rows))
-    weights = torch.linspace(0.5, 1.5, shape[0] * shape[1]).view(shape)
-    logprobs, entropies = torch.zeros(shape), torch.zeros(shape)
-    for pack in plan(rows, budget, packed):
-        logprob_K, entropy_K = score(model, pack, Drawn(**options))
-        at = (pack.row_K, pack.column_K)
-        (logprob_K * weights[at]).sum().backward()
-        logprobs[at], entropies[at] = logprob_K.detach(), entropy_K.detach()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return logprobs, entropies, gradients
-
-
-def assert_equal(one, other):
-    assert torch.allclose(one[0], other[0], atol=1e-4), (one[0] - other[0]).abs().max()
-    assert torch.allclose(one[1], other[1], atol=1e-4)
-    assert one[2].keys() == other[2].keys()
-    largest = max((gradient.norm() for gradient in other[2].values()), default=0.0)
-    for name, gradient in one[2].items():  # a gradient that is nothing but rounding is compared with the largest
-        error = (gradient - other[2][name]).norm() / other[2][name].norm().clamp_min(1e-2 * largest)
-        assert error < 1e-4, f"{name}: {error}"
-
-
-MIXED = [(5, [3, 1, 7]), (30, [20, 2]), (1, [4]), (12, [1, 1])]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -106,16 +63,6 @@ def test_settings_of_a_family_are_honoured(family, switched):
     assert_equal(packed, run(model, rows, packed=False))
     assert torch.allclose(packed[0][3, :20], naive_logprobs(model, rows[3]), atol=1e-4)
     assert not torch.allclose(packed[0], run(plain, rows, packed=True)[0], atol=1e-3), "the setting changed nothing"
-
-
-def naive_logprobs(model, row):
-    """One sequence at a time through the whole model: the slow truth of both paths."""
-    ids = torch.tensor([row.prompt + row.completion])
-    model.config._attn_implementation = "eager"
-    with torch.no_grad():
-        logits = model(ids).logits[0].float().log_softmax(-1)
-    start = len(row.prompt)
-    return torch.stack([logits[start + t - 1, token] for t, token in enumerate(row.completion)])
 
 
 @pytest.mark.parametrize("packed", [True, False])
