@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from learner.packing import Layout
 BLOCK = 128  # tokens: flex_attention's own; packs are filled up to a multiple, so that few shapes are compiled
 REPEATED = 3  # times the pack's tokens that copied keys may be, beyond which flex_attention's none are cheaper
 WIDEST = 256  # head width that flash attention takes
+KINDS = 64  # of calls that flex_attention is compiled for: with a window, with a gradient, in one block; torch's is 8
 
 Varlen = Callable[..., torch.Tensor]
 """``(query_THD, key_SJD, value_SJD, spans, scaling, window, softcap)`` to [T, H, D]."""
@@ -75,6 +77,7 @@ def choose(query: torch.Tensor, value: torch.Tensor, layout: Layout, softcap: fl
     return (
         query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= WIDEST
+        and query.shape[-1] % 8 == 0
         and (softcap is None or _flash_installed())
         and len(spans_of(layout).key_S) <= REPEATED * query.shape[2]
     )
@@ -157,9 +160,14 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     assert softcap is None, "torch's variable-length attention caps nothing"
+    grouped: dict[str, Any] = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # before torch 2.12: a head of keys for each
+        times = query_THD.shape[1] // key_SJD.shape[1]
+        key_SJD, value_SJD = (states.repeat_interleave(times, dim=1) for states in (key_SJD, value_SJD))
+        grouped = {}
     out: Any = varlen_attn(
         query_THD, key_SJD, value_SJD, spans.query_ends, spans.key_ends, spans.most_queries, spans.most_keys,
-        scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
+        scale=scaling, window_size=(-1 if window is None else window - 1, 0), **grouped,
     )  # fmt: skip
     return out
 
@@ -186,7 +194,10 @@ def by_flex(
 
 @functools.cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    # The whole graph or an error: where torch gives up compiling again for another kind of pack, it would go on with
+    # its reference without a word, and all scores of the pack would exist at once.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 @functools.cache  # the same function again, or the compiled kernel would be made again
