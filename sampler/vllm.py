@@ -214,7 +214,7 @@ class VllmSampler:
         if params.seed is not None:
             if not self._open:
                 # The same blocks must be computed and not found, or rounding differs between two equal requests.
-                self._llm.reset_prefix_cache()
+                self._forget()
             if self._on_cpu:
                 self._llm.collective_rpc(_seed_worker, args=(_part_seed(params.seed, params.seed_offset),))
         return self._begin(
@@ -284,7 +284,7 @@ class VllmSampler:
             if swapping:
                 self._llm.wake_up(tags=["scheduling"])
         # What requests in work have cached is dropped too: they compute all their tokens anew, with these weights.
-        self._llm.reset_prefix_cache(reset_running_requests=swapping)
+        self._forget(swapping)
         self._llm.llm_engine.set_weight_version(str(version))
         self._torn = ""
         return arrived.digest()
@@ -348,6 +348,19 @@ class VllmSampler:
         while self.pump():
             pass
         self._alive()
+
+    def _forget(self, swapping: bool = False) -> None:
+        """Empties the prefix cache. vLLM leaves it as it is, and only logs that, while a block is still in use: on a
+        GPU the engine is a step ahead of what it has told, and that step may hold some.
+
+        Raises ``RunFailure`` when blocks stay in use; what they hold may be by old weights.
+        """
+        for _ in range(4):
+            if self._llm.reset_prefix_cache(reset_running_requests=swapping):
+                return
+            if not self._open:  # what is ahead belongs to nobody
+                self._llm.llm_engine.step()
+        raise RunFailure("the vLLM sampler cannot empty its prefix cache: some of its blocks stay in use")
 
     def _drop(self, why: str, error: BaseException) -> None:
         """Ends every request in work with a ``RunFailure``."""

@@ -455,3 +455,14 @@ def test_seeds_of_parts_are_all_different():
     drawn = torch.rand(4)
     torch.manual_seed(_part_seed(1000, 4))
     assert not torch.equal(drawn, torch.rand(4))
+
+
+def test_a_cache_in_use_is_not_taken_for_an_empty_one(folder, closing):
+    """vLLM answers a reset of its prefix cache with False, and keeps it, while a block is in use."""
+    sampler, _, _ = serve(folder, closing)
+    future = sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=30))
+    sampler.pump()
+    with pytest.raises(RunFailure, match="cannot empty its prefix cache"):
+        sampler._forget()
+    future.result(timeout=60)
+    sampler._forget()
