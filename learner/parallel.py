@@ -143,9 +143,9 @@ class Ranks:
 
         They compute in ``dtype``; what is trained is kept in float32 and its gradients are summed in float32. The
         parameters in ``held`` (an adapter) stay whole on every rank. The model may lie on the CPU: only its slices
-        move to the device. Nothing happens alone.
+        move to the device. Nothing happens without a group.
         """
-        if self.size == 1:
+        if self._mesh is None:
             return
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
