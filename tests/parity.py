@@ -7,7 +7,9 @@ import itertools
 import random
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from learner import flex
 from learner.logprobs import Drawn, score
 from learner.packing import Row, plan
 from tests.tiny import VOCAB_SIZE
@@ -144,3 +146,16 @@ def reference_kernel(query_THD, key_SJD, value_SJD, spans, scaling, window, soft
         seen = (behind >= 0) & (behind <= (10**9 if window is None else window - 1))
         out.append(dense(query, key, value, seen, scaling, softcap)[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def varlen_on_shapes(window):
+    """Output and gradients of torch's variable-length attention on tensors without memory, whose queries have twice
+    as many heads as their keys: its kernel runs on a GPU alone, what it is called with is looked at anywhere."""
+    with FakeTensorMode():
+        shapes = [(20, 4, 64), (30, 2, 64), (30, 2, 64)]
+        query, key, value = (torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+        ends = torch.zeros(3, dtype=torch.int32)
+        spans = flex.Spans(ends, ends, 10, 15, ends, ends, ends)
+        out = flex._torch_varlen(query, key, value, spans, 0.3, window, None)
+        found = [out, *torch.autograd.grad(out, (query, key, value), torch.empty_like(out))]
+        return [tuple(one.shape) for one in found], [(20, 4, 64), *shapes]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from learner import flex
 from learner.attention import packed_attention
-from tests.parity import SIZES, WAYS, dense, layout_of, reference_kernel, seen_from_the_words
+from tests.parity import SIZES, WAYS, dense, layout_of, reference_kernel, seen_from_the_words, varlen_on_shapes
 from tests.parity import states as states_of
 from tests.tiny import VOCAB_SIZE
 
@@ -97,3 +97,9 @@ def test_the_rule_by_which_one_is_chosen(dtype, softcap, sizes, flash):
     assert flex.choose(query, value, layout, softcap) is flash
     wide = torch.zeros(1, 1, tokens, 512, dtype=dtype)
     assert not flex.choose(wide, wide, layout, softcap)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_torchs_varlen_takes_what_it_is_given(window):
+    found, wanted = varlen_on_shapes(window)
+    assert found == wanted

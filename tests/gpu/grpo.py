@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from common.config import Config, load
 from common.prompts import PromptStream
 from common.rewards import Scorer
 from deploy import local
-from deploy.local import Parts, Prepared
 from learner.checkpoint import Checkpoints
 from learner.loop import Loop, rehearse, train
 from learner.sync import WeightSync, probe_of
@@ -52,14 +51,13 @@ def config_of(folder: Path, *words: str) -> Config:
 
 
 @contextlib.contextmanager
-def made(config: Config, wrapped: Callable[[Prepared, Parts], None] = lambda ready, parts: None) -> Iterator[Any]:
+def made(config: Config) -> Iterator[Any]:
     """The loop of this run, its sampler holding the learner's weights by a proven sync, and the rows it logs."""
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ready = local.prepare(config)
         scorer = stack.enter_context(Scorer(ready.config.task))
         parts = stack.enter_context(local.parts(ready))
-        wrapped(ready, parts)
         probe = probe_of(ready.train, ready.config.sync.probe_tokens, ready.longest_prompt)
         sync = WeightSync(parts.learner, parts.sampler, parts.placement, probe, ready.config.sync, parts.sync_s)
         rows = _Rows()
@@ -103,7 +101,7 @@ def trained(config: Config) -> dict[str, Any]:
     }
 
 
-def rehearsed(config: Config, wrapped: Callable[[Prepared, Parts], None] = lambda ready, parts: None) -> dict[str, Any]:
+def rehearsed(config: Config) -> dict[str, Any]:
     """The rehearsal alone: the longest request, the largest pack, a sync."""
-    with made(config, wrapped) as (loop, _, ready, synced):
+    with made(config) as (loop, _, ready, synced):
         return {**rehearse(loop, ready.train), "challenge_diff": synced["challenge"].get("probe_diff")}

@@ -102,8 +102,7 @@ def vllm_engine(report: Report) -> None:
                 v2=bool(engine.use_v2_model_runner),
                 asynchronous=bool(engine.scheduler_config.async_scheduling),
                 graphs=str(engine.compilation_config.cudagraph_mode),
-                cache_gib=engine.cache_config.num_gpu_blocks * engine.cache_config.block_size * 2 * 2 * 32
-                * (4 if where == "cpu" else 2) / GIB,
+                cache_blocks=engine.cache_config.num_gpu_blocks,
             )  # fmt: skip
             env = Env(lambda setup: sampler, folder, _dtype(where), where)
             prompts = [env.prompt("Which is larger, 17 or 9?", name=f"p{number}") for number in range(8)]
