@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -60,6 +61,13 @@ def test_what_does_not_fit_the_budget_is_listed_as_not_run(tmp_path):
     assert "it takes 100" in results[1].why
     assert "the budget ended" in results[2].why
     assert [one["outcome"] for one in told(path)["checks"]] == [one.outcome for one in results]
+
+
+def test_what_makes_no_sense_here_is_not_begun(tmp_path):
+    checks = [replace(check("hangs"), needs="no_such_package"), replace(check("hangs"), not_on_cpu="a card is asked")]
+    results = run(checks, tmp_path / "results.json", {})
+    assert [one.outcome for one in results] == ["skipped", "skipped"]
+    assert [one.why for one in results] == ["no_such_package is not installed", "a card is asked"]
 
 
 def test_checks_are_chosen_by_name(tmp_path, capsys):

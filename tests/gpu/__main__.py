@@ -48,6 +48,8 @@ def main(
     header = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **_about()}
     console.print(_headline(header), markup=False, highlight=False)
 
+    on_cpu = "memory_gib" not in header
+
     def before(place: int, check: Check) -> None:
         console.print(f"[{place + 1}/{len(chosen)}] {check.name}: {check.what}", markup=False, highlight=False)
 
@@ -55,7 +57,7 @@ def main(
         line = f"      {result.outcome} in {result.seconds:.0f} s" + (f": {result.why}" if result.why else "")
         console.print(line, style=COLOURS[result.outcome], markup=False, highlight=False)
 
-    results = runner.run(chosen, path, header, None if minutes is None else 60 * minutes, before, after)
+    results = runner.run(chosen, path, header, None if minutes is None else 60 * minutes, on_cpu, before, after)
     console.print(_table(results))
     for result in results:
         if result.outcome == "failed":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import resource
@@ -42,6 +43,17 @@ class Check:
     usual_s: float
     """It is not begun with less than this left of the budget."""
     what: str = ""
+    needs: str = ""
+    """A package without which it is skipped."""
+    not_on_cpu: str = ""
+    """Why it is skipped without a GPU, if it is."""
+
+    def skipped(self, on_cpu: bool) -> str:
+        """Why it makes no sense here, as far as that is known before it is begun."""
+        if on_cpu and self.not_on_cpu:
+            return self.not_on_cpu
+        lacking = self.needs and importlib.util.find_spec(self.needs) is None
+        return f"{self.needs} is not installed" if lacking else ""
 
 
 @dataclass
@@ -105,6 +117,7 @@ def run(
     path: Path,
     header: dict[str, Any],
     budget_s: float | None = None,
+    on_cpu: bool = True,
     before: Callable[[int, Check], None] = lambda place, check: None,
     after: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
@@ -117,7 +130,9 @@ def run(
     results: list[Result] = []
     for place, check in enumerate(checks):
         left = float("inf") if budget_s is None else budget_s - (time.monotonic() - started)
-        if left < check.usual_s:
+        if why := check.skipped(on_cpu):
+            results.append(Result(check.name, "skipped", why))
+        elif left < check.usual_s:
             results.append(Result(check.name, "not run", f"{max(left, 0):.0f} s left, and it takes {check.usual_s:g}"))
         else:
             before(place, check)

@@ -6,7 +6,6 @@ On a CPU vLLM goes through the part of its contract that a sync needs; the ordin
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -67,8 +66,6 @@ def hf_run(report: Report) -> None:
 
 
 def _vllm() -> Any:
-    if importlib.util.find_spec("vllm") is None:
-        raise Skip("vllm is not installed")
     from sampler.vllm import VllmSampler
 
     VllmSampler.check_options({})  # sets its environment before it is imported
@@ -90,7 +87,7 @@ def _dtype(where: str) -> str:
 
 def vllm_engine(report: Report) -> None:
     """It starts; which runner, scheduling and attention it chose; its log-probs are the truth's; tokens a second."""
-    where, _ = device(), _vllm()
+    where = device()
     with folder_of() as folder:
         started = time.perf_counter()
         with _engine(folder, _dtype(where), where) as sampler:
@@ -158,17 +155,12 @@ def vllm_contract(report: Report) -> None:
 def vllm_lora(report: Report) -> None:
     """Adapters: the contract's check."""
     where = device()
-    if where == "cpu":
-        _vllm()
-        raise Skip("tests/test_sampler_contract.py has it on a CPU")
     _contract(report, _vllm(), ("adapter",), _dtype(where), where)
 
 
 def vllm_sleep(report: Report) -> None:
     """What a sleeping engine gives back, in both ways of sleeping, and that it serves the same afterwards."""
-    where, _ = device(), _vllm()
-    if where == "cpu":
-        raise Skip("vLLM does not sleep on a CPU")
+    where = device()
     with folder_of() as folder, _engine(folder, "bfloat16", where, gpu_memory_utilization=0.3) as sampler:
         env = Env(lambda setup: sampler, folder, "bfloat16", where)
         ids = env.long_prompt(60).token_ids
@@ -197,9 +189,7 @@ def vllm_sleep(report: Report) -> None:
 
 def vllm_in_flight(report: Report) -> None:
     """Weights swapped under requests in flight: each token by the weights whose version it carries."""
-    where, _ = device(), _vllm()
-    if where == "cpu":
-        raise Skip("tests/test_vllm.py has it on a CPU")
+    where = device()
     with folder_of() as folder, _engine(folder, "bfloat16", where, {"in_flight_updates": True}) as sampler:
         env = Env(lambda setup: sampler, folder, "bfloat16", where)
         weights = {0: env.base, 4: perturbed(env.base, seed=1), 5: perturbed(env.base, seed=2)}
@@ -220,9 +210,7 @@ def vllm_in_flight(report: Report) -> None:
 
 def vllm_run(report: Report) -> None:
     """A whole run with vLLM, sampler and learner taking turns on the device."""
-    where, _ = device(), _vllm()
-    if where == "cpu":
-        raise Skip("tests/test_run.py has it on a CPU")
+    device()
     with folder_of() as folder:
         spec = grpo.config_of(
             folder, "model.dtype=bfloat16", "sampler.name=vllm", "train.steps=20",
@@ -281,9 +269,7 @@ def rehearsal_8gb(report: Report) -> None:
     from common.config import load
     from deploy.planner import Place, Planner
 
-    where, _ = device(), _vllm()
-    if where == "cpu":
-        raise Skip("a CPU has no card to fill")
+    device()
     total = torch.cuda.get_device_properties(0).total_memory
     if torch.cuda.mem_get_info()[0] < CARD:
         raise Skip(f"{torch.cuda.mem_get_info()[0] / GIB:.1f} GiB of the card are free, not 8")
