@@ -1,24 +1,23 @@
-"""Which packages the learner, the hf sampler and the loop must import without, and whether they do.
+"""The check that learner, hf sampler and loop import without the optional packages, which a bare machine lacks.
 
-A bare machine has torch, transformers, peft and what those bring; the packages named here it lacks. Run as a module it
-refuses them by name, so that it shows the same where they are installed.
+It makes this process blind to them, so that it shows the same where they are installed. Nothing else may be imported
+before, and so it has a module of its own.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from tests.gpu.runner import ROOT
+from tests.gpu.runner import Report
 
 HEAVY = (
-    "bitsandbytes", "datasets", "flash_attn", "gguf", "math_verify", "matplotlib", "ray",
-    "reasoning_gym", "tensorboard", "torchao", "trl", "vllm",
+    "bitsandbytes", "datasets", "flash_attn", "gguf", "math_verify", "matplotlib", "ray", "reasoning_gym",
+    "tensorboard", "torchao", "trl", "vllm",
 )  # fmt: skip
 MODULES = (
     "common.config", "common.device", "common.rewards", "common.tokenizer", "common.tracking", "common.transport",
@@ -41,16 +40,9 @@ class _Without:
         return getattr(self._finder, name)
 
 
-def missing_imports() -> dict[str, str]:
-    """By module that does not import, why; in a process of its own."""
-    words = [sys.executable, "-m", "tests.gpu.bare"]
-    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found: dict[str, str] = json.loads(ran.stdout.strip().split("\n")[-1])
-    return found
-
-
-def main() -> None:
+def imports(report: Report) -> None:
+    """Each of the modules, without the packages."""
+    assert "torch" not in sys.modules, "imported too early"
     sys.meta_path[:] = [_Without(finder) for finder in sys.meta_path]
     failed = {}
     for module in MODULES:
@@ -58,8 +50,5 @@ def main() -> None:
             importlib.import_module(module)
         except ImportError as error:
             failed[module] = str(error)
-    print(json.dumps(failed))
-
-
-if __name__ == "__main__":
-    main()
+    report.note(modules=len(MODULES), without=", ".join(HEAVY))
+    assert not failed, json.dumps(failed)

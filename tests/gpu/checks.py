@@ -8,7 +8,7 @@ from tests.gpu.runner import Check
 
 # name (of its function, with hyphens), module, limit and usual seconds, what it looks at
 _TABLE = (
-    ("imports", "learning", 240, 10, "learner, hf sampler and loop without the optional packages"),
+    ("imports", "bare", 240, 10, "learner, hf sampler and loop without the optional packages"),
     ("kernels", "attention", 600, 30, "flex_attention and variable-length attention alone"),
     ("families", "attention", 600, 30, "packed passes of nine families against padded float32"),
     ("head", "learning", 180, 10, "output head, log-probs, entropies and their gradients"),

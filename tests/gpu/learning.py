@@ -1,4 +1,4 @@
-"""The learner's checks: output head, updates, optimizers, memory; and what it imports.
+"""The learner's checks: output head, updates, optimizers, memory.
 
 The truth is float32 on the CPU; what is compared with what is in ``tests/test_logprobs.py`` and
 ``tests/test_optim.py``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -262,11 +261,3 @@ def memory(report: Report) -> None:
                     wrong.append(f"{key}: planned {peak / GIB:.2f} GiB, measured {real / GIB:.2f}")
                 del learner
     assert not wrong, "; ".join(wrong)
-
-
-def imports(report: Report) -> None:
-    """The learner, the hf sampler and the loop import where the optional packages are missing."""
-    from tests.gpu.bare import HEAVY, MODULES, missing_imports
-
-    report.note(modules=len(MODULES), without=", ".join(HEAVY))
-    assert not (failed := missing_imports()), json.dumps(failed)
