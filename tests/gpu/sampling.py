@@ -159,7 +159,7 @@ def vllm_lora(report: Report) -> None:
 
 
 def vllm_sleep(report: Report) -> None:
-    """What a sleeping engine gives back, in both ways of sleeping, and that it serves the same afterwards."""
+    """What a sleeping engine gives back, three times over, and that it serves the same afterwards."""
     where = device()
     with folder_of() as folder, _engine(folder, "bfloat16", where, gpu_memory_utilization=0.3) as sampler:
         env = Env(lambda setup: sampler, folder, "bfloat16", where)
@@ -267,7 +267,7 @@ def rehearsal_8gb(report: Report) -> None:
     """The rehearsal of deploy/configs/gsm8k-8gb.toml with 8 GiB of the card free: the longest request, the largest
     pack and a sync; the most used, against the plan."""
     from common.config import load
-    from deploy.planner import Place, Planner
+    from deploy.planner import CONTEXT, Place, Planner
 
     device()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -284,7 +284,7 @@ def rehearsal_8gb(report: Report) -> None:
         # vLLM's share is of the whole card, this one's.
         share = spec.sampler.options["gpu_memory_utilization"] * CARD / total
         spec = load(recipe, [*words, f"sampler.options.gpu_memory_utilization={share}"], drop_idle=True)
-        with _small_card(CARD), _least_free() as least:
+        with _small_card(CARD - CONTEXT), _least_free() as least:  # this process has its context already
             found = grpo.rehearsed(spec)
         report.note(**found, used_gib=(CARD - least[0]) / GIB)
     assert least[0] > 0, "nothing was left"
