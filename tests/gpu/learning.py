@@ -136,6 +136,8 @@ def bfloat16(report: Report) -> None:
                 alike = float(torch.cosine_similarity(moved[name], moved["truth"], dim=0))
                 report.note(**{f"{name}_loss": metrics["loss"], f"{name}_direction_cosine": alike})
                 assert alike > 0.97, f"{name}: the step goes another way than float32's (cosine {alike:.3f})"
+                if where == "cpu":  # the benchmarks measure it
+                    continue
                 longer = [group(40, [30] * 8, seed=seed) for seed in range(8)]
                 tokens = learner.update(longer)["tokens_computed"]
                 took = seconds(where, lambda learner=learner, longer=longer: learner.update(longer))
