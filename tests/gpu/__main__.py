@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def main(
     console.print(_headline(header), markup=False, highlight=False)
 
     on_cpu = "memory_gib" not in header
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the check in flight is ended, all is written
 
     def before(place: int, check: Check) -> None:
         console.print(f"[{place + 1}/{len(chosen)}] {check.name}: {check.what}", markup=False, highlight=False)
