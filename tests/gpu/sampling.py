@@ -103,7 +103,7 @@ def vllm_engine(report: Report) -> None:
             )  # fmt: skip
             env = Env(lambda setup: sampler, folder, _dtype(where), where)
             prompts = [env.prompt("Which is larger, 17 or 9?", name=f"p{number}") for number in range(8)]
-            params = SamplingParams(n=8, max_tokens=100, min_tokens=100, seed=1)
+            params = SamplingParams(n=8, max_tokens=100, seed=1)
             sampler.generate(prompts, params).result()
             started = time.perf_counter()
             groups = sampler.generate(prompts, params).result()
@@ -194,7 +194,7 @@ def vllm_in_flight(report: Report) -> None:
         env = Env(lambda setup: sampler, folder, "bfloat16", where)
         weights = {0: env.base, 4: perturbed(env.base, seed=1), 5: perturbed(env.base, seed=2)}
         prompts = [env.prompt("3 7 1 9 4", "a"), env.prompt("Which is larger?", "b")]
-        asked = sampler.generate(prompts, SamplingParams(n=8, max_tokens=90, min_tokens=90, seed=1))
+        asked = sampler.generate(prompts, SamplingParams(n=8, max_tokens=90, seed=1))
         for version in (4, 5):
             for _ in range(20):
                 sampler.pump()
