@@ -310,7 +310,7 @@ class RunConfig(Section):
 
 class TimeoutConfig(Section):
     load_s: Positive = 900.0
-    """Seconds that loading a model on either side may take."""
+    """Seconds that loading a model on either side may take, or writing or reading a checkpoint."""
     generate_s: Positive = 1800.0
     """Seconds that one request to the sampler may take."""
     update_s: Positive = 3600.0

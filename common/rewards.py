@@ -135,7 +135,16 @@ class Scorer:
                         number = waiting.get_nowait()
                     except queue.Empty:
                         return
-                    answer = worker.ask(job, groups[number])
+                    group = groups[number]
+                    # Beyond the limit of each completion: a worker that is stopped does not even read the question.
+                    limit_s = START_TIMEOUT_S + (len(group.completions) + 1) * self._config.reward_timeout_s
+                    limit = threading.Timer(limit_s, worker.interrupt)
+                    limit.daemon = True
+                    limit.start()
+                    try:
+                        answer = worker.ask(job, group)
+                    finally:
+                        limit.cancel()
                     if isinstance(answer, RewardError):
                         failed[number] = answer
                         if self._config.on_reward_error == "stop":

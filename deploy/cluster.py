@@ -178,7 +178,7 @@ def connect(address: str) -> bool:
 @contextlib.contextmanager
 def joined(config: Config) -> Iterator[None]:
     """In the run's cluster, and out of it again if this process was in none. Raises ``UserError`` as ``connect``."""
-    with bounded("cluster", "taking this process in", config.timeouts.start_s):
+    with bounded("cluster", "taking this process in", config.timeouts.start_s, "timeouts.start_s"):
         mine = connect(config.cluster.address)
     try:
         yield

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from common import device as devices
 from common import plugins
-from common.config import Config, changed
+from common.config import Config, TimeoutConfig, changed
 from common.errors import LearnerLost, UserError
 from common.protocols import Learner, Placement, Sampler, Split, Task
 from common.rewards import Scorer
@@ -45,26 +45,37 @@ class SharedDevice:
 
     sampler: Sampler
     learner: Sleeps
+    timeout_s: float = TimeoutConfig().sync_s
+    """Of each side's making room or coming back (``timeouts.sync_s``)."""
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        self.learner.sleep("all")
-        self.sampler.wake("all")
+        with self._limit("learner", "giving its memory back"):
+            self.learner.sleep("all")
+        with self._limit("sampler", "taking its memory"):
+            self.sampler.wake("all")
         yield
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
-        self.sampler.sleep()
-        self.learner.wake("all")
+        with self._limit("sampler", "giving its memory back"):
+            self.sampler.sleep()
+        with self._limit("learner", "taking its memory"):
+            self.learner.wake("all")
         yield
 
     @contextlib.contextmanager
     def syncing(self) -> Iterator[None]:
-        self.learner.sleep("averages")
-        self.learner.wake("weights")
-        self.sampler.wake("weights")
-        self.sampler.wake("cache")  # the proof's probe needs it
+        with self._limit("learner", "making room for a sync"):
+            self.learner.sleep("averages")
+            self.learner.wake("weights")
+        with self._limit("sampler", "taking its memory"):
+            self.sampler.wake("weights")
+            self.sampler.wake("cache")  # the proof's probe needs it
         yield
+
+    def _limit(self, side: str, doing: str) -> contextlib.AbstractContextManager[None]:
+        return bounded(side, doing, self.timeout_s, "timeouts.sync_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +269,7 @@ def sampler_setup(
 def load_sampler(config: Config, setup: SamplerSetup, adapter_folder: Path | None = None) -> Sampler:
     """The back end of ``sampler.name`` made from this setup, in this process."""
     devices.set_threads(setup.threads)  # before vLLM, which fixes them
-    with bounded("sampler", "loading its model", config.timeouts.load_s):
+    with bounded("sampler", "loading its model", config.timeouts.load_s, "timeouts.load_s"):
         sampler: Sampler = plugins.make("sampler", config.sampler.name, config.sampler.options, setup)
         if adapter_folder is not None:
             sampler.load_weights(FolderWeights(str(adapter_folder)), 0)
@@ -285,20 +296,21 @@ def ask_test_questions(ready: Prepared, sampler: Sampler, scorer: Scorer, answer
 @contextlib.contextmanager
 def parts(ready: Prepared) -> Iterator[Parts]:
     """Sampler and learner in this process, taking turns on its device."""
+    timeouts = ready.config.timeouts
     sampler = make_sampler(ready)
     try:
-        with bounded("learner", "loading its model", ready.config.timeouts.load_s):
+        with bounded("learner", "loading its model", timeouts.load_s, "timeouts.load_s"):
             learner = TorchLearner(ready.config, ready.folder, ready.device)
         yield Parts(
             sampler,
             learner,
-            SharedDevice(sampler, learner),
+            SharedDevice(sampler, learner, timeouts.sync_s),
             f"sampler {ready.config.sampler.name}\nlearner {learner.parameters_trained / 1e6:.1f} M of "
             f"{learner.parameters_total / 1e6:.1f} M weights, {'packed' if learner.packed else 'padded'}, "
             f"{ready.config.model.dtype}, {ready.device}",
             memory_gib=lambda: devices.peak_memory_gib(ready.device),
-            answer_s=ready.config.timeouts.generate_s,
-            sync_s=ready.config.timeouts.sync_s,
+            answer_s=timeouts.generate_s,
+            sync_s=timeouts.sync_s,
         )
     finally:
         sampler.close()

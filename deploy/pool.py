@@ -28,6 +28,7 @@ from common.errors import LearnerLost, RunFailure, UserError
 from common.protocols import WeightHandle
 from common.tokenizer import check_room
 from common.types import Group, Prompt, SamplerSetup, SamplingParams
+from common.waits import late
 from deploy.actors import Lost, Member, Pulses, Restarts, Unit, answer, gather
 from deploy.group import Busy, Offer
 from learner.sync import SyncError, weighted_difference
@@ -335,8 +336,15 @@ class SamplerPool:
     def _drain(self) -> None:
         """Until nothing is in work: weights never touch an earlier request. Units that no replica can work on, all
         being without weights, wait for the new ones instead."""
+        timeouts = self._config.timeouts
+        # Every loss, and every unit, has a limit of its own; this is their sum.
+        again_s = timeouts.generate_s + timeouts.start_s + timeouts.load_s + timeouts.sync_s
+        limit_s = (self._config.cluster.max_restarts + 1) * again_s
+        until = time.monotonic() + limit_s
         with self._lock:
             while not self._failure and not self._lost_learner:
+                if time.monotonic() > until:
+                    raise RunFailure(late("samplers", "writing earlier requests", limit_s, "timeouts.generate_s"))
                 busy = any(replica.parts for replica in self._replicas)
                 able = any(replica.holds for replica in self._replicas)
                 if not busy and not (self._queue and able):

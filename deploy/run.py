@@ -27,6 +27,7 @@ from common.errors import LearnerLost, RunFailure, UserError
 from common.prompts import PromptStream
 from common.protocols import Learner
 from common.rewards import Scorer
+from common.waits import bounded
 from deploy import local, plan, report
 from deploy.local import Parts, Prepared
 from learner import memory
@@ -111,7 +112,10 @@ def _train(
     learner, sampler, placement = parts.learner, parts.sampler, parts.placement
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
     stream = PromptStream(ready.train, config.train.seed)
-    state = None if begin else checkpoints.restore_latest(learner)
+    state = None
+    if not begin:
+        with bounded("learner", "reading its checkpoint", config.timeouts.load_s, "timeouts.load_s"):
+            state = checkpoints.restore_latest(learner)
     if not begin:
         if learner.version > config.train.steps:
             raise UserError(
@@ -157,7 +161,8 @@ def _train(
         if finished:
             measure(config.train.steps)
             tracker.phase("disk: writing the final model")
-            with placement.learning():
+            limit_s = config.timeouts.load_s
+            with placement.learning(), bounded("learner", "writing the final model", limit_s, "timeouts.load_s"):
                 _export(learner, folder, config)
     if config.run.report:
         report.write(folder)

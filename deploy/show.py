@@ -18,7 +18,7 @@ from common.protocols import Sampler
 from common.rewards import Scorer
 from common.tokenizer import check_lengths, render
 from common.types import Group, Prompt, SamplingParams
-from common.waits import bounded
+from common.waits import bounded, result
 from common.weights import FolderWeights
 from deploy import local
 from learner.model import context_tokens
@@ -65,8 +65,10 @@ def sample(ready: local.Prepared, sampler: Sampler, prompts: Sequence[Prompt], n
         stop=config.sampler.stop,
         seed=config.train.seed,
     )
-    with bounded("sampler", f"answering {len(prompts)} prompts", config.timeouts.generate_s):
-        return sampler.generate(prompts, params).result(timeout=config.timeouts.generate_s)
+    doing, limit_s = f"answering {len(prompts)} prompts", config.timeouts.generate_s
+    with bounded("sampler", doing, limit_s, "timeouts.generate_s"):
+        future = sampler.generate(prompts, params)
+    return result(future, "sampler", doing, limit_s, "timeouts.generate_s")
 
 
 def completions(

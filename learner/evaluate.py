@@ -17,7 +17,7 @@ import numpy as np
 from common.errors import RunFailure
 from common.protocols import Sampler
 from common.types import Group, Prompt, SamplingParams
-from common.waits import bounded
+from common.waits import bounded, result
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 CorrectFunction = Callable[[Sequence[Group]], Sequence[Sequence[bool]]]
@@ -192,18 +192,10 @@ def _ask(
     for request, part in enumerate(_parts(prompts, completions_at_once, params.n)):
         seeded = params if params.seed is None else replace(params, seed=params.seed + request)
         # A sampler in this process writes inside the call; another answers later.
-        with bounded("sampler", f"answering {len(part)} test questions", timeout_s):
+        doing = f"answering an evaluation request of {len(part)} x {params.n} completions"
+        with bounded("sampler", doing, timeout_s, "timeouts.generate_s"):
             answer = sampler.generate(part, seeded)
-        try:
-            written = answer.result(timeout=timeout_s)
-        except TimeoutError:
-            if answer.done():  # the sampler's own error, not ours of waiting
-                raise
-            answer.cancel()
-            raise RunFailure(
-                f"sampler: no answer within {timeout_s:g} s to an evaluation request of {len(part)} x {params.n} "
-                "completions; raise timeouts.generate_s or lower eval.questions"
-            ) from None
+        written = result(answer, "sampler", doing, timeout_s, "timeouts.generate_s")
         assert [group.prompt.id for group in written] == [prompt.id for prompt in part], "groups in another order"
         assert all(len(group.completions) == params.n for group in written), f"not {params.n} completions a group"
         groups += written

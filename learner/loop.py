@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from common.prompts import PromptStream
 from common.protocols import Learner, Placement, Sampler
 from common.rewards import RewardError
 from common.types import Completion, Group, Prompt, SamplingParams
-from common.waits import bounded
+from common.waits import bounded, result
 from learner import advantages
 from learner.checkpoint import Checkpoints
 from learner.sync import WeightSync
@@ -104,8 +103,10 @@ class Loop:
             self.in_flight.append(Request(int(one["number"]), one["state"], prompts, future))
 
     def save(self) -> None:
-        self.tracker.phase(f"disk: writing checkpoint {self.learner.version}")
-        self.checkpoints.save(self.learner.version, self.learner, self.state())
+        doing = f"writing checkpoint {self.learner.version}"
+        self.tracker.phase(f"disk: {doing}")
+        with bounded("learner", doing, self.config.timeouts.load_s, "timeouts.load_s"):
+            self.checkpoints.save(self.learner.version, self.learner, self.state())
 
 
 def train(loop: Loop, evaluate: Callable[[int], object], stopping: Callable[[], bool]) -> bool:
@@ -125,7 +126,7 @@ def train(loop: Loop, evaluate: Callable[[int], object], stopping: Callable[[], 
 
         learning = time.perf_counter()
         loop.tracker.phase(f"learner: step {step}, {len(groups)} groups")
-        with loop.placement.learning(), bounded("learner", f"doing step {step}", config.timeouts.update_s):
+        with loop.placement.learning(), _learning(config, f"doing step {step}"):
             metrics |= learner.update(groups)
         metrics["seconds_learn"] = time.perf_counter() - learning
 
@@ -165,16 +166,13 @@ def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
     )  # fmt: skip
     loop.tracker.phase(f"rehearsal: {size} x {config.train.group_size} completions of {length} tokens")
     with loop.placement.sampling(), _memory_of("sampler"):
-        with bounded("sampler", "writing the rehearsal's request", config.timeouts.generate_s):
+        doing = "writing the rehearsal's request"
+        with bounded("sampler", doing, config.timeouts.generate_s, "timeouts.generate_s"):
             future = loop.sampler.generate(asked, params)
-        try:
-            groups = future.result(timeout=loop.answer_s)
-        except FutureTimeout:
-            raise RunFailure(f"the sampler did not answer the rehearsal's request within {loop.answer_s:g} s") from None
+        groups = result(future, "sampler", doing, loop.answer_s, "timeouts.generate_s")
     sampled = time.perf_counter()
     loop.tracker.phase("rehearsal: the largest pack through the learner")
-    limit_s = config.timeouts.update_s
-    with loop.placement.learning(), _memory_of("learner"), bounded("learner", "doing the rehearsal's pack", limit_s):
+    with loop.placement.learning(), _memory_of("learner"), _learning(config, "doing the rehearsal's pack"):
         loop.learner.rehearse(groups)
     learned = time.perf_counter()
     loop.tracker.phase("rehearsal: the weights to the sampler")
@@ -186,6 +184,10 @@ def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
         "sync": time.perf_counter() - learned,
         "peak_gib": loop.memory_gib(),
     }
+
+
+def _learning(config: Config, doing: str) -> contextlib.AbstractContextManager[None]:
+    return bounded("learner", doing, config.timeouts.update_s, "timeouts.update_s")
 
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
@@ -254,7 +256,8 @@ def _fill(loop: Loop) -> None:
             # A number of its own for every request, so that no two draw alike and a resumed run draws the same.
             seed=(config.train.seed * 1_000_003 + loop.requests_made) % 2**31,
         )
-        with bounded("sampler", f"writing request {loop.requests_made}", config.timeouts.generate_s):
+        doing = f"writing request {loop.requests_made}"
+        with bounded("sampler", doing, config.timeouts.generate_s, "timeouts.generate_s"):
             future = loop.sampler.generate(prompts, params)
         loop.in_flight.append(Request(loop.requests_made, state, prompts, future))
         loop.requests_made += 1
@@ -262,13 +265,8 @@ def _fill(loop: Loop) -> None:
 
 def _result(loop: Loop, request: Request) -> list[Group]:
     """The request's groups, checked: one a prompt, in order, not staler than allowed."""
-    limit_s = loop.answer_s
-    try:
-        groups = request.future.result(timeout=limit_s)
-    except FutureTimeout:
-        raise RunFailure(
-            f"the sampler did not answer request {request.number} ({len(request.prompts)} prompts) within {limit_s:g} s"
-        ) from None
+    doing = f"writing request {request.number} ({len(request.prompts)} prompts)"
+    groups = result(request.future, "sampler", doing, loop.answer_s, "timeouts.generate_s")
     asked, got = [prompt.id for prompt in request.prompts], [group.prompt.id for group in groups]
     if asked != got:
         raise RunFailure(f"the sampler answered other prompts than asked: {got[:3]}... instead of {asked[:3]}...")

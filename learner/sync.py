@@ -31,6 +31,7 @@ from common.waits import bounded
 # Tokens of the probe in the sync of each step: about half of the time goes to reading all the weights once, on both
 # sides, so that fewer tokens would hardly be cheaper; more would cost in proportion.
 EACH_TIME = 32
+_SETTING = "timeouts.sync_s"
 MOVED = 0.002  # nats: a mean change of the learner's log-probs that no engine's arithmetic can swallow whole
 
 
@@ -88,7 +89,9 @@ class WeightSync:
         """Sends perturbed weights and checks that the sampler follows. The next sync must send the true ones."""
         if not (self._config.proof and self._config.challenge):
             return {}
-        with self._learner.perturbed(seed=7):
+        # The hand-over and the probe have limits of their own; this one is for the noise.
+        limit_s = 4 * self._timeout_s
+        with bounded("learner", "putting noise on its weights", limit_s, _SETTING), self._learner.perturbed(seed=7):
             return self._send("the challenge before the first step")
 
     def __call__(self) -> dict[str, float]:
@@ -103,7 +106,7 @@ class WeightSync:
     def _send(self, what: str) -> dict[str, float]:
         started = time.perf_counter()
         with self._placement.syncing():
-            with bounded("sampler", f"taking the weights of {what}", self._timeout_s):
+            with bounded("sampler", f"taking the weights of {what}", self._timeout_s, _SETTING):
                 handle = self._learner.publish_weights(merged=not self._sampler.takes_adapters)
                 arrived = self._sampler.load_weights(handle, self._learner.version)
             synced_s = time.perf_counter() - started
@@ -114,7 +117,7 @@ class WeightSync:
                 "sync_transport": float(get_args(Transport).index(handle.transport)),
             }
             if self._config.proof:
-                with bounded("sampler", f"answering the probe for {what}", self._timeout_s):
+                with bounded("sampler", f"answering the probe for {what}", self._timeout_s, _SETTING):
                     metrics |= self._prove(sent, arrived, what)
                 metrics["seconds_proof"] = time.perf_counter() - started - synced_s
         return metrics
