@@ -9,23 +9,38 @@ Imports without torch.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from common import hints
 from common.errors import UserError
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):  # Python counts them among the integers
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+# The largest whole number that every library here takes as a seed or a size; and a bound for numbers that are summed
+# and squared, so that nothing made of them overflows.
+LARGEST, LARGEST_REWARD = 2**31 - 1, 1e6
+_Int = Annotated[int, BeforeValidator(_no_boolean)]
+_Float = Annotated[float, BeforeValidator(_no_boolean)]
+Count = Annotated[_Int, Field(ge=1, le=LARGEST)]
+Whole = Annotated[_Int, Field(ge=0, le=LARGEST)]
+Share = Annotated[_Float, Field(ge=0, le=1)]
+BelowOne = Annotated[_Float, Field(ge=0, lt=1)]
+Positive = Annotated[_Float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[_Float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[_Float, Field(gt=0, le=1e8)]  # three years: timers overflow at some more
+Weight = Annotated[_Float, Field(ge=-LARGEST_REWARD, le=LARGEST_REWARD)]
 
 
 class Section(BaseModel):
@@ -71,15 +86,15 @@ class TaskConfig(Section):
     """A built-in task (``nanogrpo tasks``), ``module:attr`` or ``file.py:attr``."""
     options: dict[str, Any] = {}
     """Passed to the task as keyword arguments."""
-    reward_weights: dict[str, float] = {}
+    reward_weights: dict[str, Weight] = {}
     """Replaces the weight of a named reward; 0 logs it without training on it."""
     prompt_format: Literal["chat", "plain"] = "chat"
     """``chat`` uses the tokenizer's chat template; ``plain`` joins the messages' contents with blank lines."""
     system_prompt: str = ""
     """Put before every conversation that has no system message; empty leaves the template's default."""
-    reward_timeout_s: Positive = 10.0
+    reward_timeout_s: Seconds = 10.0
     """Seconds that scoring one completion may take before its worker is killed."""
-    reward_workers: Count = 1
+    reward_workers: Annotated[_Int, Field(ge=1, le=1024)] = 1
     """Worker processes that score."""
     on_reward_error: Literal["stop", "skip"] = "stop"
     """A reward that raises, hangs or is not finite: ``stop`` ends the run, ``skip`` leaves that completion's whole
@@ -91,7 +106,7 @@ class SamplerConfig(Section):
     """A back end (``nanogrpo samplers``), ``module:attr`` or ``file.py:attr``."""
     temperature: Positive = 1.0
     """Divides the logits before drawing; the learner's log-probs use the same."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[_Float, Field(gt=0, le=1)] = 1.0
     """Draw only from the likeliest tokens that hold this much probability. 1 is off."""
     top_k: Whole = 0
     """Draw only from the k likeliest tokens. 0 is off."""
@@ -181,7 +196,7 @@ class OptimizerConfig(Section):
     4 bytes a weight less, and gradients in bfloat16."""
     lr: Positive = 1e-6
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """Decay of the averages of the gradient and of its square."""
     eps: Positive = 1e-8
     """Added to AdamW's denominator."""
@@ -225,7 +240,7 @@ class SyncConfig(Section):
     """After every sync check that the bytes arrived and that the sampler computes what the learner computes."""
     challenge: bool = True
     """Before the first step send perturbed weights once and check that the sampler follows them."""
-    probe_tokens: Annotated[int, Field(ge=8)] = 256
+    probe_tokens: Annotated[_Int, Field(ge=8, le=LARGEST)] = 256
     """Length of the fixed probe, in tokens of the task's own prompts; after the first sync its first 32 are
     asked, and all of it where those disagree."""
     tolerance: Positive = 0.12
@@ -302,24 +317,25 @@ class RunConfig(Section):
     report: bool = True
     """Write ``report.html`` and ``report.png`` when the run ends."""
     trackers: tuple[str, ...] = ()
-    """Your own trackers, ``module:attr`` or ``file.py:attr``, each made with the run folder. A resumed run tells them
-    the steps since its checkpoint again."""
+    """Where the numbers go besides: installed ones by name (wandb, trackio, mlflow; each a pip extra), your own as
+    ``module:attr`` or ``file.py:attr``, made with the run folder. A resumed run sends the steps since its checkpoint
+    again; one that fails or hangs is left out from there on, and the run goes on."""
     console: Literal["live", "plain", "off"] = "live"
     """A live display, one line a step, or nothing."""
 
 
 class TimeoutConfig(Section):
-    load_s: Positive = 900.0
+    load_s: Seconds = 900.0
     """Seconds that loading a model on either side may take, or writing or reading a checkpoint."""
-    generate_s: Positive = 1800.0
+    generate_s: Seconds = 1800.0
     """Seconds that one request to the sampler may take."""
-    update_s: Positive = 3600.0
+    update_s: Seconds = 3600.0
     """Seconds that one update of the learner may take."""
-    sync_s: Positive = 600.0
+    sync_s: Seconds = 600.0
     """Seconds that one weight sync may take."""
-    start_s: Positive = 600.0
+    start_s: Seconds = 600.0
     """Seconds to wait for room on the cluster."""
-    pulse_s: Positive = 30.0
+    pulse_s: Seconds = 30.0
     """Seconds after which a service whose process does not answer at all is taken for dead."""
 
 
@@ -491,24 +507,30 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, drop_idle: bool = 
 
     Raises ``UserError`` for a file that cannot be read, an unknown key, a wrong value or a setting without effect.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"run file {str(path)!r} does not exist; complete runs are in deploy/configs/") from None
-        except IsADirectoryError:
-            raise UserError(f"run file {str(path)!r} is a folder; give a .toml file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"run file {str(path)!r} cannot be read: {error}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise UserError(f"run file {str(path)!r} is not valid TOML: {error}") from None
+    values = read_toml(path) if path is not None else {}
     for word in overrides:
         _override(values, word)
     if drop_idle:
         said = {word.partition("=")[0].strip() for word in overrides}
         _drop_idle(values, said)
     return build(values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a run file, as they stand there (UTF-8, with or without a byte order mark).
+
+    Raises ``UserError`` for a file that cannot be read or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"run file {str(path)!r} does not exist; complete runs are in deploy/configs/") from None
+    except IsADirectoryError:
+        raise UserError(f"run file {str(path)!r} is a folder; give a .toml file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"run file {str(path)!r} cannot be read: {error}; write it as UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets in brackets
+        raise UserError(f"run file {str(path)!r} is not valid TOML: {error}; correct that line") from None
 
 
 def _drop_idle(values: dict[str, Any], said: set[str]) -> None:
@@ -600,10 +622,12 @@ def _override(values: dict[str, Any], word: str) -> None:
     key, equals, text = word.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        raise UserError(f"{word!r} is not of the form section.key=value, for example train.steps=10")
+        meant = hints.meant(key.strip(), [name for name, _ in fields()]) if equals else ""
+        hint = f"; did you mean {meant}={text.strip()}?" if meant else ", for example train.steps=10"
+        raise UserError(f"{word!r} is not of the form section.key=value{hint}")
     try:  # a TOML value where it is one ("1e-5", "true", "[1, 2]"), plain text otherwise
         value = tomllib.loads(f"v = {text.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or an integer of more digits than Python reads
         value = text.strip()
     target = values
     for part in parts[:-1]:
@@ -617,23 +641,24 @@ def _sentence(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_nearest(key)}"
-    message = error["msg"][0].lower() + error["msg"][1:]
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     described = dict(fields()).get(".".join(key.split(".")[:2]))
     wanted = f" ({type_words(described)})" if described else ""
-    return f"{key}={error['input']!r}: {message}{wanted}"
+    return f"{key}={_shortened(error['input'])}: {message}{wanted}"
+
+
+def _shortened(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:100]}..."
 
 
 def _nearest(key: str) -> str:
-    known = [name for name, _ in fields()]
-    last = key.split(".")[-1]
-    close = [name for name in known if name.split(".")[1] == last]  # the right name in the wrong section
-    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not close:
-        near = difflib.get_close_matches(last, [name.split(".")[1] for name in known], n=1, cutoff=0.7)
-        close = [name for name in known if near and name.split(".")[1] == near[0]]
-    if not close:
-        close = difflib.get_close_matches(key, list(Config.model_fields), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "; `nanogrpo config` lists every key"
+    meant = hints.meant(key, [name for name, _ in fields()])
+    return f"; did you mean {meant!r}?" if meant else "; `nanogrpo config` lists every key"
 
 
 def _is_set(config: Config, key: str) -> bool:

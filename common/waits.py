@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def bounded(side: str, doing: str, timeout_s: float, setting: str = "") -> Iterator[None]:
-    """Ends the process if the block takes longer than ``timeout_s`` seconds. ``setting`` is the key of that limit, where
-    it has one."""
+    """Ends the process if the block takes longer than ``timeout_s`` seconds. ``setting``: the key of that limit, if it
+    has one."""
     timer = threading.Timer(timeout_s, _give_up, args=(side, doing, timeout_s, setting))
     timer.daemon = True
     timer.start()
