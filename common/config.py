@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from common import hints
 from common.errors import UserError
+from common.types import LARGEST_REWARD
 
 
 def _no_boolean(value: Any) -> Any:
@@ -28,9 +29,7 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
-# The largest whole number that every library here takes as a seed or a size; and a bound for numbers that are summed
-# and squared, so that nothing made of them overflows.
-LARGEST, LARGEST_REWARD = 2**31 - 1, 1e6
+LARGEST = 2**31 - 1  # the largest whole number that every library here takes as a seed or a size
 _Int = Annotated[int, BeforeValidator(_no_boolean)]
 _Float = Annotated[float, BeforeValidator(_no_boolean)]
 Count = Annotated[_Int, Field(ge=1, le=LARGEST)]
@@ -622,7 +621,7 @@ def _override(values: dict[str, Any], word: str) -> None:
     key, equals, text = word.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        meant = hints.meant(key.strip(), [name for name, _ in fields()]) if equals else ""
+        meant = meant_by(key.strip()) if equals else ""
         hint = f"; did you mean {meant}={text.strip()}?" if meant else ", for example train.steps=10"
         raise UserError(f"{word!r} is not of the form section.key=value{hint}")
     try:  # a TOML value where it is one ("1e-5", "true", "[1, 2]"), plain text otherwise
@@ -656,8 +655,13 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:100]}..."
 
 
+def meant_by(key: str) -> str:
+    """The key or section that somebody who wrote ``key`` most likely meant; empty when it is like none."""
+    return hints.meant(key, [name for name, _ in fields()])
+
+
 def _nearest(key: str) -> str:
-    meant = hints.meant(key, [name for name, _ in fields()])
+    meant = meant_by(key)
     return f"; did you mean {meant!r}?" if meant else "; `nanogrpo config` lists every key"
 
 

@@ -24,6 +24,11 @@ from rich.text import Text
 from common.types import Completion, Group
 
 
+def terminal(stderr: bool = False) -> Console:
+    """A console that prints text as it is: ``[...]`` and ``:...:`` in a path or a name are no markup."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
 class ConsoleTracker:
     """The run on the terminal: ``live``, a display that renews itself; ``plain``, one line a step; ``off``.
 
@@ -39,7 +44,7 @@ class ConsoleTracker:
         console: Console | None = None,
     ) -> None:
         """``first_step``: the steps already done when the run was resumed."""
-        self._console = console or Console()
+        self._console = console or terminal()
         if mode == "live" and (not self._console.is_terminal or self._console.is_dumb_terminal):
             mode = "plain"
         self.mode = mode

@@ -5,6 +5,8 @@ Our own mistakes are plain ``assert`` statements and never one of these.
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: one sentence with the key, the value and the cure."""
@@ -16,3 +18,10 @@ class RunFailure(RuntimeError):
 
 class LearnerLost(RunFailure):
     """The learner is gone, and what it knew with it: its last checkpoint brings it back."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error means that host or device memory ran out: torch has no type of its own for the host's, and one
+    from another process is a ``RunFailure`` with its text."""
+    said = re.search(r"out of memory|can't allocate memory|cannot allocate memory", str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or bool(said)

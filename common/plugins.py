@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from common.protocols import Task
 
 Kind = Literal["task", "sampler", "tracker"]
+_GIVEN = {"task": "nothing", "sampler": "a common.types.SamplerSetup", "tracker": "the run folder"}
+_METHODS = {
+    "sampler": ("generate", "logprobs", "load_weights", "sleep", "wake", "close"),
+    "tracker": ("log", "rollouts", "evaluation", "close"),
+}
 
 
 def find(kind: Kind, name: str) -> Callable[..., Any]:
@@ -41,10 +46,10 @@ def find(kind: Kind, name: str) -> Callable[..., Any]:
     place, colon, attr = name.rpartition(":")
     if not colon:
         if name.endswith(".py"):
-            raise UserError(f"{kind}.name={name!r} does not say what to take from the file; write {name}:NAME")
+            raise UserError(f"{_key(kind)}={name!r} does not say what to take from the file; write {name}:NAME")
         return _from_entry_point(kind, name)
     if not place or not attr:
-        raise UserError(f"{kind}.name={name!r} is neither module:NAME nor path/file.py:NAME")
+        raise UserError(f"{_key(kind)}={name!r} is neither module:NAME nor path/file.py:NAME")
     module = _file(kind, name, place) if place.endswith(".py") else _module(kind, name, place)
     return _attribute(kind, name, module, attr)
 
@@ -64,13 +69,34 @@ def installed(kind: Kind) -> list[tuple[str, str]]:
 
 
 def make(kind: Kind, name: str, options: Mapping[str, Any], *args: Any) -> Any:
-    """Calls what ``find`` finds with ``args`` and ``options``; an option that it does not take is a ``UserError``.
+    """Calls what ``check`` checks with ``args`` and ``options``, and sees that a sampler or tracker came of it.
 
     Errors from inside the call pass through unchanged.
     """
+    made = check(kind, name, options, len(args))(*args, **options)
+    _check_methods(kind, name, made, f"makes a {type(made).__name__}")
+    return made
+
+
+def check(kind: Kind, name: str, options: Mapping[str, Any], given: int) -> Callable[..., Any]:
+    """The callable behind a name, which must take ``given`` arguments and these options, and be no class of something
+    else. Everything that can be found wrong before it is called is a ``UserError``."""
     found = find(kind, name)
-    _check_options(kind, name, found, options, len(args))
-    return found(*args, **options)
+    _check_options(kind, name, found, options, given)
+    if inspect.isclass(found):
+        _check_methods(kind, name, found, "is a class")
+    if hasattr(found, "check_options"):
+        found.check_options(options)
+    return found
+
+
+def _check_methods(kind: Kind, name: str, thing: Any, what: str) -> None:
+    lacking = [method for method in _METHODS.get(kind, ()) if not callable(getattr(thing, method, None))]
+    if lacking:
+        raise UserError(
+            f"{_key(kind)}={name!r} {what} that is no {kind}: it has no {', '.join(lacking)} (see common.protocols."
+            f"{kind.title()}); name a {kind}"
+        )
 
 
 def make_task(name: str, options: Mapping[str, Any]) -> Task:
@@ -85,6 +111,14 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
         ) from error
     _check_task(name, task)
     return task
+
+
+def version() -> str:
+    """The version of nanogrpo, installed or run from its source; empty where neither says."""
+    try:
+        return distribution("nanogrpo").version
+    except PackageNotFoundError:
+        return str(_own_project().get("version", ""))
 
 
 def find_task(config: TaskConfig) -> Task:
@@ -106,15 +140,23 @@ def _declared(group: str) -> list[EntryPoint]:
         return []
     except PackageNotFoundError:
         pass
+    declared = _own_project().get("entry-points", {}).get(group, {})
+    return [EntryPoint(name, value, group) for name, value in declared.items()]
+
+
+def _own_project() -> dict[str, Any]:
+    """``[project]`` of our ``pyproject.toml``; empty where only the packages were copied."""
     file = Path(__file__).parent.parent / "pyproject.toml"
     try:
-        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-    except (OSError, KeyError, ValueError):  # only the packages were copied: nothing is offered by name
-        return []
-    if project.get("name") != "nanogrpo":
-        return []
-    declared = project.get("entry-points", {}).get(group, {})
-    return [EntryPoint(name, value, group) for name, value in declared.items()]
+        project = dict(tomllib.loads(file.read_text(encoding="utf-8"))["project"])
+    except (OSError, KeyError, ValueError):
+        return {}
+    return project if project.get("name") == "nanogrpo" else {}
+
+
+def _key(kind: Kind) -> str:
+    """The setting that names it."""
+    return "run.trackers" if kind == "tracker" else f"{kind}.name"
 
 
 def _from_entry_point(kind: Kind, name: str) -> Callable[..., Any]:
@@ -123,16 +165,18 @@ def _from_entry_point(kind: Kind, name: str) -> Callable[..., Any]:
     if not matching:
         names = list(dict.fromkeys(entry.name for entry in entries))
         if not names:
-            raise UserError(f"{kind}.name={name!r}: no {kind} is installed; install nanogrpo itself (pip install -e .)")
+            raise UserError(
+                f"{_key(kind)}={name!r}: no {kind} is installed; install nanogrpo itself (pip install -e .)"
+            )
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
-            f"{kind}.name={name!r} is not installed; {hint}There are {', '.join(names)}, "
+            f"{_key(kind)}={name!r} is not installed; {hint}There are {', '.join(names)}, "
             "and your own as path/file.py:NAME or module:NAME"
         )
     if len(matching) > 1:
         places = " and ".join(entry.value for entry in matching)
-        raise UserError(f"{kind}.name={name!r} is offered by {places}; write the one you want as module:NAME")
+        raise UserError(f"{_key(kind)}={name!r} is offered by {places}; write the one you want as module:NAME")
     entry = matching[0]
     return _attribute(kind, name, _module(kind, name, entry.module), entry.attr)
 
@@ -147,20 +191,20 @@ def _module(kind: Kind, name: str, module: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
             raise UserError(
-                f"{kind}.name={name!r}: there is no module {module!r}; install it, or name a file as path/file.py:NAME"
+                f"{_key(kind)}={name!r}: there is no module {module!r}; install it, or name a file as path/file.py:NAME"
             ) from None
         needed = error.name or str(error)
         raise UserError(
-            f"{kind}.name={name!r} needs the Python module {needed!r}, which is not installed; install it"
+            f"{_key(kind)}={name!r} needs the Python module {needed!r}, which is not installed; install it"
         ) from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"{kind}.name={name!r} does not import ({_where(error)}): {_brief(error)}; mend it") from error
+        raise UserError(f"{_key(kind)}={name!r} does not import ({_where(error)}): {_brief(error)}; mend it") from error
 
 
 def _file(kind: Kind, name: str, place: str) -> Any:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
-        raise UserError(f"{kind}.name={name!r}: there is no file {str(path)!r}; give its path from {os.getcwd()!r}")
+        raise UserError(f"{_key(kind)}={name!r}: there is no file {str(path)!r}; give its path from {os.getcwd()!r}")
     # Its neighbours are importable too. Last on the path, so that a user's random.py or learner.py shadows nothing.
     _add_to_path(str(path.parent))
     module_name = f"nanogrpo_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
@@ -178,7 +222,7 @@ def _file(kind: Kind, name: str, place: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise UserError(f"{kind}.name={name!r} does not import ({_where(error)}): {_brief(error)}; mend it") from error
+        raise UserError(f"{_key(kind)}={name!r} does not import ({_where(error)}): {_brief(error)}; mend it") from error
     return module
 
 
@@ -189,20 +233,28 @@ def _attribute(kind: Kind, name: str, module: Any, attr: str) -> Callable[..., A
             own = [key for key, value in vars(module).items() if inspect.isclass(value) and not key.startswith("_")]
             close = difflib.get_close_matches(attr, [key for key in vars(module) if not key.startswith("_")], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"its classes are {', '.join(own) or 'none'}"
-            raise UserError(f"{kind}.name={name!r}: {attr!r} is not in {_place(module)}; {hint}")
+            raise UserError(f"{_key(kind)}={name!r}: {attr!r} is not in {_place(module)}; {hint}")
         found = getattr(found, part)
     if not callable(found):
         raise UserError(
-            f"{kind}.name={name!r} is a {type(found).__name__}, not a class or function that makes a {kind}; name one"
+            f"{_key(kind)}={name!r} is a {type(found).__name__}, not a class or function that makes a {kind}; name one"
         )
     return found  # type: ignore[no-any-return]
 
 
 def _check_options(kind: Kind, name: str, found: Callable[..., Any], options: Mapping[str, Any], given: int) -> None:
     try:
-        parameters = list(inspect.signature(found).parameters.values())[given:]
+        parameters = list(inspect.signature(found).parameters.values())
     except (TypeError, ValueError):  # some classes written in C have no signature; the call itself will tell
         return
+    if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        first = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(first) < given:
+            raise UserError(
+                f"{_key(kind)}={name!r} is called with {_GIVEN[kind]} first, which it does not take; name a class or "
+                f"function that makes a {kind}"
+            )
+        parameters = [p for p in parameters if p not in first[:given]]
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for key, value in options.items():

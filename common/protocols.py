@@ -51,7 +51,8 @@ class Sampler(Protocol):
     """Writes completions. Calls take effect in the order made: ``load_weights`` never touches an earlier ``generate``.
 
     A back end is any callable ``make(setup: SamplerSetup, **options) -> Sampler``. Bad options raise ``UserError``; if
-    it has a ``check_options(options)``, that is called before anything is loaded.
+    it has a ``check_options(options)``, that is called before anything is loaded, and so is a
+    ``check_sampling(params)`` with the ``SamplingParams`` of a training step, for what it cannot draw by.
 
     Three more members are a back end's own choice, for many machines:
 

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 from common import child
 from common.errors import RunFailure, UserError
 from common.plugins import make_task
-from common.types import Completion, Group, Prompt
+from common.types import LARGEST_REWARD, Completion, Group, Prompt
 
 if TYPE_CHECKING:
     from common.config import TaskConfig
@@ -351,8 +351,9 @@ def _number(function: Callable[[Prompt, Completion], Any], prompt: Prompt, compl
     if not isinstance(value, SupportsFloat):
         raise TypeError(f"returned {value!r}, which is not a number")
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"returned {number}, which is not finite")
+    if not abs(number) <= LARGEST_REWARD:
+        why = "not finite" if not math.isfinite(number) else f"beyond {LARGEST_REWARD:g}"
+        raise ValueError(f"returned {number:g}, which is {why}")
     return number
 
 
@@ -361,9 +362,13 @@ def _weights(task: Task, overrides: dict[str, float]) -> dict[str, float]:
         if name not in task.rewards:
             names = ", ".join(task.rewards)
             raise UserError(f"task.reward_weights.{name}={weight}: the task has no such reward; it has {names}")
-        if not math.isfinite(weight):
-            raise UserError(f"task.reward_weights.{name}={weight} is not finite; give a number")
-    return {name: float(overrides.get(name, weight)) for name, weight in task.reward_weights.items()}
+    weights = {**task.reward_weights, **overrides}
+    for name, weight in weights.items():
+        number = isinstance(weight, SupportsFloat) and not isinstance(weight, bool)
+        if not number or not abs(float(weight)) <= LARGEST_REWARD:
+            limits = f"-{LARGEST_REWARD:g} and {LARGEST_REWARD:g}"
+            raise UserError(f"task.reward_weights.{name}={weight!r} is no number between {limits}; set it to one")
+    return {name: float(weights[name]) for name in task.reward_weights}
 
 
 def _shortened(text: str) -> str:

@@ -8,18 +8,25 @@ Used by the one training loop through ``common.protocols.Tracker``; who makes th
 from __future__ import annotations
 
 import io
+import logging
 import os
 import platform
+import queue
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
-from common import files
+from common import files, health
 from common.protocols import Tracker
 from common.types import Completion, Group
+from common.waits import result
+
+_log = logging.getLogger("nanogrpo.tracking")
 
 METRICS: Mapping[str, str] = MappingProxyType(
     {
@@ -206,7 +213,7 @@ class TensorBoardTracker:
         """Left out: ``rollouts/`` has them."""
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
-        self._scalars(step, {f"eval/{key}": value for key, value in _flat(result)})
+        self._scalars(step, {f"eval/{key}": value for key, value in flat(result)})
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -234,6 +241,97 @@ class ShowsPhase(Protocol):
     """A tracker that tells people what the run waits for."""
 
     def phase(self, text: str) -> None: ...
+
+
+class HealthTracker:
+    """Says once what the run's numbers show to go wrong (common/health.py), as soon as they do."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+        """``rows``: the steps that a resumed run has behind it; what they show was said before."""
+        self._rows, self._say, self._watch = list(rows), say, health.Watch()
+        for row in rows:
+            self._watch.add(row)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._rows.append({"step": step, **metrics})
+        self._report(self._watch.add(self._rows[-1]))
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """Left out: the metrics are enough."""
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """Left out."""
+
+    def finish(self) -> str:
+        """The run has come to its end: says what a short one showed. Returns why nothing was learned, if nothing."""
+        self._report(self._watch.finish())
+        return health.unlearned(self._rows)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _report(self, found: Sequence[health.Finding]) -> None:
+        for finding in found:
+            self._say(f"step {finding.step}: {finding.text}")
+
+
+class OwnTracker:
+    """A tracker that is not ours, on a thread of its own, where it is made, too. What it raises, or a call longer than
+    ``limit_s`` seconds (a server that does not answer), is reported once, and the run goes on without it."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker], limit_s: float = 60.0) -> None:
+        """Raises what ``make`` raises, and ``RunFailure`` when it takes too long."""
+        self._name, self._limit_s = name, limit_s
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._out = ""  # why it is left out
+        threading.Thread(target=self._serve, name=f"tracker {name}", daemon=True).start()  # ends with the process
+        made: Future[Any] = Future()
+        self._calls.put((make, made))
+        self._tracker: Tracker = result(made, f"tracker {name!r}", "starting", limit_s, "")
+
+    def phase(self, text: str) -> None:
+        if isinstance(self._tracker, ShowsPhase):
+            self._tell("phase", text)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._tell("log", step, metrics)
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        self._tell("rollouts", step, groups)
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        self._tell("evaluation", step, result)
+
+    def close(self) -> None:
+        if self._out != "hangs":
+            self._out = ""  # one that has raised may still have something open
+            self._tell("close")
+            self._out = "hangs"
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        if self._out:
+            return
+        done: Future[Any] = Future()
+        self._calls.put((lambda: getattr(self._tracker, method)(*arguments), done))
+        try:
+            done.result(timeout=self._limit_s)
+        except (Exception, SystemExit) as error:
+            self._out = "raised" if done.done() else "hangs"
+            why = f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if self._out == "hangs":
+                why = f"did not return within {self._limit_s:g} s"
+            _log.warning("run.trackers: %r is left out from here on, because its %s %s", self._name, method, why)
+            _log.info("what it raised", exc_info=error)  # where to: the log alone
+
+    def _serve(self) -> None:
+        while True:
+            call, done = self._calls.get()
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                done.set_result(call())
+            except BaseException as error:
+                done.set_exception(error)
 
 
 class Trackers:
@@ -326,7 +424,8 @@ def _float_or_none(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _flat(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def flat(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of an evaluation, each under one name."""
     for key, value in result.items():
         if isinstance(value, int | float):
             yield key, value

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
+LARGEST_REWARD = 1e6
+"""Of a reward and of its weight, either sign: what is summed and squared of them stays far from overflowing."""
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
 
 

@@ -119,6 +119,32 @@ class InProcessWeights:
         return self.tensors()
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model, or the adapter, of a Hugging Face folder, as transformers and peft
+    choose them. A second set of weights beside them (another format's, an older save's) is none of it.
+
+    Raises ``UserError`` for a folder without them, and for an index that cannot be read or names a missing file.
+    """
+    alone = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
+    single, index = folder / f"{alone}.safetensors", folder / f"{alone}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(
+            f"model folder {str(folder)!r} holds neither {single.name} nor {index.name}; convert it with "
+            "transformers' save_pretrained"
+        )
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model folder {str(folder)!r}: {index.name} cannot be read ({error}); get it again") from None
+    if absent := [name for name in named if not (folder / name).is_file()]:
+        raise UserError(
+            f"model folder {str(folder)!r} lacks {', '.join(absent[:3])}, which {index.name} names; get it again"
+        )
+    return [folder / name for name in named]
+
+
 @dataclass(frozen=True)
 class FolderWeights:
     """A ``WeightHandle`` on a Hugging Face folder: its safetensors files, or peft's adapter files."""
@@ -143,10 +169,7 @@ class FolderWeights:
         return digest_and_bytes(self.open())
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
-        files = sorted(Path(self.folder).glob("*.safetensors"))
-        if not files:
-            raise UserError(f"model folder {self.folder!r} holds no .safetensors file; convert it with save_pretrained")
-        for file in files:
+        for file in weight_files(Path(self.folder)):
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
                     yield name, opened.get_tensor(name)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import RunFailure, UserError
+from common.console import printable, terminal
+from common.errors import RunFailure, UserError, is_out_of_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,8 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune language models with Group Relative Policy Optimization.",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = terminal()
+err = terminal(stderr=True)
 
 _LESS_MEMORY = (
     "lower learner.microbatch_tokens or sampler.options.gpu_memory_utilization, set learner.gradient_checkpointing, "
@@ -39,29 +39,48 @@ Model = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN_DIR", help="run fold
 @contextmanager
 def _in_sentences() -> Iterator[None]:
     """A user's mistake and a failure end in one sentence; anything else is our mistake and keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is written as \u2192, and no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.getLogger("nanogrpo").setLevel(logging.INFO)
     handler = RichHandler(console=err, show_path=False, show_time=False, level=logging.WARNING)
     logging.getLogger("nanogrpo").addHandler(handler)
     try:
         yield
     except UserError as error:
-        err.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        err.print(printable(f"error: {error}"), style="red", soft_wrap=True)
         raise typer.Exit(2) from None
     except RunFailure as error:
-        err.print(Text(f"failed: {error}", style="red"), soft_wrap=True)
+        err.print(printable(f"failed: {error}"), style="red", soft_wrap=True)
         raise typer.Exit(1) from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(
-            r"out of memory|can't allocate memory", str(error), re.I
-        ):
+        if not is_out_of_memory(error):
             raise
-        err.print(Text(f"failed: out of memory ({' '.join(str(error).split())[:200]}); {_LESS_MEMORY}", style="red"))
+        said = printable(" ".join(str(error).split())[:200])
+        err.print(f"failed: out of memory ({said}); {_LESS_MEMORY}", style="red", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         err.print("stopped at once; the last checkpoint is whole", style="red")
         raise typer.Exit(130) from None
     finally:
         logging.getLogger("nanogrpo").removeHandler(handler)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from common.plugins import version
+
+        out.print(f"nanogrpo {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -125,7 +144,7 @@ def train(
             raise typer.Exit(
                 guard.watch(folder, config.cluster.max_restarts, config.timeouts.pulse_s, resuming=resume is not None)
             )
-        out.print(f"run     {folder}")
+        out.print(f"run     {folder}", soft_wrap=True)
         try:
             outcome = runs.run(config, folder, out, resume=resume is not None)
         except RunFailure as error:
@@ -139,8 +158,9 @@ def train(
             out.print(
                 Stack(report.transcripts(outcome.before, outcome.after), report.table(outcome.before, outcome.after))
             )
+        done = "done" if not outcome.unlearned else f"done, but {outcome.unlearned}"
         report_file = f", report in {folder / 'report.html'}" if config.run.report else ""
-        out.print(f"done: model in {folder / 'final'}{report_file}", soft_wrap=True)
+        out.print(f"{done}: model in {folder / 'final'}{report_file}", soft_wrap=True)
 
 
 @app.command()
@@ -155,7 +175,6 @@ def plan(
     with _in_sentences():
         _quiet_libraries()
         from common.config import load
-        from common.files import to_json
         from deploy import plan as plans
 
         config = load(run_file, words or [])
@@ -168,9 +187,20 @@ def plan(
         except Exception as error:  # a model whose code asks for numbers
             raise RunFailure(f"this run cannot be planned: its model does not run on shapes alone ({error})") from error
         if json:
-            sys.stdout.write(to_json(plans.as_dict(found, proposals, limits)) + "\n")
+            _print_json(plans.as_dict(found, proposals, limits))
         else:
             plans.show(found, out, proposals, limits)
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    from common.files import to_json
+
+    text = to_json(value)
+    if "utf" not in (sys.stdout.encoding or "").lower():
+        text = json.dumps(json.loads(text))  # escaped: any encoding has these characters
+    sys.stdout.write(text + "\n")
 
 
 @app.command("eval")
@@ -183,7 +213,6 @@ def evaluate(
     with _in_sentences():
         _quiet_libraries()
         from common.console import evaluation_line
-        from common.files import to_json
         from common.rewards import Scorer
         from deploy import local
         from deploy.show import open_model
@@ -199,11 +228,11 @@ def evaluate(
             finally:
                 sampler.close()
         if json:
-            sys.stdout.write(to_json(result) + "\n")
+            _print_json(result)
             return
         out.print(evaluation_line(0, result).replace("step 0", model), soft_wrap=True)
         for kind, part in result["by_kind"].items():
-            out.print(f"  {kind}: {part['accuracy']:.1%} of {part['questions']}")
+            out.print(f"  {printable(kind)}: {part['accuracy']:.1%} of {part['questions']}")
         for k, at_k in result["pass_at_k"].items():
             out.print(f"  pass@{k}: {at_k['value']:.1%} [{at_k['low']:.1%}, {at_k['high']:.1%}]")
 
@@ -299,13 +328,21 @@ def server(
 
 @app.command()
 def config(
+    section: Annotated[str, typer.Argument(metavar="[SECTION]", help="this section, or this one key, alone")] = "",
     toml: Annotated[Path | None, typer.Option("--toml", metavar="FILE", help="write a commented file")] = None,
 ) -> None:
     """Every setting with its default, unit and effect."""
     with _in_sentences():
         from common import files
-        from common.config import commented_toml, fields, type_words
+        from common.config import Config, commented_toml, fields, meant_by, type_words
 
+        shown = [(key, field) for key, field in fields() if section in ("", key, key.split(".")[0])]
+        if not shown:
+            close = meant_by(section)
+            hint = f"did you mean {close!r}?" if close else f"there are {', '.join(Config.model_fields)}"
+            raise UserError(f"config {section!r}: no such section or key; {hint}")
+        if toml is not None and section:
+            raise UserError(f"config {section!r} has no effect with --toml, which writes every section; leave it out")
         if toml is not None:
             if toml.exists():
                 raise UserError(f"--toml {str(toml)!r} exists already; choose another name")
@@ -313,7 +350,7 @@ def config(
             out.print(f"wrote {toml}")
             return
         table = Table("key", "default", "meaning", show_lines=True)
-        for key, field in fields():
+        for key, field in shown:
             described = " ".join((field.description or "").replace("``", "").split())
             table.add_row(Text(key), Text(repr(field.default)), Text(f"{described} ({type_words(field)})"))
         out.print(table)

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from common import device as devices
 from common import plugins
 from common.config import Config, TimeoutConfig, changed
-from common.errors import LearnerLost, UserError
+from common.errors import LearnerLost, RunFailure, UserError, is_out_of_memory
 from common.protocols import Learner, Placement, Sampler, Split, Task
 from common.rewards import Scorer
 from common.tokenizer import check_lengths, load_tokenizer, render
@@ -164,11 +164,11 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         )
     check_optimizer(config, config.cluster.learner_ranks)
     models.check(config.model, config.cluster.learner_ranks)
-    back_end = plugins.find("sampler", config.sampler.name)
-    if hasattr(back_end, "check_options"):
-        back_end.check_options(config.sampler.options)
+    back_end = plugins.check("sampler", config.sampler.name, config.sampler.options, 1)
+    if hasattr(back_end, "check_sampling"):
+        back_end.check_sampling(training_params(config))
     for name in config.run.trackers:
-        plugins.find("tracker", name)
+        plugins.check("tracker", name, {}, 1)
     task = plugins.find_task(config.task)
     if need_train and not any({**task.reward_weights, **config.task.reward_weights}.values()):
         raise UserError("task.reward_weights: every reward has weight 0, so there is nothing to learn; raise one")
@@ -270,11 +270,34 @@ def load_sampler(config: Config, setup: SamplerSetup, adapter_folder: Path | Non
     """The back end of ``sampler.name`` made from this setup, in this process."""
     devices.set_threads(setup.threads)  # before vLLM, which fixes them
     with bounded("sampler", "loading its model", config.timeouts.load_s, "timeouts.load_s"):
-        sampler: Sampler = plugins.make("sampler", config.sampler.name, config.sampler.options, setup)
+        try:
+            sampler: Sampler = plugins.make("sampler", config.sampler.name, config.sampler.options, setup)
+        except (UserError, RunFailure):
+            raise
+        except (Exception, SystemExit) as error:
+            if is_out_of_memory(error):
+                raise
+            log.info("the sampler did not start", exc_info=True)  # where: for the log alone
+            said = " ".join(str(error).split())[:300]
+            raise RunFailure(
+                f"sampler.name={config.sampler.name!r} could not start: {type(error).__name__}: {said}"
+            ) from error
         if adapter_folder is not None:
             sampler.load_weights(FolderWeights(str(adapter_folder)), 0)
     devices.set_threads(setup.threads)  # and after it: on a GPU it leaves one
     return sampler
+
+
+def training_params(config: Config) -> SamplingParams:
+    """How a training step draws its completions, but for the seed."""
+    return SamplingParams(
+        n=config.train.group_size,
+        max_tokens=config.sampler.max_tokens,
+        temperature=config.sampler.temperature,
+        top_p=config.sampler.top_p,
+        top_k=config.sampler.top_k,
+        stop=config.sampler.stop,
+    )
 
 
 def ask_test_questions(ready: Prepared, sampler: Sampler, scorer: Scorer, answer_s: float) -> Evaluation:

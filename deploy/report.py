@@ -24,7 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from common import files
+from common import files, health
 from common.console import duration, printable
 from common.tracking import METRICS
 
@@ -63,7 +63,7 @@ def build(folder: Path) -> list[Path]:
         steps,
         evaluations,
         picture.getvalue(),
-        config.read_text(encoding="utf-8") if config.exists() else "",
+        config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
     )
     files.write_text(folder / "report.html", page)
     return [folder / "report.html", folder / "report.png"]
@@ -168,6 +168,7 @@ def html(name: str, steps: Sequence[Row], evaluations: Sequence[Row], picture: b
         comparison=comparison(before, after) if two else [],
         transcripts=paired_transcripts(before, after) if two else [],
         picture=base64.b64encode(picture).decode("ascii"),
+        findings=health.findings(steps, finished=True),
         metrics=_metric_rows(steps),
         config=config,
     )
@@ -325,6 +326,14 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .25rem 0; font-siz
 <section>
 <img src="data:image/png;base64,{{ picture }}" alt="accuracy, reward, completion length and seconds against the step">
 </section>
+{% if findings %}
+<section>
+<h2>What to look at</h2>
+{% for finding in findings %}
+<p>step {{ finding.step }}, {{ finding.kind }}: {{ finding.text }}.</p>
+{% endfor %}
+</section>
+{% endif %}
 {% if comparison %}
 <section>
 <h2>Before and after</h2>

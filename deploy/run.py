@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import logging
 import signal
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from common import files, plugins, tracking
-from common.config import Config, build, changed, fields, resolved_toml
+from common.config import Config, build, changed, fields, read_toml, resolved_toml
 from common.console import ConsoleTracker
 from common.errors import LearnerLost, RunFailure, UserError
 from common.prompts import PromptStream
@@ -49,6 +48,8 @@ class Outcome:
     before: Mapping[str, Any] | None
     after: Mapping[str, Any] | None
     """Evaluations as ``eval.jsonl`` holds them."""
+    unlearned: str = ""
+    """Why a finished run has changed nothing, if it has not."""
 
 
 def run(config: Config, folder: Path, console: Console, *, resume: bool = False) -> Outcome:
@@ -133,7 +134,9 @@ def _train(
             trackers.append(tracking.TensorBoardTracker(folder, learner.version))
         trackers += [_own_tracker(name, folder) for name in config.run.trackers]
         shown = ConsoleTracker(config.run.console, config.train.steps, learner.version, console)
-        tracker = tracking.Trackers([*trackers, shown])
+        done = files.read_json_lines(folder / "metrics.jsonl")
+        watched = tracking.HealthTracker(done, lambda text: _tell(console, text))
+        tracker = tracking.Trackers([*trackers, shown, watched])
         stack.callback(tracker.close)
         loop = Loop(
             config, learner, sampler, placement, scorer, stream, sync, tracker, checkpoints,
@@ -164,11 +167,12 @@ def _train(
             limit_s = config.timeouts.load_s
             with placement.learning(), bounded("learner", "writing the final model", limit_s, "timeouts.load_s"):
                 _export(learner, folder, config)
+        unlearned = watched.finish() if finished else ""
     if config.run.report:
         report.write(folder)
     evaluations = report.by_step(files.read_json_lines(folder / "eval.jsonl"))
     asked = {row["step"]: row for row in evaluations}
-    return Outcome(folder, finished, learner.version, asked.get(0), asked.get(config.train.steps))
+    return Outcome(folder, finished, learner.version, asked.get(0), asked.get(config.train.steps), unlearned)
 
 
 def _rehearse(loop: Loop, ready: Prepared, planned: plan.Plan | None, console: Console) -> None:
@@ -185,17 +189,14 @@ def _rehearse(loop: Loop, ready: Prepared, planned: plan.Plan | None, console: C
     console.print(line, soft_wrap=True, markup=False)
 
 
-def _own_tracker(name: str, folder: Path) -> Any:
+def _own_tracker(name: str, folder: Path) -> tracking.OwnTracker:
     try:
-        tracker = plugins.make("tracker", name, {}, folder)
-    except UserError:
+        return tracking.OwnTracker(name, lambda: plugins.make("tracker", name, {}, folder))
+    except (UserError, RunFailure):
         raise
-    except Exception as error:
-        raise UserError(f"run.trackers: {name!r} raised {type(error).__name__}: {error}; mend it") from error
-    lacking = [method for method in ("log", "rollouts", "evaluation", "close") if not hasattr(tracker, method)]
-    if lacking:
-        raise UserError(f"run.trackers: {name!r} has no {', '.join(lacking)}; see common.protocols.Tracker")
-    return tracker
+    except (Exception, SystemExit) as error:
+        log.info("a tracker did not start", exc_info=True)  # where: for the log alone
+        raise UserError(f"run.trackers: {name!r} raised {type(error).__name__}: {error}; fix it") from error
 
 
 def _export(learner: Learner, folder: Path, config: Config) -> None:
@@ -241,7 +242,7 @@ def config_of(folder: Path, words: Sequence[str]) -> Config:
 
     if not (folder / "config.toml").is_file():
         raise UserError(f"--resume {str(folder)!r}: there is no run (no config.toml in it); name a run folder")
-    saved = tomllib.loads((folder / "config.toml").read_text())
+    saved = read_toml(folder / "config.toml")
     config = load(folder / "config.toml", words, drop_idle=True)
     before = build(saved)
     if config.model.dtype == "auto":  # it keeps what it began with
@@ -292,7 +293,7 @@ def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
     """Our own log lines go to the run's log; warnings also to the terminal, through the handlers set up before."""
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("nanogrpo")
     root.addHandler(handler)

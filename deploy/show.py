@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.protocols import Sampler
 from common.rewards import Scorer
 from common.tokenizer import check_lengths, render
-from common.types import Group, Prompt, SamplingParams
+from common.types import Group, Prompt
 from common.waits import bounded, result
 from common.weights import FolderWeights
 from deploy import local
@@ -56,15 +56,10 @@ def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
 def sample(ready: local.Prepared, sampler: Sampler, prompts: Sequence[Prompt], n: int, greedy: bool) -> list[Group]:
     """``n`` completions of each prompt, as a training step would draw them, or one greedily."""
     config = ready.config
-    params = SamplingParams(
-        n=1 if greedy else n,
-        max_tokens=config.sampler.max_tokens,
-        temperature=0.0 if greedy else config.sampler.temperature,
-        top_p=config.sampler.top_p,
-        top_k=config.sampler.top_k,
-        stop=config.sampler.stop,
-        seed=config.train.seed,
-    )
+    drawn = local.training_params(config)
+    params = dataclasses.replace(drawn, n=1 if greedy else n, seed=config.train.seed)
+    if greedy:
+        params = dataclasses.replace(params, temperature=0.0)
     doing, limit_s = f"answering {len(prompts)} prompts", config.timeouts.generate_s
     with bounded("sampler", doing, limit_s, "timeouts.generate_s"):
         future = sampler.generate(prompts, params)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from common.config import Config
-from common.errors import RunFailure
+from common.errors import RunFailure, is_out_of_memory
 from common.prompts import PromptStream
 from common.protocols import Learner, Placement, Sampler
 from common.rewards import RewardError
@@ -190,16 +189,13 @@ def _learning(config: Config, doing: str) -> contextlib.AbstractContextManager[N
     return bounded("learner", doing, config.timeouts.update_s, "timeouts.update_s")
 
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
-
-
 @contextlib.contextmanager
 def _memory_of(side: str) -> Iterator[None]:
     """Running out of memory, in a sentence."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # a service on another machine says it in a ``RunFailure``
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         said = " ".join(str(error).split())[:200]
         raise RunFailure(f"the {side} ran out of memory in the rehearsal of the longest batch ({said})") from error

@@ -33,6 +33,7 @@ from common.config import ModelConfig
 from common.device import dtype_of
 from common.errors import RunFailure, UserError
 from common.files import atomic_folder
+from common.weights import weight_files
 from learner.parallel import Ranks, whole
 
 BLOCK, SUPER_BLOCK = 64, 256  # weights to an 8-bit scale, 8-bit scales to a float32 one
@@ -317,7 +318,7 @@ def stored(model: nn.Module) -> Iterator[torch.Tensor]:
 def dequantized(folder: Path, config: ModelConfig, device: str) -> Path:
     """A Hugging Face folder like this one whose weights are the learner's under ``config.quantize``, each rounded to
     NF4 on ``device`` and back, in ``config.dtype``; made once and kept in ``config.cache_folder``."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    files = sorted([*weight_files(folder), folder / "config.json"])
     about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, _head_of(file)) for file in files]
     words = f"{about} {config.dtype} {config.quantize} {torch.device(device).type}"
     stamp = hashlib.sha256(words.encode()).hexdigest()[:12]

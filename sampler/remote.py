@@ -47,7 +47,7 @@ from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights, InlineWeights, SharedMemoryWeights, fingerprint, shared_memory_folder
 from sampler.hf import is_tied
 from sampler.server import HEAD, lora_rank
-from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING
+from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING, check_temperature
 from sampler.wire import START_S, Wire, in_order, read_key
 
 T = TypeVar("T")
@@ -93,6 +93,11 @@ class RemoteSampler:
         limit = options.get("timeout_s", 1.0)
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
             raise UserError(f"sampler.options.timeout_s={limit!r} must be a number of seconds above 0")
+
+    @staticmethod
+    def check_sampling(params: SamplingParams) -> None:
+        """As the vLLM sampler's: the server is vLLM's."""
+        check_temperature(params.temperature)
 
     def __init__(self, setup: SamplerSetup, **options: Any) -> None:
         self.check_options(options)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.types import SamplerSetup
-from common.weights import FolderWeights
+from common.weights import FolderWeights, weight_files
 from sampler.hf import is_tied
 from sampler.vllm import EMBEDDINGS
 
@@ -74,10 +74,11 @@ def prepare_for_server(model_folder: str | Path, out_folder: str | Path) -> Path
     if not found:
         raise UserError(f"no embedding of a known name is in {str(source)!r} (known: {', '.join(EMBEDDINGS)})")
     out.mkdir(parents=True, exist_ok=True)
+    weights = weight_files(source)
     for file in source.iterdir():
-        if file.is_file():
+        if file.is_file() and (file.suffix != ".safetensors" or file in weights):
             shutil.copyfile(file, out / file.name)
-    for file in out.glob("*.safetensors"):
+    for file in (out / one.name for one in weights):
         tensors = load_file(file)
         if found[0] in tensors:
             tensors[HEAD] = tensors[found[0]].clone()

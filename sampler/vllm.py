@@ -47,7 +47,7 @@ from common.errors import RunFailure, UserError
 from common.protocols import WeightHandle
 from common.tokenizer import check_room
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from common.weights import Fingerprint, FolderWeights, SharedMemoryWeights, shared_memory_folder
+from common.weights import Fingerprint, FolderWeights, SharedMemoryWeights, shared_memory_folder, weight_files
 from sampler.hf import is_tied
 
 # Ours to set, because the loop depends on them; each with where the wish belongs instead.
@@ -139,6 +139,11 @@ class VllmSampler:
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UserError(f"sampler.options.{key} is not an argument of vllm.LLM{hint}")
 
+    @staticmethod
+    def check_sampling(params: SamplingParams) -> None:
+        """Raises ``UserError`` for a temperature that vLLM refuses, or would replace without a word."""
+        check_temperature(params.temperature)
+
     def __init__(self, setup: SamplerSetup, **options: Any) -> None:
         self.check_options(options)
         if setup.in_flight_updates and setup.adapter is not None:
@@ -162,10 +167,13 @@ class VllmSampler:
         self._scratch = shared_memory_folder("nanogrpo-sampler")
         self._untie = self._must_untie()
         try:
-            self._llm: Any = vllm.LLM(**(engine_arguments(setup, self._model, self._untie) | options))
+            served = dataclasses.replace(setup, model_folder=str(self._own_files(Path(setup.model_folder))))
+            self._llm: Any = vllm.LLM(**(engine_arguments(served, self._model, self._untie) | options))
         except Exception as error:  # of any kind: a model class of vLLM's may not even be whole
             self.close()
-            raise UserError(f"vLLM cannot start with model {setup.model_folder!r}: {_one_line(error)}") from error
+            said = f"vLLM cannot start with model {setup.model_folder!r}: {type(error).__name__}: {_one_line(error)}"
+            # vLLM refuses arguments, models and too little memory by ValueError; anything else broke on its way.
+            raise (UserError if isinstance(error, ValueError) else RunFailure)(said) from error
         try:
             if self._on_cpu:
                 self._llm.collective_rpc(_score_chosen_only)
@@ -179,6 +187,19 @@ class VllmSampler:
         except BaseException:
             self.close()
             raise
+
+    def _own_files(self, folder: Path) -> Path:
+        """The folder, or where it holds a second set of weights and vLLM is to read them from it, which would then take
+        both, one of links to all but those."""
+        weights = weight_files(folder) if self._setup.adapter is not None else []
+        if not weights or {*folder.glob("*.safetensors")} == {*weights}:
+            return folder
+        links = self._scratch / folder.name
+        links.mkdir()
+        for file in folder.iterdir():
+            if file.suffix != ".safetensors" or file in weights:
+                (links / file.name).symlink_to(file.absolute())
+        return links
 
     def _must_untie(self) -> bool:
         return (
@@ -423,6 +444,15 @@ class VllmSampler:
             raise RunFailure("the vLLM sampler was called while asleep; wake it first")
         if self._torn:
             raise RunFailure(self._torn)
+
+
+def check_temperature(temperature: float) -> None:
+    """vLLM 0.32 refuses temperatures above 2, and draws by 0.01 where one below that is asked for, which the learner
+    would not know. 0 is greedy."""
+    if temperature and not 0.01 <= temperature <= 2:
+        raise UserError(
+            f"sampler.temperature={temperature:g} is none that vLLM draws by; use 0.01 to 2, or sampler.name='hf'"
+        )
 
 
 def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie: bool) -> dict[str, Any]:

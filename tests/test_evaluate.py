@@ -212,7 +212,9 @@ def test_a_limit_below_one_group_still_asks_a_question_at_a_time() -> None:
 
 
 def test_a_sampler_that_never_answers_is_named_with_the_setting_to_raise() -> None:
-    with pytest.raises(RunFailure, match=r"the sampler was still answering an eval.* after 0.05 s; raise timeouts\.generate_s"):
+    with pytest.raises(
+        RunFailure, match=r"the sampler was still answering an eval.* after 0.05 s; raise timeouts\.generate_s"
+    ):
         evaluate(SilentSampler({}), [ask(0)], correct, GREEDY, timeout_s=0.05)
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 
 from common.config import TaskConfig
 from common.errors import UserError
-from common.plugins import find, find_task, installed, make, make_task
+from common.plugins import check, find, find_task, installed, make, make_task, version
+
+KEYS = {"task": "task.name", "sampler": "sampler.name", "tracker": "run.trackers"}
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +86,7 @@ def message(kind: str, name: str) -> str:
     with pytest.raises(UserError) as caught:
         find(kind, name)
     text = str(caught.value)
-    assert text.startswith(f"{kind}.name={name!r}"), text
+    assert text.startswith(f"{KEYS[kind]}={name!r}"), text
     assert "\n" not in text
     return text
 
@@ -182,12 +185,6 @@ def test_unknown_name_lists_what_there_is(tmp_path):
     text = message("tracker", "helo")
     assert "did you mean 'hello'?" in text
     assert "goodbye, hello" in text
-
-
-def test_none_installed():
-    if importlib.metadata.entry_points(group="nanogrpo.trackers"):
-        pytest.skip("a tracker is installed")
-    assert "no tracker is installed" in message("tracker", "x")
 
 
 def offer(folder: Path, distribution: str, names: dict[str, str]) -> None:
@@ -305,12 +302,38 @@ def test_options_are_checked_by_name(good):
 
 
 def test_options_that_take_anything_and_options_that_are_needed(good):
-    assert make("sampler", f"{good}:Picky", {"needed": 1, "else": 2}).got == (1, {"else": 2})
-    with pytest.raises(UserError, match=r"sampler\.options\.needed is missing"):
-        make("sampler", f"{good}:Picky", {"else": 2})
-    assert make("sampler", f"{good}:Picky", {"else": 2}, "the setup").got == ("the setup", {"else": 2})
+    assert make("task", f"{good}:Picky", {"needed": 1, "else": 2}).got == (1, {"else": 2})
+    with pytest.raises(UserError, match=r"task\.options\.needed is missing"):
+        make("task", f"{good}:Picky", {"else": 2})
+    assert make("task", f"{good}:Picky", {"else": 2}, "the setup").got == ("the setup", {"else": 2})
     with pytest.raises(UserError, match=r"sampler\.options\.times=2"):  # what we give is not the user's to set
         make("sampler", f"{good}:Right", {"times": 2}, "the setup")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("sampler", "os:getcwd", "called with a common.types.SamplerSetup first, which it does not take"),
+        ("sampler", "collections:OrderedDict", "a class that is no sampler: it has no generate, logprobs"),
+        ("tracker", "common.tracking:check_metrics", ""),
+        ("tracker", "common.rewards:Scorer", "a class that is no tracker: it has no log, rollouts, evaluation"),
+    ],
+)
+def test_what_makes_something_else_is_refused_before_it_is_called(kind, name, said):
+    if not said:  # a function may make anything
+        assert check(kind, name, {}, 1)
+        return
+    with pytest.raises(UserError, match=f"^{KEYS[kind]}='{name}' is .*{re.escape(said)}"):
+        check(kind, name, {}, 1)
+
+
+def test_a_function_that_makes_something_else_is_refused_after_it():
+    with pytest.raises(UserError, match="makes a str that is no sampler: it has no generate"):
+        make("sampler", "os.path:basename", {}, "/a/b")
+
+
+def test_the_version_is_that_of_the_project():
+    assert version() == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 @pytest.mark.parametrize(("name", "error"), [("Broken", "ValueError: the moon is full"), ("Quits", "SystemExit: 3")])

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from common.config import TaskConfig
 from common.errors import RunFailure, UserError
-from common.rewards import Scorer
+from common.rewards import Scorer, _weights
 from common.types import Completion, Group, Prompt
 
 ROOT = Path(__file__).parent.parent
@@ -151,8 +152,9 @@ def test_weights(task):
 def test_unknown_weight_and_options_are_told_before_anything_starts(task):
     with pytest.raises(UserError, match=r"reward_weights\.frist=1.0: .*it has first, second"):
         Scorer(config(task, reward_weights={"frist": 1.0}))
-    with pytest.raises(UserError, match="not finite"):
-        Scorer(config(task, reward_weights={"first": math.inf}))
+    for weight in (math.nan, math.inf, 1e308, True, "1"):  # the task's own
+        with pytest.raises(UserError, match=r"first=.* is no number between -1e\+06 and 1e\+06"):
+            _weights(SimpleNamespace(rewards={"first": len}, reward_weights={"first": weight}), {})
     with pytest.raises(UserError, match=r"task\.options\.secnd"):
         Scorer(config(task, options={"secnd": 1}))
 
@@ -171,6 +173,7 @@ FAILURES = [
     ("die", "its worker process died (exit code 7"),
     ("killed", "its worker process died (killed by signal 9"),
     ("return float('nan')", "returned nan, which is not finite"),
+    ("return 1e200", "returned 1e+200, which is beyond 1e+06"),
     ("return -float('inf')", "returned -inf, which is not finite"),
     ("return None", "returned None, which is not a number"),
     ("return '0.5'", "returned '0.5', which is not a number"),
@@ -366,7 +369,7 @@ def test_closing(task):
 SCRIPT = """
 import sys, time
 from common.config import TaskConfig
-from common.rewards import Scorer
+from common.rewards import Scorer, _weights
 from common.types import Completion, Group, Prompt
 
 print("main runs", flush=True)  # no guard: a worker must not run this again
