@@ -135,7 +135,8 @@ def weight_files(folder: Path) -> list[Path]:
             "transformers' save_pretrained"
         )
     try:
-        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = sorted({str(name) for name in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model folder {str(folder)!r}: {index.name} cannot be read ({error}); get it again") from None
     if absent := [name for name in named if not (folder / name).is_file()]:

@@ -16,7 +16,13 @@ from typer.testing import CliRunner
 
 from common import files
 from common.config import load
+from common.errors import RunFailure, UserError
+from common.plugins import version
+from common.types import SamplerSetup, SamplingParams
 from deploy.cli import app
+from deploy.local import load_sampler
+from sampler.hf import HfSampler
+from sampler.vllm import VllmSampler
 from tests.making import EVERYTHING
 from tests.test_run import TOY, words
 from tests.tiny import make_tiny
@@ -374,3 +380,154 @@ def test_the_readmes_own_task_works(tiny, run_file, tmp_path):
     more = [f"task.name={tmp_path / 'my_task.py'}:MyTask", f"run.folder={tmp_path / 'run'}", "train.steps=1"]
     status, output = call("train", run_file, *words(tiny, *more))
     assert status == 0, output
+
+
+# -- text is shown as it is, and no finished run is lost --
+
+CONSTANT = """
+from common.types import Prompt
+
+class Constant:
+    reward_weights = {"[b]one": 1.0}
+
+    def __init__(self):
+        self.rewards = {"[b]one": lambda prompt, completion: 1.0}
+
+    def prompts(self, split):
+        texts = [f"{split} {number}" for number in range(4)]
+        return [Prompt(text, ({"role": "user", "content": text},), {"kind": "[/x] :bug: \u2192"}) for text in texts]
+
+    def is_correct(self, prompt, completion):
+        return True
+
+class Failing:
+    def __init__(self, folder): pass
+    def log(self, step, metrics): raise ValueError("[/x] no room")
+    def rollouts(self, step, groups): assert step == 1, "was to be left out"
+    def evaluation(self, step, result): pass
+    def close(self): raise OSError("gone")
+"""
+
+
+@pytest.fixture(scope="module")
+def constant(tiny, tmp_path_factory):
+    """A run whose rewards teach nothing and whose tracker fails, in a folder with markup in its name, and its words."""
+    place = tmp_path_factory.mktemp("constant")
+    (place / "mine.py").write_text(CONSTANT)
+    (place / "run.toml").write_bytes(b"\xef\xbb\xbf[train]\nsteps = 2\n")
+    more = [f"run.folder={place}/a[lora] :bug: [/x]", f"task.name={place}/mine.py:Constant",
+            f"run.trackers=['{place}/mine.py:Failing']"]  # fmt: skip
+    values = [word for word in words(tiny, *more) if not word.startswith("train.steps")]
+    code, output = call("train", place / "run.toml", *values)
+    assert code == 0, output
+    return place / "a[lora] :bug: [/x]", output
+
+
+def test_a_run_that_taught_nothing_says_so(constant):
+    folder, output = constant
+    assert "step 2: the completions of each prompt all earned the same (mean reward 1)" in output
+    said = "done, but nothing was learned, because no group of its 2 steps carried a gradient: model in"
+    assert f"{said} {folder / 'final'}, report in {folder / 'report.html'}" in output
+    assert "all earned the same" in (folder / "run.log").read_text()
+    assert "What to look at" in (folder / "report.html").read_text()
+    assert (folder / "final" / "model.safetensors").is_file()
+
+
+def test_paths_and_names_are_shown_as_they_are(constant, run_file):
+    folder, output = constant
+    assert f"run     {folder}\n" in output
+    assert "[b]one 1" in output  # the reward's name in a step's line
+    code, output = call("eval", folder)
+    assert code == 0, output
+    assert "  [/x] :bug: \u2192: 100.0% of 4" in output
+    in_use = re.escape(f"{str(folder)!r} is in use by an earlier run")
+    refused(2, in_use, "train", run_file, f"run.folder={folder}")
+    refused(2, re.escape("'/no/[/x] :bug:' does not exist"), "train", "/no/[/x] :bug:")
+
+
+def test_a_tracker_that_fails_is_left_out(constant):
+    folder, output = constant
+    assert "left out from here on, because its log raised ValueError: [/x] no room" in " ".join(output.split())
+    log = (folder / "run.log").read_text()
+    assert re.search(r'File ".*mine.py", line \d+, in log', log)  # where, for the log alone
+    assert "its close raised OSError" in log
+    assert "was to be left out" not in log
+
+
+def test_a_terminal_that_is_not_utf_8(constant):
+    folder, _ = constant
+    for charset in ("ascii", "latin-1"):
+        result = CliRunner(charset=charset).invoke(app, ["eval", str(folder)])
+        assert result.exit_code == 0, result.output
+        assert "[/x] :bug: \\u2192: 100.0% of 4" in result.output
+        result = CliRunner(charset=charset).invoke(app, ["eval", str(folder), "--json"])
+        assert list(json.loads(result.stdout)["by_kind"]) == ["[/x] :bug: \u2192"]
+
+
+def test_a_damaged_configuration_is_one_sentence(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("[train\n")
+    for command in (["train", "--resume"], ["eval"], ["sample", "--questions", "1"]):
+        refused(2, "config.toml' is not valid TOML", *command, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["sampler.name=os:getcwd"], "sampler.name='os:getcwd' is called with a common.types.SamplerSetup"),
+        (["sampler.name=collections:OrderedDict"], "is a class that is no sampler"),
+        (["sampler.name=remote", "sampler.options.url='http://127.0.0.1:1'", "sampler.temperature=5"],
+         "sampler.temperature=5 is none that vLLM draws by; use 0.01 to 2"),
+        (["run.trackers=['common.rewards:Scorer']"], "is a class that is no tracker"),
+        (["run.trackers=['wandbb']"], "^error: run.trackers='wandbb'"),
+        (["optimizer.learning_rate=1"], "did you mean 'optimizer.lr'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_more_mistakes_before_anything_expensive(tiny, run_file, tmp_path, more, said):
+    refused(2, said, "train", run_file, "--dry-run", *words(tiny, f"run.folder={tmp_path / 'run'}", *more))
+
+
+@pytest.mark.parametrize("temperature", [0.001, 2.5, 1e-9])
+def test_temperatures_that_vllm_would_not_draw_by(temperature):
+    with pytest.raises(UserError, match="is none that vLLM draws by"):
+        VllmSampler.check_sampling(SamplingParams(temperature=temperature))
+    for fine in (0.0, 0.01, 1.0, 2.0):
+        VllmSampler.check_sampling(SamplingParams(temperature=fine))
+
+
+class Broken(HfSampler):
+    check_options = staticmethod(lambda options: None)
+
+    def __init__(self, setup, error="RuntimeError"):
+        raise {"RuntimeError": RuntimeError("no\nluck"), "memory": RuntimeError("CUDA out of memory"),
+               "user": UserError("yours")}[error]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        ("RuntimeError", RunFailure, "sampler.name='.*:Broken' could not start: RuntimeError: no luck"),
+        ("memory", RuntimeError, "CUDA out of memory"),
+        ("user", UserError, "yours"),
+    ],
+)
+def test_a_sampler_that_breaks_at_its_start_is_no_mistake_of_the_users(tiny, error, kind, said):
+    more = [f"sampler.name={Path(__file__)}:Broken", f"sampler.options.error={error}"]
+    config = load(None, words(tiny, *more))
+    with pytest.raises(kind, match=said) as caught:
+        load_sampler(config, SamplerSetup(str(tiny), "float32", 64, 16, threads=1))
+    assert isinstance(caught.value, RunFailure | UserError) == (kind is not RuntimeError)
+
+
+def test_version_and_a_section_of_the_settings():
+    assert call("--version") == (0, f"nanogrpo {version()}\n")
+    code, output = call("config", "eval")
+    assert code == 0
+    keys = re.findall(r"\b(\w+\.\w+)\b +\S", output)
+    assert "eval.questions" in keys and not any(key.startswith(("model.", "train.")) for key in keys)
+    code, output = call("config", "optimizer.lr")
+    assert "optimizer.lr" in output and "optimizer.eps" not in output
+    refused(2, "config 'learning_rate': no such section or key; did you mean 'optimizer.lr'", "config", "learning_rate")
+    refused(2, "has no effect with --toml", "config", "eval", "--toml", "x.toml")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from common.config import Config, build, commented_toml, fields, inert, load, resolved_toml
 from common.errors import UserError
+from common.hints import ELSEWHERE
 
 CONFIGS = sorted((Path(__file__).parent.parent / "deploy" / "configs").glob("*.toml"))
 
@@ -142,3 +143,76 @@ def test_commented_file_is_the_default_and_explains_every_key(tmp_path):
     for key, field in fields():
         assert field.description, key
         assert f"\n{key.split('.')[1]} = " in commented_toml() or f"\n# {key.split('.')[1]} = " in commented_toml()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.seed=20261127120000", "train.seed=20261127120000: input should be less than or equal to 2147483647"),
+        ("train.seed=18446744073709551616", "train.seed=18446744073709551616: input should be less"),
+        (f"train.seed={'9' * 5000}", "exceeded maximum size"),
+        ("optimizer.betas=[1.0, 0.9]", "optimizer.betas.0=1.0: input should be less than 1"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas.1=1: input should be less than 1"),
+        ("task.reward_weights={a=nan}", "task.reward_weights.a=nan: input should be"),
+        ("task.reward_weights={a=1e308}", "less than or equal to 1000000"),
+        ("task.reward_weights={a=-inf}", "greater than or equal to -1000000"),
+        ("task.reward_workers=100000000000000000000000", "less than or equal to 1024"),
+        ("timeouts.load_s=1e300", "less than or equal to 100000000"),
+        ("task.reward_timeout_s=inf", "less than or equal to 100000000"),
+        ("optimizer.lr=nan", "optimizer.lr=nan"),
+        ("train.group_size=4294967296", "less than or equal to 2147483647"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_numbers_that_nothing_could_use_are_refused(word, said):
+    assert said in refusal(word)
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_boolean_is_no_number(value):
+    numbers = 0
+    for key, field in fields():
+        if field.annotation in (int, float):
+            numbers += 1
+            assert refusal(f"{key}={value}").startswith(f"{key}={value.title()}: true and false are no numbers")
+    assert numbers > 40
+    for word in ("optimizer.betas=[0.9, {}]", "eval.k=[{}]", "task.reward_weights={{a={}}}"):
+        assert "true and false are no numbers" in refusal(word.format(value))
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("optimizer.learning_rate=1e-5", "optimizer.lr"),
+        ("train.learning_rate=1e-5", "optimizer.lr"),
+        ("learning_rate=1e-5", "optimizer.lr=1e-5"),
+        ("learner.beta=0.1", "learner.kl_coef"),
+        ("train.num_generations=8", "train.group_size"),
+        ("sampler.max_new_tokens=8", "sampler.max_tokens"),
+        ("steps=3", "train.steps=3"),
+        ("lr=3", "optimizer.lr=3"),
+    ],
+)
+def test_other_trainers_names_are_known(word, meant):
+    assert f"did you mean {meant}" in refusal(word).replace("'", "").replace("?", "")
+
+
+def test_every_name_of_other_trainers_leads_to_a_setting():
+    known = {key for key, _ in fields()}
+    for name, key in ELSEWHERE.items():
+        assert name == name.lower()
+        assert ".".join(key.split(".")[:2]) in known, key
+        assert not any(own.split(".")[1] == name for own in known), f"{name} is a setting of ours"
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf[train]\nsteps = 7\n")
+    assert load(tmp_path / "run.toml").train.steps == 7
+
+
+@pytest.mark.parametrize("damage", [b"[train", b"\xff\xfe[train]", b"a = " + b"[" * 5000, b"a = " + b"9" * 5000])
+def test_a_damaged_file_is_one_sentence(tmp_path, damage):
+    (tmp_path / "run.toml").write_bytes(damage)
+    with pytest.raises(UserError, match=r"^run file '.*run.toml' (is not valid TOML|cannot be read)") as caught:
+        load(tmp_path / "run.toml")
+    assert "\n" not in str(caught.value)

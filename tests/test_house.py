@@ -21,6 +21,9 @@ HOME = {
     "datasets": ("common/tasks/",),
     "transformers": ("learner/model.py", "learner/attention.py", "sampler/hf.py", "common/tokenizer.py"),
     "peft": ("learner/model.py", "sampler/hf.py"),
+    "wandb": ("common/trackers.py",),
+    "trackio": ("common/trackers.py",),
+    "mlflow": ("common/trackers.py",),
 }
 SOURCES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
 

@@ -215,3 +215,14 @@ def test_a_report_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytes
     assert "line 1: not an object" in caplog.text
     (tmp_path / "metrics.jsonl").write_text("")
     assert report.write(tmp_path) == [tmp_path / "report.html", tmp_path / "report.png"]
+
+
+def test_what_went_wrong_stands_in_the_report(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path)
+    for step in range(1, 5):
+        tracker.log(step, metrics(step) | {"zero_variance_fraction": 1.0, "truncated_fraction": 0.95})
+    report.build(tmp_path)
+    page = html.unescape((tmp_path / "report.html").read_text())
+    assert "What to look at" in page
+    assert "step 3, rewards all equal: the completions of each prompt all earned the same" in page
+    assert "step 3, completions cut: 95% of the completions are cut at sampler.max_tokens" in page

@@ -4,6 +4,7 @@ Where a failure must come at once, and not by the time limit, the limit is longe
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -18,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from common.errors import RunFailure
+from common.errors import RunFailure, UserError
 from common.transport import Broadcast, CollectiveWeights
 from common.weights import (
     FolderWeights,
@@ -30,6 +31,7 @@ from common.weights import (
     fingerprint,
     raw_bytes,
     shared_memory_folder,
+    weight_files,
 )
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -524,3 +526,46 @@ def listening() -> list[tuple[str, str]]:
             own.add(os.readlink(file))
     rows = [row.split() for table in ("tcp", "tcp6") for row in Path("/proc/self/net", table).read_text().splitlines()]
     return [tuple(row[1].split(":")) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
+
+
+def second_set(folder):
+    """A folder of two shards and their index, with another format's weights beside them; the tensors of the shards."""
+    tensors = {f"layer.{number}": torch.full((2,), float(number)) for number in range(4)}
+    files = {name: f"model-0000{1 + number // 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    save_file({"layer.0": torch.zeros(2), "layers.0": torch.zeros(2)}, folder / "consolidated.safetensors")
+    return tensors
+
+
+def test_a_folder_gives_what_its_index_names(tmp_path):
+    tensors = second_set(tmp_path)
+    arrived = dict(FolderWeights(str(tmp_path)).open())
+    assert {name: tensor.tolist() for name, tensor in arrived.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+    save_file({"layer.0": torch.ones(2)}, tmp_path / "model.safetensors")  # transformers takes this one first
+    assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
+    save_file({"lora": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    assert FolderWeights(str(tmp_path)).kind == "full"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert [path.name for path in weight_files(tmp_path)] == ["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ('{"weight_map": {"a": "x.safetensors"}}', "lacks x.safetensors, which model.safetensors.index.json names"),
+        ("{", "model.safetensors.index.json cannot be read"),
+        ("[]", "model.safetensors.index.json cannot be read"),
+        ('{"weight_map": {"a": 1}}', "lacks 1, which"),
+        (None, "holds neither model.safetensors nor model.safetensors.index.json"),
+    ],
+)
+def test_a_folder_without_its_weights_says_so(tmp_path, index, said):
+    save_file({"layer.0": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
+    if index is not None:
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=said):
+        weight_files(tmp_path)

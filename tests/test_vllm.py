@@ -12,6 +12,7 @@ from multiprocessing import active_children
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.errors import RunFailure, UserError
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
@@ -21,6 +22,7 @@ from learner.sync import SyncError, WeightSync, probe_of
 from sampler.truth import Truth, lend, perturbed
 from sampler.vllm import (
     CPU_BLOCK,
+    VllmSampler,
     _chosen_only,
     _part_seed,
     _spread_seed,
@@ -466,3 +468,26 @@ def test_a_cache_in_use_is_not_taken_for_an_empty_one(folder, closing):
         sampler._forget()
     future.result(timeout=60)
     sampler._forget()
+
+
+def test_an_engine_that_breaks_at_its_start_is_no_mistake_of_the_users(folder):
+    """Its worker is no worker: nothing that vLLM refuses, but something that fails on the way."""
+    with pytest.raises(RunFailure, match=r"vLLM cannot start with model .*: TypeError: ") as caught:
+        VllmSampler(SamplerSetup(str(folder), "float32", 64, 16), worker_cls="builtins.int")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_beside_those_that_the_index_names_are_not_served(tmp_path, closing):
+    """Under an adapter vLLM reads the base itself, and would take every file of the folder."""
+    folder = make_tiny(tmp_path / "two")
+    described = models.adapter_config(config(model={"name": "unused", "lora_rank": 4}).model, folder).to_dict()
+    setup = SamplerSetup(str(folder), "float32", 64, 16, adapter=AdapterSpec(4, described))
+    alone = VllmSampler(setup)
+    closing(alone)
+    right = alone.logprobs([[5, 6, 7, 8]])
+    alone.close()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, folder / "older.safetensors")
+    beside = VllmSampler(setup)
+    closing(beside)
+    assert beside.logprobs([[5, 6, 7, 8]]) == right
