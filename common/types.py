@@ -43,7 +43,8 @@ class Completion:
     """The decoded tokens, special tokens left out."""
     logprobs: tuple[float, ...]
     """Natural-log probability of each token under the distribution it was **drawn from**
-    (after temperature, top-p and top-k); same length as ``token_ids``."""
+    (after temperature, top-p and top-k; at temperature 0, which draws nothing, under the model's own at temperature 1);
+    same length as ``token_ids``."""
     finish_reason: FinishReason
     """``stop``: the model ended it (EOS or a stop string); ``length``: it was cut at ``max_tokens``."""
     policy_version: int
@@ -79,7 +80,7 @@ class SamplingParams:
     (the log-probs are of the distribution without them), and stop strings count only in what is written later. At most
     ``max_tokens``; equal to it, every completion has that length."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy: the likeliest token each time, whatever top_p and top_k are."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps every token."""

@@ -164,7 +164,11 @@ class FolderWeights:
     def adapter_config(self) -> Mapping[str, Any] | None:
         if self.kind == "full":
             return None
-        return dict(json.loads((Path(self.folder) / "adapter_config.json").read_text()))
+        file = Path(self.folder) / "adapter_config.json"
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{str(file)!r} cannot be read ({error}); get the adapter again") from None
 
     def sent(self) -> tuple[str, int]:
         return digest_and_bytes(self.open())

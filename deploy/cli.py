@@ -222,11 +222,9 @@ def evaluate(
             raise UserError("eval.questions=0 asks nothing; set it to at least 1")
         ready = local.prepare(config, need_train=False)
         with Scorer(config.task) as scorer:
-            sampler = local.make_sampler(ready, shares_device=False, adapter_folder=adapter)
-            try:
+            made = local.make_sampler(ready, shares_device=False, adapter_folder=adapter)
+            with local.closing(made, config) as sampler:
                 result = local.ask_test_questions(ready, sampler, scorer, config.timeouts.generate_s).as_dict()
-            finally:
-                sampler.close()
         if json:
             _print_json(result)
             return

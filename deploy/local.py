@@ -317,11 +317,20 @@ def ask_test_questions(ready: Prepared, sampler: Sampler, scorer: Scorer, answer
 
 
 @contextlib.contextmanager
+def closing(sampler: Sampler, config: Config) -> Iterator[Sampler]:
+    """The sampler, closed at the end of the block; an engine that cannot end does not keep the process for ever."""
+    try:
+        yield sampler
+    finally:
+        with bounded("sampler", "closing", config.timeouts.sync_s, "timeouts.sync_s"):
+            sampler.close()
+
+
+@contextlib.contextmanager
 def parts(ready: Prepared) -> Iterator[Parts]:
     """Sampler and learner in this process, taking turns on its device."""
     timeouts = ready.config.timeouts
-    sampler = make_sampler(ready)
-    try:
+    with closing(make_sampler(ready), ready.config) as sampler:
         with bounded("learner", "loading its model", timeouts.load_s, "timeouts.load_s"):
             learner = TorchLearner(ready.config, ready.folder, ready.device)
         yield Parts(
@@ -335,5 +344,3 @@ def parts(ready: Prepared) -> Iterator[Parts]:
             answer_s=timeouts.generate_s,
             sync_s=timeouts.sync_s,
         )
-    finally:
-        sampler.close()

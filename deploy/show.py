@@ -4,6 +4,7 @@ which prints completions, with rewards where a task is given."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,11 +37,13 @@ def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
     if not (folder / "config.toml").is_file():
         if (folder / "adapter_config.json").is_file():
             described = dict(FolderWeights(str(folder)).adapter_config or {})
-            base = [f'model.name="{described["base_model_name_or_path"]}"']
+            if not described.get("base_model_name_or_path"):
+                raise UserError(f"{name!r} is an adapter that names no base model; set it in its adapter_config.json")
+            base = [_word("model.name", described["base_model_name_or_path"])]
             if described.get("revision"):
-                base.append(f'model.revision="{described["revision"]}"')
+                base.append(_word("model.revision", described["revision"]))
             return load(None, [*base, *words]), folder
-        return load(None, [f'model.name="{name}"', *words]), None
+        return load(None, [_word("model.name", name), *words]), None
     final = folder / "final"
     if not final.is_dir():
         raise UserError(f"run folder {name!r} has no final/ yet; finish it with `nanogrpo train --resume {name}`")
@@ -51,6 +54,11 @@ def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
     for key in ("revision", "cache_folder"):  # of the model it came from, and idle for a local folder
         model.pop(key, None)
     return build({**config.model_dump(exclude_unset=True), "model": model}), None
+
+
+def _word(key: str, text: str) -> str:
+    """``key=text`` with the text as TOML's, which JSON's is: it may hold quotes and backslashes."""
+    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
 
 
 def sample(ready: local.Prepared, sampler: Sampler, prompts: Sequence[Prompt], n: int, greedy: bool) -> list[Group]:
@@ -89,11 +97,8 @@ def completions(
         prompts = render(ready.tokenizer, own, config.task.prompt_format, config.task.system_prompt)
         longest = check_lengths(prompts, config.sampler.max_tokens, 0, context_tokens(ready.folder))
         ready = dataclasses.replace(ready, test=prompts, longest_prompt=max(longest, ready.longest_prompt))
-    sampler = local.make_sampler(ready, shares_device=False, adapter_folder=adapter)
-    try:
+    with local.closing(local.make_sampler(ready, shares_device=False, adapter_folder=adapter), config) as sampler:
         groups = sample(ready, sampler, prompts, n, greedy)
-    finally:
-        sampler.close()
     notes = {}
     if scored:
         with Scorer(config.task) as scorer:

@@ -14,7 +14,7 @@ import pytest
 from common.errors import RunFailure
 from common.types import Prompt, SamplingParams
 from common.waits import bounded, result
-from deploy.local import SharedDevice
+from deploy.local import SharedDevice, closing
 from deploy.show import sample
 from learner.evaluate import evaluate
 from learner.loop import Loop, Request, _result, rehearse
@@ -40,7 +40,7 @@ class Stuck:
     def hang(self, *args, **kwargs):
         time.sleep(1000)
 
-    sleep = wake = load_weights = logprobs = rehearse = save = hang
+    close = sleep = wake = load_weights = logprobs = rehearse = save = hang
 
     @contextlib.contextmanager
     def perturbed(self, seed):
@@ -106,6 +106,9 @@ WAITS = {
     "a question of the command line": (
         lambda: sample(SimpleNamespace(config=loop().config), Stuck(), [PROMPT], 1, greedy=True),
         "the sampler was still answering 1 prompts", "timeouts.generate_s",
+    ),
+    "the sampler's end": (
+        lambda: enter(closing(Stuck(), loop().config)), "the sampler was still closing", "timeouts.sync_s",
     ),
     "a checkpoint": (lambda: loop().save(), "the learner was still writing checkpoint 3", "timeouts.load_s"),
     "the challenge's noise": (
