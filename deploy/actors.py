@@ -389,8 +389,9 @@ def answer(member: Member, ref: Any, doing: str) -> Any:
         cause = error.cause
         if isinstance(cause, UserError):
             raise UserError(str(cause)) from None
-        if not isinstance(cause, RunFailure):  # that says all there is; anything else needs its traceback
-            log.warning("%s failed while %s:\n%s", member.place, doing, error)
+        # A RunFailure says all there is to the terminal; anything else needs its traceback there, too.
+        level = logging.INFO if isinstance(cause, RunFailure) else logging.WARNING
+        log.log(level, "%s failed while %s:\n%s", member.place, doing, error)
         said = str(cause) if isinstance(cause, RunFailure) else f"{type(cause).__name__}: {cause}"
         echo = isinstance(cause, RankLost)
         raise Lost(member, f"failed while {doing}: {' '.join(said.split())[:500]}", died=False, echo=echo) from None

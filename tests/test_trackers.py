@@ -18,6 +18,7 @@ from common.trackers import Mlflow, Trackio, Wandb
 from common.tracking import OwnTracker
 from tests.test_tracking import EVALUATION, Recorder, metrics
 
+ROOT = Path(__file__).parent.parent
 NAMES = {"wandb": Wandb, "trackio": Trackio, "mlflow": Mlflow}
 ODD = {"reward/[x] é": 0.5}  # a user's reward may have any name
 
@@ -49,7 +50,7 @@ def write(name, folder, steps=(1, 2)):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_offered_by_name_and_asks_for_its_extra(name, monkeypatch):
-    entries = tomllib.loads(Path("pyproject.toml").read_text())["project"]["entry-points"]["nanogrpo.trackers"]
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["nanogrpo.trackers"]
     assert plugins.find("tracker", entries[name]) is NAMES[name]
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"^run.trackers='{name}' needs .*pip install 'nanogrpo\[{name}\]'"):
