@@ -283,7 +283,7 @@ class OwnTracker:
         """Raises what ``make`` raises, and ``RunFailure`` when it takes too long."""
         self._name, self._limit_s = name, limit_s
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._out = ""  # why it is left out
+        self._state = "well"  # or raised, hangs, closed
         threading.Thread(target=self._serve, name=f"tracker {name}", daemon=True).start()  # ends with the process
         made: Future[Any] = Future()
         self._calls.put((make, made))
@@ -303,22 +303,22 @@ class OwnTracker:
         self._tell("evaluation", step, result)
 
     def close(self) -> None:
-        if self._out != "hangs":
-            self._out = ""  # one that has raised may still have something open
+        if self._state in ("well", "raised"):  # one that has raised may still have something open
+            self._state = "well"
             self._tell("close")
-            self._out = "hangs"
+            self._state = "closed"
 
     def _tell(self, method: str, *arguments: Any) -> None:
-        if self._out:
+        if self._state != "well":
             return
         done: Future[Any] = Future()
         self._calls.put((lambda: getattr(self._tracker, method)(*arguments), done))
         try:
             done.result(timeout=self._limit_s)
         except (Exception, SystemExit) as error:
-            self._out = "raised" if done.done() else "hangs"
+            self._state = "raised" if done.done() else "hangs"
             why = f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if self._out == "hangs":
+            if self._state == "hangs":
                 why = f"did not return within {self._limit_s:g} s"
             _log.warning("run.trackers: %r is left out from here on, because its %s %s", self._name, method, why)
             _log.info("what it raised", exc_info=error)  # where to: the log alone
