@@ -167,7 +167,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     back_end = plugins.check("sampler", config.sampler.name, config.sampler.options, 1)
     if hasattr(back_end, "check_sampling"):
         back_end.check_sampling(training_params(config))
-    for name in config.run.trackers:
+    for name in config.run.trackers if need_train else ():
         plugins.check("tracker", name, {}, 1)
     task = plugins.find_task(config.task)
     if need_train and not any({**task.reward_weights, **config.task.reward_weights}.values()):
