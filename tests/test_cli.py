@@ -417,7 +417,7 @@ def constant(tiny, tmp_path_factory):
     (place / "mine.py").write_text(CONSTANT)
     (place / "run.toml").write_bytes(b"\xef\xbb\xbf[train]\nsteps = 2\n")
     more = [f"run.folder={place}/a[lora] :bug: [/x]", f"task.name={place}/mine.py:Constant",
-            f"run.trackers=['{place}/mine.py:Failing']"]  # fmt: skip
+            f"run.trackers=['{place}/mine.py:Failing']", "run.report=true"]  # fmt: skip
     values = [word for word in words(tiny, *more) if not word.startswith("train.steps")]
     code, output = call("train", place / "run.toml", *values)
     assert code == 0, output
