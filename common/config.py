@@ -91,6 +91,9 @@ class TaskConfig(Section):
     """``chat`` uses the tokenizer's chat template; ``plain`` joins the messages' contents with blank lines."""
     system_prompt: str = ""
     """Put before every conversation that has no system message; empty leaves the template's default."""
+    template_options: dict[str, Any] = {}
+    """Variables of the chat template, such as {enable_thinking = false}; chat_template names one of several templates.
+    """
     reward_timeout_s: Seconds = 10.0
     """Seconds that scoring one completion may take before its worker is killed."""
     reward_workers: Annotated[_Int, Field(ge=1, le=1024)] = 1
@@ -114,7 +117,7 @@ class SamplerConfig(Section):
     max_prompt_tokens: Whole = 0
     """Refuse longer prompts, before the run; 0 asks only that prompt and completion fit the model's context."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion besides the model's own end-of-sequence token."""
+    """Strings that end a completion, and its text, besides the end tokens of the model and of its chat template."""
     tensor_parallel: Count = 1
     """Devices that each replica spreads the model over (vllm)."""
     in_flight_updates: bool = False
@@ -383,6 +386,7 @@ def inert(config: Config) -> dict[str, str]:
           "model.cache_folder")  # fmt: skip
     check(config.task.prompt_format == "plain" and not config.task.system_prompt,
           "an empty system prompt adds nothing to a plain prompt", "task.system_prompt")  # fmt: skip
+    check(config.task.prompt_format == "plain", "a plain prompt goes through no template", "task.template_options")
     check(learner.kl_coef == 0, "learner.kl_coef is 0, so no KL is computed", "learner.kl_estimator")
     check(
         learner.importance == "off", "learner.importance is off", "learner.importance_level", "learner.importance_cap"
@@ -437,6 +441,11 @@ def inert(config: Config) -> dict[str, str]:
 def _contradictions(config: Config) -> Iterator[str]:
     """Settings that are each right but cannot stand together."""
     learner, optimizer = config.learner, config.optimizer
+    if "" in config.sampler.stop:
+        yield (
+            f"sampler.stop={list(config.sampler.stop)} holds an empty string, which would end every completion at its "
+            "first token; leave it out"
+        )
     if 0 < learner.delta <= 1 + learner.clip_high:
         yield f"learner.delta={learner.delta} must be above 1 + learner.clip_high={1 + learner.clip_high:g}, or 0 (off)"
     if 0 < learner.dual_clip <= 1:

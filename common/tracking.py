@@ -112,7 +112,7 @@ ROLLOUT_COLUMNS: Mapping[str, str] = MappingProxyType(
         "prompt_id": "the question's id in its split",
         "prompt": "the prompt as the model saw it",
         "messages": "the conversation before the chat template",
-        "completion": "the answer, special tokens left out",
+        "completion": "the answer: what the model wrote, without its end token",
         "token_ids": "its tokens",
         "logprobs": "log-prob of each token under the distribution it was drawn from (nats)",
         "finish_reason": "stop: the model ended it; length: it was cut",

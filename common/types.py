@@ -38,9 +38,10 @@ class Completion:
     """One answer to a prompt, stamped by the sampler that wrote it, then scored."""
 
     token_ids: tuple[int, ...]
-    """What was generated, with the end-of-sequence token where the model wrote one."""
+    """What was generated, with the end token where the model wrote one."""
     text: str
-    """The decoded tokens, special tokens left out."""
+    """The decoded tokens with a stop string that ended them, special tokens (a task's tags may be some) as they are
+    written; without the end token, and without what a token holds beyond the stop string."""
     logprobs: tuple[float, ...]
     """Natural-log probability of each token under the distribution it was **drawn from**
     (after temperature, top-p and top-k; at temperature 0, which draws nothing, under the model's own at temperature 1);
@@ -85,7 +86,7 @@ class SamplingParams:
     top_k: int = 0
     """0 keeps every token."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion; the text is cut before them, the tokens are kept."""
+    """Strings that end a completion; they are part of its text, and the tokens are kept."""
     seed: int | None = None
     """Fixes the request: same weights, prompts and seed give the same completions. None draws freely."""
     seed_offset: int = 0
@@ -132,6 +133,9 @@ class SamplerSetup:
     """CPU threads; 0 leaves the library's choice."""
     tensor_parallel: int = 1
     """Devices that this sampler spreads the model over."""
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end a completion besides those that the model folder names (its tokenizer's end-of-sequence token and
+    generation_config.json's): the chat template's own end of a turn."""
     in_flight_updates: bool = False
     """``load_weights`` does not wait for requests in work: they go on under the new weights, and each completion says
     which version wrote each token."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,7 +19,7 @@ from common.config import Config, TimeoutConfig, changed
 from common.errors import LearnerLost, RunFailure, UserError, is_out_of_memory
 from common.protocols import Learner, Placement, Sampler, Split, Task
 from common.rewards import Scorer
-from common.tokenizer import check_lengths, load_tokenizer, render
+from common.tokenizer import Renderer, check_lengths, end_of_sequence_ids, load_tokenizer
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.waits import bounded
 from common.weights import FolderWeights
@@ -106,6 +106,9 @@ class Prepared:
     folder: Path
     """The model's."""
     tokenizer: Any
+    renderer: Renderer
+    end_tokens: tuple[int, ...]
+    """See ``SamplerSetup``."""
     train: list[Prompt]
     test: list[Prompt]
     """The questions of an evaluation."""
@@ -174,9 +177,12 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         raise UserError("task.reward_weights: every reward has weight 0, so there is nothing to learn; raise one")
     folder = models.prepare(config.model)
     tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
-    shown = (config.task.prompt_format, config.task.system_prompt)
-    train_prompts = render(tokenizer, _questions(task, config, "train"), *shown) if need_train else []
-    test_prompts = render(tokenizer, _questions(task, config, "test")[: config.eval.questions], *shown)
+    rows = models.vocabulary(folder)
+    shown = config.task
+    renderer = Renderer(tokenizer, shown.prompt_format, shown.system_prompt, shown.template_options, rows)
+    end_tokens = _end_tokens(folder, tokenizer, renderer, rows)
+    train_prompts = list(map(renderer, _questions(task, config, "train"))) if need_train else []
+    test_prompts = list(map(renderer, _questions(task, config, "test")[: config.eval.questions]))
     if shared := {prompt.text for prompt in train_prompts} & {prompt.text for prompt in test_prompts}:
         raise UserError(
             f"task.name={config.task.name!r} asks the same question in training and test ({min(shared)[-80:]!r}); "
@@ -189,7 +195,33 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         check_lengths(prompts, config.sampler.max_tokens, config.sampler.max_prompt_tokens, context)
         for prompts in (train_prompts, test_prompts)
     )
-    return Prepared(config, folder, tokenizer, train_prompts, test_prompts, longest, device)
+    if need_train and config.sync.proof and all(len(prompt.token_ids) < 2 for prompt in train_prompts):
+        raise UserError(
+            "the training prompts are of one token each, and the proof of a sync compares log-probs inside a prompt; "
+            "give the task longer prompts, or set sync.proof=false"
+        )
+    return Prepared(config, folder, tokenizer, renderer, end_tokens, train_prompts, test_prompts, longest, device)
+
+
+def _end_tokens(folder: Path, tokenizer: Any, renderer: Renderer, rows: int) -> tuple[int, ...]:
+    """The chat template's end of a turn where the model does not have it among its own end tokens. Raises ``UserError``
+    for an end token that the model cannot write."""
+    named = end_of_sequence_ids(folder, tokenizer)
+    for token in named:
+        if rows and token >= rows:
+            raise UserError(
+                f"model.name: end token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is not among the {rows} "
+                "rows of the model's embedding, so that no completion could end; resize the embedding, or correct "
+                "eos_token_id in the folder's generation_config.json and tokenizer_config.json"
+            )
+    end = renderer.end_of_turn
+    if end is None or end in named or (rows and end >= rows):
+        return ()
+    log.info(
+        "the chat template ends a turn with %r, which is no end token of the model: completions end there too",
+        tokenizer.convert_ids_to_tokens(end),
+    )
+    return (end,)
 
 
 def _questions(task: Task, config: Config, split: Split) -> list[Prompt]:
@@ -202,7 +234,7 @@ def _questions(task: Task, config: Config, split: Split) -> list[Prompt]:
     except Exception as error:
         raise UserError(f"{label} raised {type(error).__name__}: {error}; mend the task") from error
     for prompt in prompts:
-        if not isinstance(prompt, Prompt) or not all({"role", "content"} <= set(m) for m in prompt.messages):
+        if not isinstance(prompt, Prompt) or not all(isinstance(m, Mapping) for m in prompt.messages or ()):
             raise UserError(
                 f"{label} gave {str(prompt)[:80]!r}; give common.types.Prompt with role and content messages"
             )
@@ -211,7 +243,7 @@ def _questions(task: Task, config: Config, split: Split) -> list[Prompt]:
         split == "train"
         and system
         and prompts
-        and all(any(m["role"] == "system" for m in prompt.messages) for prompt in prompts)
+        and all(any(m.get("role") == "system" for m in prompt.messages or ()) for prompt in prompts)
     ):
         raise UserError(f"task.system_prompt={system!r} has no effect: the task's prompts bring their own; remove it")
     return prompts
@@ -262,6 +294,7 @@ def sampler_setup(
         trust_remote_code=config.model.trust_remote_code,
         threads=config.train.threads or threads,
         tensor_parallel=config.sampler.tensor_parallel,
+        end_tokens=ready.end_tokens,
         in_flight_updates=config.sampler.in_flight_updates,
     )
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -213,8 +214,8 @@ def _export(learner: Learner, folder: Path, config: Config) -> None:
 def folder_of(config: Config) -> Path:
     """``run.folder`` with its {task}, {model} and {date} filled in."""
     words = {
-        "task": Path(config.task.name.split(":")[0]).stem,
-        "model": Path(config.model.name).stem,
+        "task": _last_part(config.task.name.split(":")[0], ".py"),
+        "model": _last_part(config.model.name, ".gguf"),
         "date": datetime.datetime.now().strftime("%Y%m%d-%H%M%S"),
     }
     try:
@@ -223,6 +224,11 @@ def folder_of(config: Config) -> Path:
         raise UserError(
             f"run.folder={config.run.folder!r} cannot be filled in ({error}); it knows {{task}}, {{model}} and {{date}}"
         ) from None
+
+
+def _last_part(name: str, ending: str) -> str:
+    """Of a path or a hub id, with the dots of a name like Llama-3.2-1B."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(name))).removesuffix(ending)
 
 
 def shared_folder(folder: Path) -> Path:

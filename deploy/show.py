@@ -17,7 +17,7 @@ from common.console import printable
 from common.errors import UserError
 from common.protocols import Sampler
 from common.rewards import Scorer
-from common.tokenizer import check_lengths, render
+from common.tokenizer import check_lengths
 from common.types import Group, Prompt
 from common.waits import bounded, result
 from common.weights import FolderWeights
@@ -94,7 +94,7 @@ def completions(
     prompts = ready.test
     if texts:
         own = [Prompt(f"prompt-{i}", ({"role": "user", "content": text},)) for i, text in enumerate(texts, 1)]
-        prompts = render(ready.tokenizer, own, config.task.prompt_format, config.task.system_prompt)
+        prompts = [ready.renderer(prompt) for prompt in own]
         longest = check_lengths(prompts, config.sampler.max_tokens, 0, context_tokens(ready.folder))
         ready = dataclasses.replace(ready, test=prompts, longest_prompt=max(longest, ready.longest_prompt))
     with local.closing(local.make_sampler(ready, shares_device=False, adapter_folder=adapter), config) as sampler:

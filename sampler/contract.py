@@ -39,10 +39,9 @@ import torch
 from common.device import dtype_of
 from common.errors import UserError
 from common.protocols import Sampler, WeightHandle
-from common.tokenizer import load_tokenizer
+from common.tokenizer import decode, end_of_sequence_ids, load_tokenizer
 from common.types import AdapterSpec, Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import fingerprint
-from sampler.hf import end_of_sequence_ids
 from sampler.truth import Lora, Tensors, Truth, forced, frequent, lend, perturbed
 
 # Shapes: T tokens, V vocabulary.
@@ -84,7 +83,12 @@ class Env:
         max_model_tokens: int = 192,
         offer: Callable[..., WeightHandle] | None = None,
     ) -> None:
+        self.tokenizer = load_tokenizer(str(model_folder))
+        named = end_of_sequence_ids(model_folder, self.tokenizer)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        free = [token for token in sorted(added) if added[token].special and token not in named]
         self.setup = SamplerSetup(
+            end_tokens=tuple(free[1:2]),
             model_folder=str(model_folder),
             dtype=dtype,
             max_model_tokens=max_model_tokens,
@@ -92,8 +96,9 @@ class Env:
             device=device,
         )
         self.tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
-        self.tokenizer = load_tokenizer(str(model_folder))
-        self.end_ids = end_of_sequence_ids(model_folder, self.tokenizer)
+        self.end_ids = named + self.setup.end_tokens
+        self.tag = next(iter(free), None)
+        """A special token that ends nothing, if there is one."""
         self.truth = Truth(str(model_folder))
         self.base = {name: tensor.to(dtype_of(dtype), copy=True) for name, tensor in self.truth.weights()}
         self.version = 0
@@ -145,8 +150,7 @@ class Env:
         return Prompt(f"{tokens} tokens", (), token_ids=(ids * (tokens // len(ids) + 1))[:tokens])
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return decode(self.tokenizer, token_ids)
 
     def close(self) -> None:
         if self._sampler is not None:
@@ -454,8 +458,8 @@ def _check_pump(env: Env) -> None:
 
 @_check
 def _check_end_of_sequence(env: Env) -> None:
-    """Each end-of-sequence token ends a completion: kept with its log-prob, not in the text, ``stop`` even as the
-    last token allowed."""
+    """Each end-of-sequence token, and each of ``SamplerSetup.end_tokens``, ends a completion: kept with its log-prob,
+    not in the text, ``stop`` even as the last token allowed."""
     _expect(bool(env.end_ids), "cannot run: the model folder names no end-of-sequence token")
     prompt, words = env.prompt(MIDDLE), env.prompt("ab").token_ids
     for end in env.end_ids:
@@ -518,7 +522,7 @@ def _check_length(env: Env) -> None:
 
 @_check
 def _check_stop_strings(env: Env) -> None:
-    """A stop string ends a completion: its text is cut before the string, its tokens are kept, later ones not made."""
+    """A stop string ends a completion: the text ends with it, its tokens are kept, later ones not made."""
     prompt, ids = env.prompt(MIDDLE), env.prompt("abcdefghij").token_ids
     env.load(_forced(env, prompt, ids))
     for stop in (("fg",), ("none of it", "c")):
@@ -526,7 +530,7 @@ def _check_stop_strings(env: Env) -> None:
         kept = next(ids[:count] for count in range(1, len(ids) + 1) if here in env.decode(ids[:count]))
         text = env.decode(kept)
         one = env.generate([prompt], max_tokens=len(ids), stop=stop)[0].completions[0]
-        _expect_completion(one, kept, text[: text.index(here)], "stop", f"with stop={stop}")
+        _expect_completion(one, kept, text[: text.index(here) + len(here)], "stop", f"with stop={stop}")
 
 
 @_check
@@ -556,7 +560,7 @@ def _check_min_tokens(env: Env) -> None:
     reach = {one: next(n for n in range(len(ids) + 1) if one in env.decode(ids[:n])) for one in "cg"}
     for stop, count, text, reason in (
         (("c",), len(ids), env.decode(ids), "length"),
-        (("c", "g"), reach["g"], env.decode(ids).partition("g")[0], "stop"),
+        (("c", "g"), reach["g"], env.decode(ids).partition("g")[0] + "g", "stop"),
     ):
         asked = {"max_tokens": len(ids), "min_tokens": reach["c"], "stop": stop}
         one = env.generate([prompt], **asked)[0].completions[0]
@@ -565,7 +569,7 @@ def _check_min_tokens(env: Env) -> None:
 
 @_check
 def _check_text(env: Env) -> None:
-    """The text is what the tokenizer makes of the tokens, in any script, special tokens left out."""
+    """The text is what the tokenizer makes of the tokens, in any script."""
     prompt, ids = env.prompt(MIDDLE), env.prompt("é日🙂").token_ids
     env.load(_forced(env, prompt, ids))
     one = env.generate([prompt], max_tokens=len(ids))[0].completions[0]
@@ -576,6 +580,26 @@ def _check_text(env: Env) -> None:
         # A character cut in half at the very end may be shown as a replacement mark or left out.
         got, expected = one.text.rstrip("\ufffd"), env.decode(ids).rstrip("\ufffd")
         _expect(got == expected, f"expected the text {expected!r} of tokens {one.token_ids}, got {got!r}")
+
+
+@_check
+def _check_special_tokens(env: Env) -> None:
+    """A special token that ends nothing is part of the text: it may be a tag that the task asks for. It can be a stop
+    string, too, and then ends the text."""
+    if env.tag is None:
+        return
+    prompt, end = env.prompt(MIDDLE), env.end_ids[:1]
+    words, more = env.prompt("ab").token_ids, env.prompt("cd").token_ids
+    ids = (*words, env.tag, *more, *end)
+    env.load(_forced(env, prompt, ids))
+    text = env.decode(ids[: len(ids) - len(end)])
+    one = env.generate([prompt], max_tokens=len(ids))[0].completions[0]
+    _expect_completion(one, ids, text, "stop" if end else "length", "with a special token inside")
+    tag = env.decode([env.tag])
+    if text.startswith(env.decode(words) + tag):
+        kept = ids[: len(words) + 1]
+        one = env.generate([prompt], max_tokens=len(ids), stop=(tag,))[0].completions[0]
+        _expect_completion(one, kept, env.decode(kept), "stop", f"with the special token {tag!r} as a stop string")
 
 
 @_check

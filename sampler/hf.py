@@ -8,7 +8,6 @@ paged or shared caches, continuous batching, quantization; use sampler/vllm.py w
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from common.device import dtype_of, release
 from common.errors import RunFailure, UserError
 from common.logits import logprobs_of, process
 from common.protocols import WeightHandle
-from common.tokenizer import check_room, load_tokenizer
+from common.tokenizer import check_room, decode, end_of_sequence_ids, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import Fingerprint
 
@@ -66,18 +65,6 @@ def load_model(folder: str | Path, dtype: str, device: str = "cpu", trust_remote
     return model.to(device).eval()
 
 
-def end_of_sequence_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a completion: the tokenizer's, and those of generation_config.json (else config.json)."""
-    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for file in ("generation_config.json", "config.json"):
-        path = Path(folder) / file
-        named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        if named is not None:
-            ids += named if isinstance(named, list) else [named]
-            break
-    return tuple(dict.fromkeys(ids))
-
-
 class HfSampler:
     """A transformers model that serves the folder's weights as version 0 until ``load_weights`` brings others.
 
@@ -119,7 +106,8 @@ class HfSampler:
             torch.set_num_threads(setup.threads)
         self.setup = setup
         self.tokenizer = load_tokenizer(setup.model_folder, setup.trust_remote_code)
-        self.end_ids = end_of_sequence_ids(setup.model_folder, self.tokenizer)
+        named = end_of_sequence_ids(setup.model_folder, self.tokenizer)
+        self.end_ids = tuple(dict.fromkeys((*named, *setup.end_tokens)))
         self.model: Any = load_model(setup.model_folder, setup.dtype, setup.device, setup.trust_remote_code)
         self.version = 0
         self._batch_size = batch_size
@@ -285,10 +273,10 @@ class HfSampler:
         elif params.stop and len(one.token_ids) > params.min_tokens:
             text, early = self._decode(one.token_ids), len(self._decode(one.token_ids[: params.min_tokens]))
             # A stop string counts when its last character is written after the first ``min_tokens``.
-            places = (text.find(stop, max(0, early + 1 - len(stop))) for stop in params.stop)
-            found = [place for place in places if place >= 0]
-            if found:
-                one.finish_reason, one.text = "stop", text[: min(found)]
+            places = ((text.find(stop, max(0, early + 1 - len(stop))), len(stop)) for stop in params.stop)
+            ends = [place + length for place, length in places if place >= 0]
+            if ends:
+                one.finish_reason, one.text = "stop", text[: min(ends)]
         return one.finish_reason == "stop"
 
     def _finished(self, one: _Writing) -> Completion:
@@ -301,8 +289,7 @@ class HfSampler:
         )
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return decode(self.tokenizer, token_ids)
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.setup.device)

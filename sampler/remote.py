@@ -47,7 +47,7 @@ from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights, InlineWeights, SharedMemoryWeights, fingerprint, shared_memory_folder
 from sampler.hf import is_tied
 from sampler.server import HEAD, lora_rank
-from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING, check_temperature
+from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING, check_temperature, stop_string
 from sampler.wire import START_S, Wire, in_order, read_key
 
 T = TypeVar("T")
@@ -374,6 +374,8 @@ class RemoteSampler:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "stop": list(params.stop),
+            "stop_token_ids": list(self._setup.end_tokens),
+            "skip_special_tokens": False,
             "logprobs": 0,
             "return_token_ids": True,
         }
@@ -401,7 +403,7 @@ class RemoteSampler:
             tuple(
                 Completion(
                     token_ids=tuple(choice["token_ids"]),
-                    text=choice["text"],
+                    text=choice["text"] + stop_string(choice.get("stop_reason")),
                     logprobs=tuple(choice["logprobs"]["token_logprobs"]),
                     finish_reason=choice["finish_reason"],
                     policy_version=version,

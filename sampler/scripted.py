@@ -21,7 +21,7 @@ from torch import nn
 from common.errors import RunFailure, UserError
 from common.logits import logprobs_of, process
 from common.protocols import WeightHandle
-from common.tokenizer import check_room
+from common.tokenizer import check_room, decode
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import Fingerprint, InProcessWeights
 from sampler.hf import HfSampler
@@ -172,7 +172,8 @@ class ScriptedSampler:
     def _decode(self, ids: Sequence[int]) -> str:
         if self._engine is None:
             return bytes(token % 256 for token in ids).decode(errors="replace")
-        return str(self._engine.tokenizer.decode(list(ids), skip_special_tokens=True))
+        ended = ids[-1:] and ids[-1] in self._engine.end_ids
+        return decode(self._engine.tokenizer, ids[:-1] if ended else ids)
 
     def _scores(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams) -> tuple[float, ...]:
         if isinstance(self._logprobs, int | float):

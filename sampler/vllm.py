@@ -226,6 +226,8 @@ class VllmSampler:
                     top_p=params.top_p,
                     top_k=params.top_k or -1,
                     stop=list(params.stop) or None,
+                    stop_token_ids=list(self._setup.end_tokens),
+                    skip_special_tokens=False,
                     logprobs=0,
                     seed=None if params.seed is None or self._on_cpu else _spread_seed(params.seed, place),
                     output_kind=RequestOutputKind.FINAL_ONLY,
@@ -549,12 +551,18 @@ def _completion(one: Any) -> Completion:
     assert len(versions) == len(one.token_ids), (one.weight_versions, len(one.token_ids))
     return Completion(
         token_ids=tuple(one.token_ids),
-        text=one.text,
+        text=one.text + stop_string(one.stop_reason),
         logprobs=tuple(entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)),
         finish_reason="length" if one.finish_reason == "length" else "stop",
         policy_version=min(versions),
         token_versions=versions if len(set(versions)) > 1 else (),
     )
+
+
+def stop_string(reason: Any) -> str:
+    """What vLLM cut off a completion's text: the stop string that ended it. A token that ended it is no part of the
+    text."""
+    return reason if isinstance(reason, str) else ""
 
 
 def _spread_seed(seed: int, place: int) -> int:

@@ -13,12 +13,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import RunFailure, UserError
+from common.tasks.warmup import Warmup
+from common.tokenizer import end_of_sequence_ids
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights, fingerprint
-from sampler.hf import HfSampler, _draw, end_of_sequence_ids
-from sampler.truth import Lora, Truth, lend, perturbed
+from sampler.hf import HfSampler, _draw
+from sampler.truth import Lora, Truth, forced, lend, perturbed
 from tests.tiny import make_tiny
 
 TEXTS = ("Which number is larger, 17 or 9? Answer with one number: ", "7", "naïve 日本語 🙂 über")
@@ -310,3 +313,56 @@ def test_no_prompts_and_no_sequences(tied: Path) -> None:
     assert sampler.generate([], SamplingParams()).result() == []
     assert sampler.logprobs([]) == []
     assert sampler.logprobs([(5,)]) == [[]]
+
+
+# -- the text ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, HfSampler, Prompt]:
+    """A model whose tokenizer holds a task's tags as special tokens, and which writes <answer>18</answer>; its end
+    token, and more."""
+    folder = make_tiny(tmp_path_factory.mktemp("tagged"), tied=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    truth, setup = Truth(str(folder)), _setup(folder, end_tokens=(2,))
+    sampler = HfSampler(setup)
+    (prompt,) = _prompts(sampler, "7")
+    ids = sampler.tokenizer.encode("<answer>18</answer> or<|im_start|>", add_special_tokens=False)
+    sampler.load_weights(lend(forced(truth, dict(truth.weights()), prompt.token_ids, ids)), 1)
+    return folder, sampler, prompt
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ((), "<answer>18</answer> or"),
+        (("</answer>",), "<answer>18</answer>"),
+        (("8", "</answer>"), "<answer>18"),
+        (("r>18</a",), "<answer>18</a"),
+        (("<|im_start|>",), "<answer>18</answer> or"),
+    ],
+)
+def test_the_text_is_what_the_model_wrote(tagged: Any, stop: tuple[str, ...], text: str) -> None:
+    """Tags that are special tokens and the stop string are in it, the token that ends the turn is not."""
+    _, sampler, prompt = tagged
+    params = SamplingParams(n=2, max_tokens=12, stop=stop)
+    for one in sampler.generate([prompt], params).result()[0].completions:
+        assert (one.text, one.finish_reason) == (text, "stop")
+        assert sampler.tokenizer.decode(one.token_ids).startswith(text)
+
+
+def test_a_built_in_task_pays_for_an_answer_that_a_stop_string_ended(tagged: Any) -> None:
+    """Both ways of asking for the end give the rewards of the whole text."""
+    _, sampler, prompt = tagged
+    task = Warmup()
+    asked = replace(prompt, data={"kind": "next", "question": "", "answer": "18"})
+    (group,) = sampler.generate([asked], SamplingParams(max_tokens=12, stop=("</answer>",))).result()
+    assert {name: reward(asked, group.completions[0]) for name, reward in task.rewards.items()} == {
+        "correct": 1.0,
+        "format": 1.0,
+    }

@@ -519,3 +519,31 @@ def test_the_command_line_prints_the_servers_command(folder):
     )
     assert other.returncode == 2
     assert "sampler.name='hf' needs no server" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        ({"text": "<answer>18", "finish_reason": "stop", "stop_reason": "</answer>"}, "<answer>18</answer>"),
+        ({"text": "<answer>18", "finish_reason": "stop", "stop_reason": 2}, "<answer>18"),
+        ({"text": "<answer>18", "finish_reason": "stop", "stop_reason": None}, "<answer>18"),
+        ({"text": "<answer>18", "finish_reason": "length"}, "<answer>18"),
+    ],
+)
+def test_the_stop_string_belongs_to_the_text(folder, choice, text):
+    class Ends(Answers):
+        def answer(self, path, body):
+            status, answered = super().answer(path, body)
+            for one in answered.get("choices", []) if path == "/v1/completions" else []:
+                one |= choice
+            return status, answered
+
+    answers = Ends(folder)
+    with serving(answers) as url:
+        sampler = RemoteSampler(setup_of(folder, adapter=None, end_tokens=(2,)), url=url)
+        prompt = Prompt("p", (), token_ids=(5, 6))
+        (group,) = sampler.generate([prompt], SamplingParams(max_tokens=4, stop=("</answer>",))).result(60)
+        sampler.close()
+    assert [one.text for one in group.completions] == [text]
+    (asked,) = [body for path, body in answers.asked if path == "/v1/completions" and body["stop"]]
+    assert (asked["stop"], asked["stop_token_ids"], asked["skip_special_tokens"]) == (["</answer>"], [2], False)

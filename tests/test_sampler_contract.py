@@ -390,6 +390,26 @@ class OneEnd(HfSampler):
         self.end_ids = self.end_ids[:1]
 
 
+class IgnoresEndTokens(HfSampler):
+    """Knows the model folder's end tokens only, not those of the setup."""
+
+    def __init__(self, setup: SamplerSetup) -> None:
+        super().__init__(replace(setup, end_tokens=()))
+
+
+class HidesSpecialTokens(_Edited):
+    def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
+        whole = self._decode(one.token_ids[:-1]) == one.text and one.finish_reason == "stop"
+        return replace(one, text=self.tokenizer.decode(one.token_ids, skip_special_tokens=True)) if whole else one
+
+
+class NoSpecialStop(HfSampler):
+    """Looks for stop strings in a text without special tokens."""
+
+    def _ends(self, one: Any, params: SamplingParams) -> bool:
+        return super()._ends(one, replace(params, stop=tuple(stop for stop in params.stop if "<" not in stop)))
+
+
 class HidesEmpty(_Edited):
     def edit(self, prompt: Prompt, one: Completion, params: SamplingParams) -> Completion:
         if one.text or params.max_tokens < 6:  # shorter requests belong to earlier checks, which may meet one by chance
@@ -430,11 +450,13 @@ class OneTooMany(HfSampler):
         return super().generate(prompts, replace(params, max_tokens=params.max_tokens + 1))
 
 
-class KeepsStopText(HfSampler):
+class CutsStopText(HfSampler):
+    """The stop string, and with it a tag that a reward looks for, is no part of the text."""
+
     def _ends(self, one: Any, params: SamplingParams) -> bool:
         ended = super()._ends(one, params)
         if ended and params.stop:
-            one.text = self._decode(one.token_ids)
+            one.text = one.text.removesuffix(next(stop for stop in params.stop if one.text.endswith(stop)))
         return ended
 
 
@@ -551,13 +573,16 @@ _WRONG: list[tuple[Callable[[SamplerSetup], Sampler], str]] = [
     (WorksAtOnce, "pump"),
     (DropsEnd, "end_of_sequence"),
     (OneEnd, "end_of_sequence"),
+    (IgnoresEndTokens, "end_of_sequence"),
     (HidesEmpty, "empty"),
     (PadsGroup, "ragged"),
     (OneTooMany, "length"),
-    (KeepsStopText, "stop_strings"),
+    (CutsStopText, "stop_strings"),
     (EndsEarly, "min_tokens"),
     (StopsEarly, "min_tokens"),
     (DecodesEachToken, "text"),
+    (HidesSpecialTokens, "special_tokens"),
+    (NoSpecialStop, "special_tokens"),
     (CutsPrompt, "too_long"),
     (FailsLater, "too_long"),
     (WakesOld, "sleep_wake"),

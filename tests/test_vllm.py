@@ -229,7 +229,7 @@ def test_a_request_alone_is_what_vllm_itself_writes(folder, closing):
     assert first == again
     sampler._llm.reset_prefix_cache()
     torch.manual_seed(5)
-    own = VllmParams(n=4, max_tokens=30, temperature=0.8, top_p=0.95, logprobs=0)
+    own = VllmParams(n=4, max_tokens=30, temperature=0.8, top_p=0.95, logprobs=0, skip_special_tokens=False)
     with torch.compiler.set_stance("force_eager"):
         outputs = sampler._llm.generate([{"prompt_token_ids": list(p.token_ids)} for p in PROMPTS], own, use_tqdm=False)
     for group, output in zip(first, outputs, strict=True):
