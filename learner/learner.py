@@ -104,6 +104,7 @@ class TorchLearner:
         if not blank:
             with lost_in_words(ranks.rank, "loading"):
                 self._check_forward()
+            models.try_export(self._model, folder, ranks)
         if config.learner.gradient_checkpointing:
             causal = models.causal_of(self._model)
             causal.gradient_checkpointing_enable({"use_reentrant": False})

@@ -12,7 +12,9 @@ folder that ``dequantized`` makes, which has exactly the numbers that the learne
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -21,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,16 @@ from common.weights import weight_files
 from learner.parallel import Ranks, whole
 
 BLOCK, SUPER_BLOCK = 64, 256  # weights to an 8-bit scale, 8-bit scales to a float32 one
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt", "*.model")
+# Of a hub's model: all that tokenizers and templates are made of, and what the licence asks to be kept.
+_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.codes", "vocab.*", "LICEN[CS]E*", "NOTICE*")
+# Of a model's folder, not of the trained model's: weights in any format, what is written for the trained one, the card.
+_NOT_COPIED = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.npz",
+    "*.index.json", "config.json", "adapter_*", "README*", ".*",
+)  # fmt: skip
+# Where a config tells the longest sequence; the first is transformers' own name.
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
+            "seq_length", "seq_len", "n_ctx", "model_max_length", "max_target_positions")  # fmt: skip
 
 # At their import, which may be transformers' doing: kernels that nothing here needs are missing, and the like.
 for _noisy in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
@@ -89,7 +101,7 @@ def _download(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    patterns = ["*.safetensors", "*.json", *_TOKENIZER_FILES]
+    patterns = ["*.safetensors", *_DOWNLOADED]
     if config.trust_remote_code:
         patterns.append("*.py")
     label = f"model.name={config.name!r}"
@@ -109,14 +121,18 @@ def _download(config: ModelConfig) -> Path:
 
 
 def _checked_folder(folder: Path, config: ModelConfig) -> Path:
+    weights = [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]
+    if (folder / "adapter_config.json").is_file() and not weights:
+        raise UserError(
+            f"model.name={config.name!r}: the folder holds a LoRA adapter only; name its base model, or export with "
+            "run.export_merged=true"
+        )
     if not (folder / "config.json").is_file():
         hint = ""
-        if (folder / "adapter_config.json").is_file():
-            hint = " (it holds a LoRA adapter: name its base model, or export with run.export_merged=true)"
-        elif (folder / "final").is_dir():
+        if (folder / "final").is_dir():
             hint = f" (it looks like a run folder: use {str(folder / 'final')!r})"
         raise UserError(f"model.name={config.name!r}: the folder has no config.json{hint}")
-    if not any(folder.glob("*.safetensors")):
+    if not weights:
         raise UserError(
             f"model.name={config.name!r}: the folder has no .safetensors file; convert its weights with "
             "transformers' save_pretrained"
@@ -173,15 +189,30 @@ def _first_line(error: BaseException) -> str:
 
 def context_tokens(folder: Path) -> int:
     """The longest sequence the model can take, in tokens."""
+    from transformers import AutoConfig
+
+    config = _text_config(folder)
+    found = next((config[key] for key in _LENGTHS if _is_count(config.get(key))), None)
+    if found is None:  # the family's own length, which a config.json may leave out
+        with contextlib.suppress(Exception):  # of a family with code of its own, or without any length
+            family = AutoConfig.for_model(config["model_type"]).get_text_config()
+            found = next((getattr(family, key) for key in _LENGTHS if _is_count(getattr(family, key, None))), None)
+    return int(found or 2**20)
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, with what it says of its text model laid over."""
     config = _config_json(folder)
-    config = config | config.get("text_config", {})
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or 2**20)
+    return config | (config.get("text_config") or {})
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def vocabulary(folder: Path) -> int:
     """The rows of the model's embedding, which may be more than its tokenizer's tokens."""
-    config = _config_json(folder)
-    return int((config | config.get("text_config", {})).get("vocab_size") or 0)
+    return int(_text_config(folder).get("vocab_size") or 0)
 
 
 def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager", *, blank: bool = False) -> Any:
@@ -318,7 +349,7 @@ def stored(model: nn.Module) -> Iterator[torch.Tensor]:
 def dequantized(folder: Path, config: ModelConfig, device: str) -> Path:
     """A Hugging Face folder like this one whose weights are the learner's under ``config.quantize``, each rounded to
     NF4 on ``device`` and back, in ``config.dtype``; made once and kept in ``config.cache_folder``."""
-    files = sorted([*weight_files(folder), folder / "config.json"])
+    files = sorted({*weight_files(folder), folder / "config.json", *_belongings(folder)})
     about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, _head_of(file)) for file in files]
     words = f"{about} {config.dtype} {config.quantize} {torch.device(device).type}"
     stamp = hashlib.sha256(words.encode()).hexdigest()[:12]
@@ -525,21 +556,75 @@ def export(model: Any, source: Path, folder: Path, merged: bool, dtype: torch.dt
 
 
 def _write_folder(model: Any, source: Path, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
-    """The model's folder with these weights; without any, the adapter's."""
+    """The model's folder with these weights; without any, the adapter's. What belongs to the tokenizer, the template
+    and generation is the source's, byte for byte."""
     try:
         if state is None:
             model.save_pretrained(folder, save_embedding_layers=False)
         else:
-            _unquantized(causal_of(model)).save_pretrained(folder, state_dict=state)
+            _save(_unquantized(causal_of(model)), folder, state)
+        _copy_belongings(source, folder)
     except (OSError, SafetensorError) as error:
         raise RunFailure(
             f"the model cannot be written to {str(folder)!r} ({_first_line(error)}); free space on that disk"
         ) from error
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            if not file.name.endswith(".safetensors"):
-                shutil.copyfile(file, folder / file.name)
     os.chmod(folder, 0o755)
+
+
+def _save(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """The model with these weights. transformers refuses to write generation settings that it read without a word
+    (a temperature without do_sample, as in most chat models of 2023), so they are written apart, as they are."""
+    from transformers import GenerationConfig
+
+    settings = getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            model.generation_config = GenerationConfig()
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        if settings is not None:
+            model.generation_config = settings
+    if settings is not None:
+        settings.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+def try_export(model: Any, source: Path, ranks: Ranks) -> None:
+    """Writes all of the final model's folder but the weights, and removes it again: what would keep it from being
+    written ends a run before its first step, and not after the last.
+
+    Raises ``UserError`` for a model whose folder cannot be written.
+    """
+    with ranks.together("trying to write the model's folder"), tempfile.TemporaryDirectory() as folder:
+        if ranks.rank:
+            return
+        try:
+            if hasattr(model, "peft_config"):
+                model.save_pretrained(folder, save_embedding_layers=False, state_dict={})
+            else:
+                _save(model, Path(folder), {})
+            _copy_belongings(source, Path(folder))
+        except Exception as error:  # of any kind: the model's family has its own checks, and its files may be anything
+            raise UserError(
+                f"model.name: a model trained from {str(source)!r} could not be written ({_first_line(error)}); repair "
+                "the files of that folder"
+            ) from error
+
+
+def _copy_belongings(source: Path, folder: Path) -> None:
+    # Which class a tokenizer is of goes by config.json, which peft does not write beside an adapter.
+    shape = [] if (folder / "config.json").is_file() else [source / "config.json"]
+    for file in _belongings(source) + shape:
+        copy_to = folder / file.relative_to(source)
+        copy_to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy_to)
+
+
+def _belongings(source: Path) -> list[Path]:
+    """The files of a model's folder that its weights do not replace: whatever its tokenizer may read (for which there
+    is no list: code of its own reads what it likes), generation settings, licence."""
+    found = [file for file in source.iterdir() if not any(fnmatch.fnmatch(file.name, name) for name in _NOT_COPIED)]
+    found += source.glob("additional_chat_templates/*.jinja")
+    return sorted(file for file in found if file.is_file())
 
 
 def _unquantized(model: Any) -> Any:
