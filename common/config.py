@@ -166,7 +166,9 @@ class LearnerConfig(Section):
     inner_updates: Count = 1
     """Optimizer steps on each batch (the paper's mu)."""
     drop_zero_variance: bool = True
-    """Leave out groups whose rewards are all equal: their advantage is zero."""
+    """Compute no completion of zero advantage (all of a group whose rewards are all equal) where neither KL nor entropy
+    gives it a gradient; the averages count it all the same. false computes it for the metrics, and steps on a batch
+    in which nothing has a gradient."""
     truncated: Literal["keep", "mask", "penalize"] = "keep"
     """Completions cut at max_tokens: trained on, left out of the loss (DAPO's overlong filtering), or their reward
     lowered as they near the limit (DAPO's soft overlong punishment)."""
@@ -214,7 +216,8 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: stay, or fall to min_lr_ratio x lr at the last step."""
     min_lr_ratio: Share = 0.0
-    """Where linear and cosine end, as a share of lr."""
+    """Where linear and cosine end, as a share of lr; with 0 they would be there one step after the last, so that every
+    step has a rate above 0."""
 
 
 class TrainConfig(Section):

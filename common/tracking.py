@@ -39,7 +39,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "reward_std": "standard deviation of the same",
         "reward/<name>": "mean of one named reward, before its weight",
         "zero_variance_fraction": "share of the sampled groups whose rewards are all equal (0 to 1)",
-        "groups": "groups handed to the learner",
+        "groups": "groups learned from whose rewards are not all equal",
         "groups_sampled": "groups sampled and scored, dynamic sampling included",
         "groups_skipped_reward_error": "groups left out because a reward failed",
         "completion_tokens_mean": "mean length of a completion (tokens)",
@@ -61,7 +61,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "tokens_completion": "completion tokens that went through the learner",
         "tokens_computed": "tokens of the learner's passes (packed: whatever sequences begin with alike once a pass; "
         "padded: with the padding)",
-        "tokens_learned": "completion tokens that carried a gradient",
+        "tokens_learned": "completion tokens that count in the step's averages",
         "packed": "1 if each prompt was computed once for its completions, 0 if once for each",
         "seconds_sample": "waiting for completions (seconds)",
         "seconds_score": "scoring them (seconds)",

@@ -3,7 +3,8 @@
 Plain numbers, no tensors. Everything here works on whole groups (and ``batch_std`` on the whole batch), so it runs
 before anything is dropped, masked or split into micro-batches. Left out: the losses (``learner/losses.py``).
 
-The statistics module is exact: a group of equal rewards gets advantages of exactly 0, never of rounding / 1e-4.
+A group whose rewards are equal, or differ by rounding alone (0.1 + 0.2 beside 0.15 + 0.15), gets advantages of exactly
+0, never of rounding / 1e-4; for that the statistics module is exact.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ AdvantageKind = Literal["zscore", "no_std", "batch_std", "leave_one_out"]
 
 EPSILON = 1e-4
 """Added to every standard deviation, as TRL does; keeps a nearly constant group from exploding."""
+
+ROUNDING = 1e-9
+"""Rewards of a group that lie no further apart are equal: relative to the largest, absolute below 1."""
 
 
 def assign(groups: Sequence[Group], kind: AdvantageKind) -> list[Group]:
@@ -57,7 +61,7 @@ def assign(groups: Sequence[Group], kind: AdvantageKind) -> list[Group]:
 
 
 def has_signal(group: Group) -> bool:
-    """Whether the group can move the policy: its rewards are not all equal.
+    """Whether the group can move the policy: its rewards are not all equal (but for rounding).
 
     Equal rewards give zero advantages under every kind. Dropping such groups and sampling others is the dynamic
     sampling of DAPO, arXiv 2503.14476 eq. 11.
@@ -82,12 +86,16 @@ def soft_overlong(group: Group, max_tokens: int, overlong_tokens: int) -> Group:
 
 
 def _rewards(group: Group) -> list[float]:
-    rewards = []
+    """The completions' rewards, all the same number where only rounding sets them apart."""
+    rewards: list[float] = []
     for completion in group.completions:
         reward = completion.reward
         assert reward is not None, f"prompt {group.prompt.id} was not scored"
         assert math.isfinite(reward), f"prompt {group.prompt.id}: {reward=} is not a score"
         rewards.append(float(reward))
+    apart = max(rewards, default=0.0) - min(rewards, default=0.0)
+    if apart <= ROUNDING * max([1.0, *map(abs, rewards)]):
+        return rewards[:1] * len(rewards)
     return rewards
 
 

@@ -1,29 +1,32 @@
-"""Which models may be packed: known before the run, and tried on the loaded model.
+"""What the learner knows of model families: which may be packed, what stands behind the output head, which rows may
+share a pass.
 
 A pack is exact only where attention alone lets tokens see each other, where it goes through transformers' attention
 interface with the pack's layout, and where positions come from ``position_ids``. ``why_not_packed`` reads that off
 the configuration and the modules; a family is packed only when ``tests/test_packing.py`` has shown its log-probs and
 gradients equal to the padded ones. ``probe`` then compares the two on the loaded model itself, since another
 version of transformers or another setting of the family may differ from what was tested. Everything else learns by
-the padded path. Left out: the packing itself (``learner/packing.py``) and its attention. Used by
-``learner/learner.py`` when it loads.
+the padded path. ``check`` holds the padded path against the model's own. Left out: the packing itself
+(``learner/packing.py``) and its attention. Used by ``learner/learner.py`` when it loads, and at each pass by
+``learner/logprobs.py``.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from common.errors import RunFailure
-from learner.model import causal_of
+from learner.model import causal_of, looks_both_ways
 from learner.packing import Pack, Row, plan
 
 log = logging.getLogger("nanogrpo.learner")
+Score: TypeAlias = Callable[[Any, Pack], tuple[torch.Tensor, torch.Tensor]]
 
 FAMILIES = frozenset({
     "apertus", "arcee", "cohere", "cohere2", "cwm", "diffllama", "ernie4_5", "ernie4_5_moe", "exaone4",
@@ -47,15 +50,19 @@ REFUSED = {
 }
 """``model_type``s known to go wrong where nothing in their configuration says so."""
 
+EXACT = 1e-3
+"""Mean |difference| of log-probs, nats, that rounding explains in float32 (it shows 4e-6 on SmolLM2-135M)."""
+HEAD = 0.05
+"""The same in bfloat16, from the output head on."""
+ROUGH = 0.5
+"""The same in bfloat16, through the whole model by two ways (it shows 0.04 to 0.08 on made-up text)."""
+
 ATTENDING = frozenset({"full_attention", "sliding_attention"})  # layer types that the packed attention honours
 
 
-def why_not_packed(model: Any, longest: int | None = None) -> str:
-    """Why this model's prompts must be repeated (padded path), as half a sentence; empty when it may be packed.
-
-    ``longest``: tokens of the longest prompt with its completion, where known: some rotary embeddings change beyond
-    a length, for all rows of a pass at once. Nothing is computed; ``probe`` does.
-    """
+def why_not_packed(model: Any) -> str:
+    """Why this model's prompts must be repeated (padded path), as half a sentence; empty when it may be packed. Nothing
+    is computed; ``probe`` does."""
     causal = causal_of(model)
     config = causal.config
     reasons = (
@@ -64,14 +71,113 @@ def why_not_packed(model: Any, longest: int | None = None) -> str:
         _position_bias(config),
         _sinks(causal),
         _two_ways(config),
-        _moving_rope(config, longest),
         _unknown(causal),
     )
     return next((reason for reason in reasons if reason), "")
 
 
-def probe(model: Any, score: Callable[[Any, Pack], tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean |packed - padded| log-prob, nats, on a made-up pack of two groups; infinity when the packed pass fails.
+def decoder_of(causal: Any) -> Any:
+    """What makes the hidden states; transformers' ``get_decoder`` finds the whole model in Llama 4, and the output head
+    in ModernBERT's decoder."""
+    found = causal.get_decoder()
+    return causal.model if found is causal or found is causal.get_output_embeddings() else found
+
+
+def head_of(causal: Any) -> list[nn.Module]:
+    """What makes raw logits of them: the output head, and a layer that some families put before it."""
+    before = [causal.lm_head] if getattr(causal.config, "model_type", "") == "modernbert-decoder" else []
+    return [*before, causal.get_output_embeddings()]
+
+
+def behind_head(config: Any) -> tuple[float | None, float]:
+    """``cap`` and ``factor`` of the logits ``factor x cap x tanh(raw / cap)`` (no cap: ``factor x raw``) that
+    transformers makes of this family's output head. ``check`` finds what is not known here."""
+    kind = getattr(config, "model_type", "")
+    caps = (
+        "final_logit_softcapping",  # Gemma 2 and later, NanoChat
+        "logits_soft_cap",  # RecurrentGemma
+        "output_logit_soft_cap",  # xLSTM
+    )
+    cap = next((value for key in caps if (value := getattr(config, key, None))), None)
+    factor = 1.0
+    if kind != "mpt":  # which has the key and does nothing with it
+        factor *= getattr(config, "logit_scale", None) or 1.0  # Cohere
+    factor *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    factor /= getattr(config, "logits_mup_width_multiplier", None) or 1.0  # Inkling
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return cap, factor * scaling if kind == "hyperclovax" else factor / scaling  # Granite, MiniCPM3
+
+
+def check(
+    model: Any, score: Score, head: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> str:
+    """What is wrong with the padded path, as half a sentence, on a made-up sequence and against the model's own way;
+    empty when nothing is. A model that the learner does not compute as transformers does is refused so, and not blamed
+    on the sampler by the first sync.
+
+    ``score`` and ``head`` are ``score`` and ``from_hidden`` of ``learner.logprobs`` with the model's device and ranks
+    seen to. Found are passes that fail, models that look ahead, an output head not known to ``behind_head``, and
+    log-probs that differ by more than rounding.
+    """
+    family = causal_of(model).config.model_type
+    try:
+        with torch.no_grad():
+            ahead, behind, whole = _compared(model, score, head)
+    except Exception as error:  # whatever a model does with a pass it was not made for
+        if isinstance(error, torch.OutOfMemoryError | RunFailure):
+            raise
+        log.info("the forward pass of a %r model fails", family, exc_info=True)
+        return f"a forward pass of this {family!r} model fails ({_said(error)})"
+    exact = dtype == torch.float32
+    if not ahead < tolerance(dtype):
+        return f"this {family!r} model's log-probs depend on the tokens that follow, so it is no causal language model"
+    if not behind < (EXACT if exact else HEAD):
+        return (
+            f"this {family!r} model changes its logits behind the output head in a way that the learner does not know "
+            f"(log-probs differ by {behind:.4f} nats)"
+        )
+    if not whole < (EXACT if exact else ROUGH):
+        return f"the learner's log-probs of this {family!r} model differ from its own by {whole:.4f} nats"
+    return ""
+
+
+def _compared(model: Any, score: Score, head: Callable[..., torch.Tensor]) -> tuple[float, float, float]:
+    """Mean |difference| of log-probs, nats: of tokens before others that are changed; from the states that the output
+    head is given, ours and the model's own; of the whole padded path and the model's own."""
+    causal = causal_of(model)
+    vocabulary, device = causal.get_input_embeddings().num_embeddings, next(causal.parameters()).device
+    ids = [(7 * t + 1) % vocabulary for t in range(16)]
+    other = [*ids[:8], *((token + 5) % vocabulary for token in ids[8:])]
+    target_K = torch.tensor(ids[8:], device=device)
+    given: list[torch.Tensor] = []
+    hook = head_of(causal)[0].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    causal.config._attn_implementation = "eager"  # the plainest
+    try:
+        logits_BTV = causal(torch.tensor([ids, other], device=device), use_cache=False).logits
+    finally:
+        hook.remove()
+    own_BTV = logits_BTV.float().log_softmax(-1)
+    own_K = own_BTV[0, 7:-1].gather(1, target_K[:, None])[:, 0]
+    (pack,) = plan([Row(0, tuple(ids[:8]), tuple(ids[8:]))], 64, False, kind_of_length(causal.config))
+    return (
+        _apart(own_BTV[0, :7], own_BTV[1, :7]),
+        _apart(head(model, given[0][0, 7:-1], target_K), own_K),
+        _apart(score(model, pack)[0], own_K),
+    )
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().mean())
+
+
+def _said(error: BaseException) -> str:
+    """A foreign error in a few words."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(": ")
+
+
+def probe(model: Any, score: Score) -> float:
+    """Mean |packed - padded| log-prob, nats, on a made-up pack of two groups; infinity when it is no number. Raises
+    whatever a pass raises.
 
     ``score`` is ``learner.logprobs.score`` with the model's device seen to. Compare with ``tolerance``. It finds
     tokens that see what they must not (a neighbour's state, another group), wrong positions and a lost layout;
@@ -91,23 +197,33 @@ def probe(model: Any, score: Callable[[Any, Pack], tuple[torch.Tensor, torch.Ten
     with torch.no_grad():
         for packed in (False, True):
             (pack,) = plan(rows, 4096, packed)
-            try:
-                logprob_K, _ = score(model, pack)
-            except Exception as error:  # whatever a model does with a pass it was not made for
-                if not packed or isinstance(error, torch.OutOfMemoryError | RunFailure):
-                    raise
-                log.info("the packed pass of this model fails: %s", str(error).partition("\n")[0])
-                return math.inf
+            logprob_K, _ = score(model, pack)
             order = torch.argsort(pack.row_K * 64 + pack.column_K)
             answers.append(logprob_K.float().cpu()[order.cpu()])
-    difference = float((answers[0] - answers[1]).abs().mean())
+    difference = _apart(*answers)
     return difference if math.isfinite(difference) else math.inf
+
+
+def wrong_when_packed(model: Any, score: Score, dtype: torch.dtype) -> str:
+    """What ``probe`` finds, as half a sentence; empty when nothing is wrong. Its traceback, if any, goes to the log."""
+    try:
+        difference = probe(model, score)
+    except Exception as error:  # whatever a kernel, or a model, does with a pass it was not made for
+        if isinstance(error, torch.OutOfMemoryError | RunFailure):
+            raise
+        log.info("the packed pass of this model fails", exc_info=True)
+        return f"its packed pass fails ({_said(error)})"
+    if difference <= tolerance(dtype):
+        return ""
+    if math.isinf(difference):
+        return "its packed log-probs are not numbers"
+    return f"its packed log-probs differ from the padded ones by {difference:.4f} nats"
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """The largest ``probe`` that passes for rounding, nats. SmolLM2-135M shows 4e-6 in float32 and 0.08 in bfloat16;
     with a wrong scale, positions that run on, or a shifted key it shows 0.4 to 2.9 in both (measured on a CPU)."""
-    return 1e-3 if dtype == torch.float32 else 0.2
+    return EXACT if dtype == torch.float32 else 0.2
 
 
 def plain_attention(model: Any) -> str:
@@ -150,20 +266,34 @@ def _sinks(causal: Any) -> str:
 
 
 def _two_ways(config: Any) -> str:
-    return "its attention looks both ways" if getattr(config, "use_bidirectional_attention", None) else ""
+    return "its attention looks both ways" if looks_both_ways(config) else ""
 
 
-def _moving_rope(config: Any, longest: int | None) -> str:
-    """Rotary embeddings chosen anew by the longest row of each pass: a row's log-probs depend on its neighbours."""
+def kind_of_length(config: Any) -> Callable[[int], Hashable] | None:
+    """A number of tokens to its kind, where rotary embeddings are chosen by the longest row of a pass (``dynamic`` and
+    ``longrope``): rows of unlike kinds must not share a pass, or they would change each other. Else None."""
+    bounds: list[tuple[bool, int]] = []
     for rope in _ropes(getattr(config, "rope_parameters", None)):
-        kind, bound = rope.get("rope_type"), config.max_position_embeddings
-        if kind == "longrope":
-            bound = rope.get("original_max_position_embeddings", 0)
-        if kind in ("dynamic", "longrope") and (longest is None or longest > bound):
-            return (
-                f"its rotary embedding ({kind}) changes for all rows of a pass when one is longer than {bound} tokens"
-            )
-    return ""
+        if rope.get("rope_type") == "longrope":  # one of two
+            bounds.append((False, rope["original_max_position_embeddings"]))
+        elif "dynamic" in str(rope.get("rope_type")):  # another for every length
+            bounds.append((True, config.max_position_embeddings))
+    if not bounds:
+        return None
+    return lambda length: tuple(length > bound and (length if each else True) for each, bound in bounds)
+
+
+def reset_rope(causal: Any) -> None:
+    """Undoes what an earlier pass of longer rows has left of its dynamic rotary embedding: transformers would keep it
+    for the next pass."""
+    if "dynamic" not in str(getattr(causal.config, "rope_parameters", None)):
+        return
+    for part in causal.modules():
+        for name, original in list(part.named_buffers(recurse=False)):
+            if name.endswith("original_inv_freq"):
+                prefix = name.removesuffix("original_inv_freq")
+                setattr(part, f"{prefix}inv_freq", original)
+                setattr(part, f"{prefix}max_seq_len_cached", part.original_max_seq_len)
 
 
 def _ropes(parameters: Any) -> Iterator[dict[str, Any]]:

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from common.logits import process
 from learner.attention import NAME
-from learner.families import plain_attention
+from learner.families import behind_head, decoder_of, head_of, plain_attention, reset_rope
 from learner.model import causal_of
 from learner.packing import Pack
 
@@ -70,12 +71,20 @@ def learn(model: Any, pack: Pack, loss_of: Loss, drawn: Drawn = Drawn()) -> list
     return stats
 
 
+def from_hidden(model: Any, hidden_KD: torch.Tensor, target_K: torch.Tensor) -> torch.Tensor:
+    """Log-probs [K] of these tokens, float32, from the states that the output head is given."""
+    head = _Head(causal_of(model), Drawn())
+    at_K = torch.arange(len(target_K), device=target_K.device)
+    return head._rows(head.module(hidden_KD), at_K, target_K, None)[0]
+
+
 def _hidden(causal: Any, pack: Pack, head: _Head) -> torch.Tensor:
     """Hidden states [U, D], or [P, D], before the output head. The attention's name is set on the shared configuration
     at each call, and stays for the backward pass, which may recompute layers."""
     causal.config._attn_implementation = NAME if pack.layout is not None else plain_attention(causal)
     extra: dict[str, Any] = {"layout": pack.layout} if pack.layout is not None else {}
-    output = causal.get_decoder()(
+    reset_rope(causal)
+    output = decoder_of(causal)(
         input_ids=pack.token_ids,
         attention_mask=pack.attention_mask,
         position_ids=pack.position_ids,
@@ -102,12 +111,11 @@ class _Head:
     """The model's output head, what its family does to the logits, and how the sampler drew from them."""
 
     def __init__(self, causal: Any, drawn: Drawn) -> None:
-        self.module, self.drawn, config = causal.get_output_embeddings(), drawn, causal.config
+        parts = head_of(causal)
+        self.module = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+        self.drawn = drawn
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (  # Cohere
-            getattr(config, "logits_scaling", None) or 1.0  # Granite
-        )
+        self._cap, self._scale = behind_head(causal.config)
 
     def positions(self, pack: Pack) -> torch.Tensor:
         """The places in the pack whose logits are computed. Where tokens are left out, each predicted one has a

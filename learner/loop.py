@@ -118,9 +118,8 @@ def train(loop: Loop, evaluate: Callable[[int], object], stopping: Callable[[], 
         started = time.perf_counter()
         step = learner.version + 1
         scored, metrics = _sample(loop, step)
-        groups = [group for group in scored if advantages.has_signal(group) or not config.learner.drop_zero_variance]
-        groups = groups[: config.train.prompts_per_step]
-        metrics |= _batch_metrics(scored) | {"groups": float(len(groups))}
+        groups = batch_of(scored, config.train.prompts_per_step)
+        metrics |= _batch_metrics(scored) | {"groups": float(sum(map(advantages.has_signal, groups)))}
         loop.tracker.rollouts(step, scored)
 
         learning = time.perf_counter()
@@ -146,6 +145,15 @@ def train(loop: Loop, evaluate: Callable[[int], object], stopping: Callable[[], 
         return True
     loop.save()
     return False
+
+
+def batch_of(scored: Sequence[Group], size: int) -> list[Group]:
+    """The groups that a step learns from, ``size`` where there are as many: first those with signal.
+
+    Groups without signal make up the rest. Their advantages are 0, but the step's averages count them, as TRL's do,
+    and their KL and entropy belong to the loss like any other's.
+    """
+    return sorted(scored, key=lambda group: not advantages.has_signal(group))[:size]
 
 
 def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:

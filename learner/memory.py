@@ -522,7 +522,7 @@ def forward_bytes(config: Config, folder: Path, tokens: int) -> int:
     ids = torch.zeros(1, max(tokens, 1), dtype=torch.long, device=SHAPE)
     with _fused_attention(), ledger, torch.no_grad():
         ledger.phase = "sample"
-        model.get_decoder()(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+        families.decoder_of(model)(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
     return ledger.peaks["sample"].bytes
 
 

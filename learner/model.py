@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
+import functools
 import hashlib
 import importlib.util
 import json
@@ -24,13 +25,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common.config import ModelConfig
 from common.device import dtype_of
@@ -229,6 +231,8 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
         for key, value in shape.to_dict().items():
             if key == "is_encoder_decoder" and value:
                 raise UserError(f"{label} is an encoder-decoder; name a causal language model")
+        if looks_both_ways(shape):
+            raise UserError(f"{label}: in this model tokens see those that follow; name a causal language model")
             if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
                 setattr(shape, key, 0.0)  # the sampler has none, and the two must compute the same
         if blank:
@@ -252,7 +256,7 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
             **quantized,
         )
         model, report = loaded
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{label} cannot be loaded: {_first_line(error)}") from error
@@ -273,6 +277,12 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
             part.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model.eval()
+
+
+def looks_both_ways(config: Any) -> bool:
+    """Whether tokens see those after them: the model is an encoder (EmbeddingGemma), whatever class it is loaded as.
+    "vision" is about the tokens of an image alone."""
+    return getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
 
 
 def _bitsandbytes() -> Any:
@@ -417,6 +427,62 @@ def compile_layers(model: Any) -> None:
         layer.compile(dynamic=True)
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Has the activations of each decoder layer computed again in the backward pass, inside ``training``.
+
+    Raises ``UserError`` for a family whose layers transformers cannot compute again.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    causal = causal_of(model)
+    layers = [part for part in causal.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers or not getattr(causal, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"learner.gradient_checkpointing=true does not work with a {causal.config.model_type!r} model, whose "
+            "layers transformers cannot compute again; set it to false"
+        )
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(_computed_again, layer)
+
+
+def _computed_again(layer: nn.Module, call: Callable[..., Any], *inputs: Any) -> Any:
+    """A checkpointed call of this layer. Its training flag, which makes transformers checkpoint it, is down while it
+    computes."""
+
+    def computed(*inputs: Any) -> Any:
+        flag, layer.training = layer.training, False
+        try:
+            return call(*inputs)
+        finally:
+            layer.training = flag
+
+    return checkpoint(computed, *inputs, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def training(model: Any) -> Iterator[None]:
+    """Inside, an adapter's dropout acts and layers that ``checkpoint_layers`` has marked are checkpointed. The model
+    itself stays in evaluation mode: the sampler is, and in training mode routers draw experts at random, inputs get
+    noise, and whole layers are skipped."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parts: list[nn.Module] = []
+    for part in model.modules():
+        if getattr(part, "gradient_checkpointing", False):
+            parts.append(part)
+        if isinstance(part, BaseTunerLayer):
+            parts += [part, *part.lora_dropout.modules()]  # type: ignore[operator]
+    assert not any(part.training for part in parts)
+    try:
+        for part in parts:
+            part.training = True
+        yield
+    finally:
+        for part in parts:
+            part.training = False
+
+
 def causal_of(model: Any) -> Any:
     """The causal language model under a possible adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -483,12 +549,13 @@ def adapter_dict(model: Any) -> dict[str, Any]:
 
 
 def add_adapter(model: Any, config: ModelConfig, folder: Path, seed: int) -> Any:
-    """The model under a fresh LoRA adapter (float32; no change at first). Raises ``UserError`` for wrong targets."""
+    """The model under a fresh LoRA adapter (float32; no change at first), in evaluation mode. Raises ``UserError`` for
+    wrong targets."""
     from peft import get_peft_model
 
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, adapter_config(config, folder))
+        return get_peft_model(model, adapter_config(config, folder)).eval()
     except ValueError as error:
         raise UserError(f"model.lora_targets={list(config.lora_targets)}: {_first_line(error)}") from None
 

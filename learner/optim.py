@@ -38,12 +38,14 @@ MUON_MOMENTUM = 0.95  # as in both papers; ``betas`` are AdamW's
 
 
 def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
-    """The rate of optimizer step ``update`` (0 is the first) in a run of ``updates`` steps."""
+    """The rate of optimizer step ``update`` (0 is the first) in a run of ``updates`` steps, never 0: a schedule that
+    falls to ``min_lr_ratio`` is there at the last step, and one that falls to nothing a step later."""
     if update < config.warmup_steps:
         return config.lr * (update + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    done = min((update - config.warmup_steps + 1) / max(updates - config.warmup_steps, 1), 1.0)
+    end = updates if config.min_lr_ratio > 0 else updates + 1
+    done = min((update - config.warmup_steps + 1) / max(end - config.warmup_steps, 1), 1.0)
     left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 

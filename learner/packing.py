@@ -4,10 +4,10 @@ A pack lays its groups in one sequence in the order of their tokens: the first c
 then of every next one only what it does not begin with in common with the one before it. So a prompt stands once for
 all its completions, and a system prompt or worked examples once for all prompts that begin with them; so do the first
 words that completions share. Positions go on from where a row branches off; the linear layers see no padding and
-nothing twice. The last token of a completion predicts nothing and is left out. Which token may see which (those before
-it in its own sequences) is ``learner/attention.py``'s work, from the index tensors made here. The idea of computing a
-shared prefix once is Hydragen's (arXiv 2402.05099); the padded batch is the slow truth it is tested against, and the
-path for models that cannot be packed.
+nothing twice. The last token of a completion predicts nothing and is left out (but see ``plan``). Which token may see
+which (those before it in its own sequences) is ``learner/attention.py``'s work, from the index tensors made here. The
+idea of computing a shared prefix once is Hydragen's (arXiv 2402.05099); the padded batch is the slow truth it is tested
+against, and the path for models that cannot be packed.
 
 Shapes: T tokens of a pack, N runs of new tokens in it, S keys of all runs; U positions that predict, P different
 (position, token) pairs predicted, K tokens of the batch that are predicted.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -40,10 +40,12 @@ class Row:
     """Its row in the batch's [B, T] tensors."""
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    whole: bool = False
+    """Whether the last token is computed as well, though it predicts nothing."""
 
     @functools.cached_property
     def inputs(self) -> tuple[int, ...]:
-        return self.prompt + self.completion[:-1]
+        return self.prompt + (self.completion if self.whole else self.completion[:-1])
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
@@ -187,11 +189,21 @@ def _completion(row: Row) -> tuple[int, ...]:
     return row.completion
 
 
-def plan(rows: Sequence[Row], budget_tokens: int, packed: bool) -> list[Pack]:
+def plan(
+    rows: Sequence[Row], budget_tokens: int, packed: bool, kind_of: Callable[[int], Hashable] | None = None
+) -> list[Pack]:
     """The forward passes for these rows, each at most ``budget_tokens`` tokens and about even in work.
 
-    A group that is too long alone is split, its prompt repeated; a single longer sequence goes alone.
+    A group that is too long alone is split, its prompt repeated; a single longer sequence goes alone. ``kind_of`` is
+    for models whose positions go by the longest row of a pass: rows whose lengths it tells apart do not share one, and
+    are computed whole, so that a pass is as long as they are.
     """
+    if kind_of is not None:
+        apart: dict[Hashable, list[Row]] = {}
+        for row in rows:
+            if row.completion:
+                apart.setdefault(kind_of(len(row.prompt + row.completion)), []).append(replace(row, whole=True))
+        return [pack for part in apart.values() for pack in plan(part, budget_tokens, packed)]
     if not packed:
         return [_padded(chunk) for chunk in _padded_chunks([r for r in rows if r.completion], budget_tokens)]
     parts = [part for whole in stretches(rows) for part in _split(whole, budget_tokens)]
@@ -331,7 +343,7 @@ def _packed(parts: Sequence[Stretch]) -> Pack:
             token_ids += inputs[shared:]
             positions += range(shared, len(inputs))
             prompt_tokens += max(0, len(row.prompt) - shared)
-        predicted.append((path[len(row.prompt) - 1 :], row))
+        predicted.append((path[len(row.prompt) - 1 :][: len(row.completion)], row))
         before = inputs
     left.append((path, len(token_ids)))
     position_T, key_S = torch.tensor(positions), torch.cat(keys)

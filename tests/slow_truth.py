@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.config import OptimizerConfig
 from common.types import Completion, Group, Prompt
 
 Rows = list[list[float]]
@@ -338,6 +339,29 @@ def check_mean_stats(losses: Any) -> None:
     assert found == {"loss": 1.5, "tokens": 8.0, "x_mean": 0.5, "x_max": 4.0}, found
 
 
+def check_batch(loop: Any) -> None:
+    """Those with signal first, then the others, as they came, as many as the step has room for."""
+    flat, mixed, other = (group_of(rewards) for rewards in ([1.0, 1.0], [0.0, 1.0], [2.0, 3.0]))
+    assert loop.batch_of([flat, mixed, other, flat], 3) == [mixed, other, flat]
+    assert loop.batch_of([flat, mixed, flat, other], 2) == [mixed, other]
+    assert loop.batch_of([flat, mixed], 4) == [mixed, flat]
+
+
+def check_rates(optim: Any) -> None:
+    """Each rate by its own count: full after the warm-up, the end at the last step, and 0 only after it."""
+    for schedule, warmup, steps, ratio in itertools.product(("linear", "cosine"), (0, 3), (1, 2, 9), (0.0, 0.25)):
+        spec = OptimizerConfig(lr=2.0, schedule=schedule, warmup_steps=warmup, min_lr_ratio=ratio)
+        updates = warmup + steps
+        last = steps if ratio else steps + 1  # counted from the warm-up's end, where the rate is full
+        for update in range(updates):
+            after = update + 1 - warmup
+            share = 1 - after / last if schedule == "linear" else (1 + math.cos(math.pi * after / last)) / 2
+            rate = 2.0 * (update + 1) / warmup if after <= 0 else 2.0 * (ratio + (1 - ratio) * share)
+            found = optim.learning_rate(spec, update, updates)
+            assert found > 0, (spec, update)
+            close(found, rate, f"rate {update} of {updates} under {spec}")
+
+
 def group_of(rewards: list[float], tokens: list[int] | None = None) -> Group:
     """A group with these rewards (and lengths)."""
     lengths = tokens or [1] * len(rewards)
@@ -386,6 +410,9 @@ def check_advantages(advantages: Any) -> None:
             close([c.advantage for c in scored.completions], expected, f"{kind} of {rewards}", 1e-9)
             assert [c.reward for c in scored.completions] == [c.reward for c in group.completions]
             assert advantages.has_signal(group) == any(c.advantage for c in scored.completions), f"signal of {rewards}"
+    assert not advantages.has_signal(group_of([0.1 + 0.2, 0.15 + 0.15, 0.3])), "rewards that rounding sets apart"
+    assert not advantages.has_signal(group_of([1e9, 1e9 + 1e-6])), "the same of large rewards"
+    assert advantages.has_signal(group_of([0.0, 1e-6])), "small rewards"
     lengths = list(range(1, 13))
     punished = advantages.soft_overlong(group_of([0.5] * 12, lengths), max_tokens=10, overlong_tokens=4)
     for length, completion in zip(lengths, punished.completions, strict=True):

@@ -1,5 +1,6 @@
 """Which models are packed: refused for what they are, and caught by the probe where they are not what they say."""
 
+import copy
 import logging
 import math
 from types import SimpleNamespace
@@ -12,10 +13,10 @@ from transformers import AttentionInterface, LlamaForCausalLM
 from common.errors import UserError
 from learner import attention, families
 from learner.attention import packed_attention
-from learner.logprobs import score
+from learner.logprobs import from_hidden, score
 from learner.packing import plan
 from tests import tiny
-from tests.parity import MIXED, make_rows
+from tests.parity import MIXED, make_rows, naive_logprobs
 from tests.tiny import make_model
 
 attention.register()
@@ -41,6 +42,18 @@ REASONS = {
 }
 
 
+def packed_apart(model):
+    """The probe's answer; infinity where a pass fails."""
+    try:
+        return families.probe(model, score)
+    except Exception:
+        return math.inf
+
+
+def checked(model):
+    return families.check(model, score, from_hidden, model.dtype)
+
+
 def test_every_refused_family_has_a_tiny_model_and_a_reason():
     assert set(REASONS) == set(tiny.UNPACKABLE)
     assert not families.FAMILIES & set(tiny.UNPACKABLE)
@@ -59,7 +72,7 @@ def test_a_model_that_cannot_be_packed_is_refused_by_name_and_by_the_probe(famil
     model = make_model(family)
     assert REASONS[family] in families.why_not_packed(model)
     if family != "biogpt":  # which would be right, but says nothing about its attention
-        assert families.probe(model, score) > 30 * EXACT
+        assert packed_apart(model) > 30 * EXACT
 
 
 @pytest.mark.parametrize("family", ["bloom", "gptj", "gpt_oss", "recurrent_gemma", "gemma2", "stablelm", "lfm2"])
@@ -117,18 +130,121 @@ def test_code_that_came_with_the_model_is_not_the_tested_one():
     assert "comes with the model" in families.why_not_packed(model)
 
 
-def test_a_rotary_embedding_that_moves_with_the_longest_row():
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-    model = make_model("llama", rope_parameters=rope, max_position_embeddings=32)
-    assert "dynamic" in families.why_not_packed(model)
-    assert "dynamic" in families.why_not_packed(model, longest=33)
-    assert families.why_not_packed(model, longest=32) == ""
-    # A row's log-probs really depend on the company: 20 tokens alone, and beside 60.
-    alone, beside = (make_rows(sizes) for sizes in ([(10, [10])], [(10, [10]), (30, [30])]))
+# -- rotary embeddings that go by the longest row ----------------------------------------------------------------------
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 32.0,
+    "short_factor": [1 + i / 10 for i in range(16)],
+    "long_factor": [2.0 + i for i in range(16)],
+}
+MOVING = {
+    "longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "sliding_window": None}),
+    "dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, "max_position_embeddings": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("moving", MOVING)
+def test_rows_of_unlike_length_do_not_change_each_other(moving, packed):
+    """Lengths of 10, 12, 16, 17, 20 and 40 tokens, the longest first and last: each as alone in a model just made."""
+    family, settings = MOVING[moving]
+    model = make_model(family, **copy.deepcopy(settings))
+    assert families.why_not_packed(model) == ""
+    rows = make_rows([(9, [31, 1, 3, 11]), (12, [4, 5, 8]), (30, [10])])
+    kind_of = families.kind_of_length(model.config)
+    packs = plan(rows, 10**6, packed, kind_of)
+    assert len(packs) == (2 if moving == "longrope" else 4)
+    for pack in packs:
+        logprob_K, _ = score(model, pack)
+        for row in (row for row in rows if row.index in pack.row_K):
+            mine = pack.row_K == row.index
+            truth = naive_logprobs(make_model(family, **copy.deepcopy(settings)), row)
+            assert torch.allclose(logprob_K[mine][pack.column_K[mine].argsort()], truth, atol=1e-4), row.index
+    # Sharing one pass they do change each other, or this would show nothing.
+    (pack,) = plan(rows, 10**6, packed)
+    mine = pack.row_K == 1
     with torch.no_grad():
-        (one,) = plan(alone, 10**6, packed=True)
-        (both,) = plan(beside, 10**6, packed=True)
-        assert not torch.allclose(score(model, one)[0], score(model, both)[0][both.row_K == 0], atol=1e-3)
+        shared = score(model, pack)[0][mine]
+    assert (shared - naive_logprobs(make_model(family, **copy.deepcopy(settings)), rows[1])).abs().mean() > 0.05
+
+
+def test_other_rotary_embeddings_let_any_rows_share_a_pass():
+    assert families.kind_of_length(make_model("llama").config) is None
+    assert families.kind_of_length(make_model("gpt2").config) is None
+
+
+# -- the padded path and the model's own -------------------------------------------------------------------------------
+
+HEADS = [
+    ("falcon_h1", {}),
+    ("recurrent_gemma", {}),
+    ("hyperclovax", {"logits_scaling": 3.0}),
+    ("granite", {"logits_scaling": 3.0}),
+    ("cohere", {"logit_scale": 0.3}),
+    ("gemma2", {"final_logit_softcapping": 2.0}),
+    ("nanochat", {"final_logit_softcapping": 2.0}),
+    ("mpt", {"logit_scale": 0.5}),  # which transformers does not look at
+    ("modernbert-decoder", {}),
+    ("llama4_text", {}),
+    ("jetmoe", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), HEADS)
+def test_what_stands_behind_the_head_is_known(family, settings):
+    model = make_model(family, **settings)
+    assert checked(model) == ""
+    for row in make_rows([(5, [7])]):
+        (pack,) = plan([row], 100, packed=False)
+        with torch.no_grad():
+            assert torch.allclose(score(model, pack)[0], naive_logprobs(model, row), atol=1e-4)
+    assert checked(model.to(torch.bfloat16)) == ""
+
+
+class Scaled(LlamaForCausalLM):
+    """A family that does something new with its logits."""
+
+    factor = 1.0
+
+    def forward(self, *args, **named):
+        output = super().forward(*args, **named)
+        output.logits = output.logits * self.factor
+        return output
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.002), ("float32", 0.9), ("bfloat16", 0.9)])
+def test_a_head_that_is_not_known_is_found(dtype, factor):
+    model = Scaled(make_model("llama").config)
+    model.load_state_dict(make_model("llama").state_dict())
+    model.to(getattr(torch, dtype)).eval()
+    assert checked(model) == ""
+    model.factor = factor
+    assert "changes its logits behind the output head" in checked(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_looks_ahead_is_no_causal_one(dtype):
+    model = make_model("gemma3_text", use_bidirectional_attention=True).to(getattr(torch, dtype))
+    assert "depend on the tokens that follow" in checked(model)
+
+
+def test_a_model_whose_pass_fails_is_a_sentence(caplog):
+    caplog.set_level(logging.INFO, "nanogrpo.learner")
+    model = make_model("llama")
+    model.model.layers[1].mlp = nn.Linear(3, 3)
+    assert "a forward pass of this 'llama' model fails (RuntimeError: mat1 and mat2" in checked(model)
+    assert "Traceback" in caplog.text
+
+
+def test_hidden_states_that_the_head_is_not_given_are_found():
+    model = make_model("modernbert-decoder")
+    model.config.model_type = "another"
+    assert "differ from its own" in checked(model)
 
 
 # -- the probe ---------------------------------------------------------------------------------------------------------
@@ -154,17 +270,28 @@ CHANGES = {
 }
 
 
+SAID = {
+    "no layout": "its packed pass fails (AssertionError: packed attention was called without a layout)",
+    "not a number": "its packed log-probs are not numbers",
+}
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_probe_finds(change, caplog):
     caplog.set_level(logging.INFO, "nanogrpo.learner")
     broken(CHANGES[change])
     try:
-        difference = families.probe(make_model("llama"), score)
+        difference = packed_apart(make_model("llama"))
+        said = families.wrong_when_packed(make_model("llama"), score, torch.float32)
     finally:
         attention.register()
     assert difference > 30 * EXACT
+    assert said.startswith(SAID.get(change, "its packed log-probs differ from the padded ones by "))
     assert families.probe(make_model("llama"), score) < EXACT
-    assert ("layout" in caplog.text) == (change == "no layout")
+    assert families.wrong_when_packed(make_model("llama"), score, torch.float32) == ""
+    # The traceback of a failure goes to the log, and no failure is a difference of "inf".
+    assert ("Traceback" in caplog.text) == (change == "no layout")
+    assert "inf" not in said
 
 
 def test_the_probe_finds_positions_that_run_on():

@@ -1,7 +1,9 @@
 """The learner: the same gradient however the batch is cut, float32 masters, and nothing stepped that is not finite."""
 
+import copy
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 
@@ -17,7 +19,8 @@ from learner import model as models
 from learner.learner import TorchLearner
 from learner.optim import MasterOptimizer, learning_rate
 from tests.making import GROUPS, config, group
-from tests.tiny import make_tiny
+from tests.test_families import MOVING
+from tests.tiny import make_model, make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +179,22 @@ def test_learning_rate(schedule):
         assert middle == pytest.approx(0.55, abs=0.01)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_schedule_that_falls_to_nothing_has_no_step_in_vain(schedule, steps):
+    spec = config(optimizer={"lr": 1.0, "schedule": schedule}, train={"steps": steps}).optimizer
+    rates = [learning_rate(spec, update, steps) for update in range(steps)]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 0.6
+    assert learning_rate(spec, steps, steps) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_run_of_one_step_moves_the_weights(folder):
+    once, metrics, _ = stepped(folder, optimizer={"lr": 1e-3, "schedule": "linear"}, train={"steps": 1})
+    assert metrics["lr"] == pytest.approx(5e-4)
+    assert difference(once, weights(TorchLearner(config(), folder, "cpu"))) > 1e-4
+
+
 @pytest.mark.parametrize("lora", [0, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_restored_learner_goes_on_bit_for_bit(folder, tmp_path, lora, dtype):
@@ -290,6 +309,18 @@ def test_completions_of_no_advantage_cost_nothing_and_count(folder):
     assert difference(weights(learner), through) < 1e-7
 
 
+def test_groups_without_signal_are_computed_where_they_are_not_dropped(folder):
+    """For the metrics alone: the step is the same."""
+    flat = dataclasses.replace(
+        GROUPS[0], completions=tuple(dataclasses.replace(c, advantage=0.0) for c in GROUPS[0].completions)
+    )
+    sgd_like = {"optimizer": {"lr": 1e-3, "eps": 1.0}}
+    dropped, few, _ = stepped(folder, [flat, GROUPS[1]], **sgd_like)
+    kept, all_, _ = stepped(folder, [flat, GROUPS[1]], **sgd_like, learner={"drop_zero_variance": False})
+    assert difference(dropped, kept) < 1e-7
+    assert few["tokens_completion"] < all_["tokens_completion"] == all_["tokens_learned"] == few["tokens_learned"]
+
+
 def test_the_heap_is_trimmed_only_once_it_has_grown():
     trims = []
     heap = device._Heap(lambda: trims.append(1))
@@ -336,6 +367,84 @@ def test_a_model_that_cannot_be_packed_is_read_and_learns_padded(tmp_path, famil
     metrics = learner.update(GROUPS)
     assert metrics["packed"] == 0
     assert math.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "lora"),
+    [
+        ("phimoe", {}, 0),  # draws experts at random in training mode
+        ("mixtral", {"router_jitter_noise": 0.5}, 0),
+        ("opt", {"layerdrop": 0.9}, 0),
+        ("gpt2", {}, 4),  # dropout in its configuration
+        ("llama4_text", {}, 0),
+        ("modernbert-decoder", {}, 0),
+    ],
+)
+def test_checkpointing_computes_layers_again_and_changes_nothing(tmp_path, family, settings, lora):
+    make_model(family, **settings).save_pretrained(tmp_path)
+    found = []
+    for checkpointing in (False, True):
+        spec = config(
+            model={"name": "unused", "dtype": "float32", "lora_rank": lora},
+            learner={"gradient_checkpointing": checkpointing}, optimizer={"lr": 1e-3, "eps": 1.0},
+        )  # fmt: skip
+        learner = TorchLearner(spec, tmp_path, "cpu")
+        causal = models.causal_of(learner._model)
+        name = next(iter(causal._no_split_modules))
+        layer = next(part for part in causal.modules() if type(part).__name__ == name)
+        calls = []
+        layer.register_forward_pre_hook(lambda layer, _, calls=calls: calls.append(layer.training))
+        metrics = learner.update(GROUPS)
+        assert calls == [False] * (1 + checkpointing)
+        assert not any(part.training for part in learner._model.modules())
+        found.append((weights(learner), metrics))
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    assert difference(found[0][0], found[1][0]) < 1e-7
+
+
+def test_checkpointing_of_a_family_that_cannot_is_refused(tmp_path):
+    make_model("jetmoe").save_pretrained(tmp_path)
+    assert math.isfinite(TorchLearner(config(), tmp_path, "cpu").update(GROUPS)["loss"])
+    with pytest.raises(UserError, match=r"gradient_checkpointing=true does not work with a 'jetmoe' model"):
+        TorchLearner(config(learner={"gradient_checkpointing": True}), tmp_path, "cpu")
+
+
+def test_a_model_that_looks_both_ways_is_refused(tmp_path):
+    make_model("gemma3_text", use_bidirectional_attention=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^model\.name='unused': in this model tokens see those that follow"):
+        TorchLearner(config(), tmp_path, "cpu")
+
+
+class NoKernel(TorchLearner):
+    """On a device whose packed kernels crash."""
+
+    def _score(self, model, pack, drawn=None):
+        if pack.layout is not None:
+            raise RuntimeError("no kernel image is available")
+        return super()._score(model, pack, drawn)
+
+
+def test_a_crash_of_the_packed_pass_is_said_as_it_is(folder, caplog):
+    said = r"its packed pass fails \(RuntimeError: no kernel image is available\)"
+    with pytest.raises(UserError, match=f"cannot be packed: {said}"):
+        NoKernel(config(learner={"packing": "packed"}), folder, "cpu")
+    caplog.clear()
+    assert not NoKernel(config(), folder, "cpu").packed
+    assert re.search(rf"\(padded path\): {said}", caplog.text)
+
+
+@pytest.mark.parametrize("packing", ["padded", "packed"])
+def test_rows_beyond_the_length_of_a_longrope_are_learned_from_packed_and_padded(tmp_path, packing):
+    """The log-probs that the probe asks for as well: each row's as alone."""
+    family, settings = MOVING["longrope"]
+    make_model(family, **copy.deepcopy(settings)).save_pretrained(tmp_path)
+    learner = TorchLearner(config(learner={"packing": packing}), tmp_path, "cpu")
+    assert learner.packed == (packing == "packed")
+    asked = [tuple(range(5, 5 + length)) for length in (10, 12, 20)]
+    together = learner.logprobs(asked)
+    for one, found in zip(asked, together, strict=True):
+        assert found == pytest.approx(learner.logprobs([one])[0], abs=1e-5)
+    assert learner.update(GROUPS)["packed"] == learner.packed
 
 
 def test_layers_are_compiled_wherever_a_family_keeps_them(tmp_path):

@@ -117,6 +117,36 @@ def test_a_sync_is_proved_and_the_challenge_reaches_every_part(folder, cache, va
     assert not torch.equal(own(learner), before)
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_dropout_acts_in_the_training_pass_alone(folder, variant):
+    """Outside it the adapter computes what the sampler computes, before the first step too; inside, checkpointing draws
+    the same again."""
+    more = {"lora_dropout": 0.4}
+    made = spec(variant=variant, more=more)
+    learner = TorchLearner(made, folder, "cpu")
+    adapter = None
+    if models.sends_adapter(made.model):
+        adapter = AdapterSpec(4, models.adapter_config(made.model, folder).to_dict())
+    setup = SamplerSetup(
+        model_folder=str(folder), dtype="float32", max_model_tokens=64, max_sequences=8, adapter=adapter
+    )
+    probe = probe_of([group.prompt for group in GROUPS], 32, 32)
+    sync = WeightSync(learner, ScriptedSampler(setup), Separate(), probe, made.sync, 60)
+    assert sync.challenge()["probe_diff"] < 1e-4
+    assert sync()["probe_diff"] < 1e-4
+    shaken(learner)
+    plain = shaken(TorchLearner(spec(variant=variant), folder, "cpu"))
+    assert torch.equal(own(learner), own(plain))
+    again = shaken(
+        TorchLearner(spec(variant=variant, more=more, learner={"gradient_checkpointing": True}), folder, "cpu")
+    )
+    losses = [one.update(GROUPS)["grad_norm"] for one in (learner, plain, again)]
+    assert abs(losses[0] - losses[1]) > 1e-3 * losses[1]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-6)
+    assert sync()["probe_diff"] < 1e-4
+    assert torch.equal(own(learner), own(learner))
+
+
 def test_gradients_over_4_bits_are_those_over_the_dequantized_base(folder, cache):
     """Also after passes without gradient, where bitsandbytes would repack its layers for inference. In bfloat16, which
     is itself some percent off on these wild weights, no further from float32 than over a dense base."""

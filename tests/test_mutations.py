@@ -2,7 +2,8 @@
 
 Each mutation is a piece of the source of ``learner/losses.py`` or ``learner/advantages.py`` and what replaces it; the
 broken module is made in memory and held against the slow truth. The last word of a loss's line names the check of
-``slow_truth`` that has to fail. A piece that is not in the source exactly once fails too: the list follows the code.
+``slow_truth`` that has to fail. ``OTHERS`` are breakages of other modules in the same form. A piece that is not in the
+source exactly once fails too: the list follows the code.
 
 Besides these, every operator, comparison, number and stop-gradient of the two files was changed once by a script. What
 went unnoticed by the slow truth changes no result: ``A >= 0`` for ``A > 0`` (A = 0 multiplies it away), another number
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from learner import advantages, losses
+from learner import advantages, loop, losses, optim
 from tests import slow_truth
 
 LOSSES = [
@@ -200,6 +201,9 @@ ADVANTAGES = [
     ("leave_one_out upside down", "scale = count / (count - 1)", "scale = (count - 1) / count"),
     ("any group has signal", "len(set(_rewards(group))) > 1", "len(set(_rewards(group))) > 0"),
     ("only varied groups have signal", "len(set(_rewards(group))) > 1", "len(set(_rewards(group))) > 2"),
+    ("rounding is signal", "ROUNDING = 1e-9", "ROUNDING = 0.0"),
+    ("small rewards are rounding", "ROUNDING = 1e-9", "ROUNDING = 1e-3"),
+    ("rounding of large rewards is signal", "ROUNDING * max([1.0, *map(abs, rewards)])", "ROUNDING"),
     ("length rewarded", "reward=reward - min(", "reward=reward + min("),
     ("penalty without limit", "min(max(excess, 0.0), 1.0)", "max(excess, 0.0)"),
     ("short answers rewarded", "min(max(excess, 0.0), 1.0)", "min(excess, 1.0)"),
@@ -207,6 +211,20 @@ ADVANTAGES = [
     ("penalty beyond the limit only", "free_tokens = max_tokens - overlong_tokens", "free_tokens = max_tokens"),
     ("penalty over the whole length", "- free_tokens) / overlong_tokens", "- free_tokens) / max_tokens"),
     ("rewards replaced", "reward=reward - min(max(excess, 0.0), 1.0)", "reward=-min(max(excess, 0.0), 1.0)"),
+]  # fmt: skip
+
+
+OTHERS = [
+    # what is broken, module, piece of the source, its replacement, the check
+    ("groups without signal dropped", loop, "return sorted(scored, key=lambda group: not advantages.has_signal(group))",
+     "return [group for group in scored if advantages.has_signal(group)]", "batch"),
+    ("groups as they came", loop, "return sorted(scored, key=lambda group: not advantages.has_signal(group))",
+     "return list(scored)", "batch"),
+    ("groups without signal first", loop, "key=lambda group: not advantages", "key=lambda group: advantages", "batch"),
+    ("more groups than a step has", loop, "has_signal(group))[:size]", "has_signal(group))", "batch"),
+    ("a last step at rate 0", optim, "else updates + 1", "else updates", "rates"),
+    ("no step at the end", optim, "end = updates if", "end = updates + 1 if", "rates"),
+    ("the warm-up counted twice", optim, "(update - config.warmup_steps + 1)", "(update + 1)", "rates"),
 ]  # fmt: skip
 
 
@@ -232,3 +250,13 @@ def test_broken_advantages_are_noticed(piece: str, replacement: str) -> None:
     broken = mutate(advantages, piece, replacement)
     with pytest.raises(AssertionError):
         slow_truth.check_advantages(broken)
+
+
+@pytest.mark.parametrize(
+    ("module", "piece", "replacement", "check"), [row[1:] for row in OTHERS], ids=[row[0] for row in OTHERS]
+)
+def test_another_breakage_is_noticed(module: types.ModuleType, piece: str, replacement: str, check: str) -> None:
+    getattr(slow_truth, f"check_{check}")(module)
+    broken = mutate(module, piece, replacement)
+    with pytest.raises(AssertionError):
+        getattr(slow_truth, f"check_{check}")(broken)

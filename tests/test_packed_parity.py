@@ -7,15 +7,19 @@ completion is empty, several advantages are zero.
 
 import dataclasses
 import functools
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from learner import attention
+from learner import advantages, attention
 from learner.learner import TorchLearner
+from learner.loop import Loop, train
 from tests import trl_reference
 from tests.making import config, group
+from tests.test_sync import Separate
 from tests.tiny import make_model, make_tiny
 
 attention.register()
@@ -160,6 +164,49 @@ def test_a_packed_update_is_the_padded_one_and_trls(folder, groups, spec):
     repeated, metrics = by_us(folder, groups, spec, packing="padded", microbatch_tokens=100)
     assert metrics["packed"] == 0
     assert_moved_alike(repeated, wanted)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"loss": "dapo"},
+        {"loss": "grpo", "kl_coef": 0.2, "inner_updates": 2},
+        {"loss": "dr_grpo", "entropy_coef": 0.05},
+        {"loss": "cispo", "kl_coef": 0.1, "entropy_coef": 0.02, "inner_updates": 2, "clip_high": 1.5},
+    ],
+    ids=lambda spec: spec["loss"],
+)
+def test_a_step_of_the_loop_with_groups_without_signal_is_trls(folder, groups, spec):
+    """The middle group's rewards are equal, but for rounding: the averages count it, its KL and entropy stay."""
+    rewards = [[1.0, 0.0, 0.5, 0.0], [0.1 + 0.2, 0.15 + 0.15, 0.3, 0.3], [0.0, 0.0, 0.0, 1.0]]
+    scored = [
+        dataclasses.replace(
+            one, completions=tuple(dataclasses.replace(c, reward=r) for c, r in zip(one.completions, own, strict=True))
+        )
+        for one, own in zip(groups, rewards, strict=True)
+    ]
+    made = config(learner=spec, optimizer=OPTIMIZER, train={"steps": 1, "prompts_per_step": 3, "group_size": 4},
+                  eval={"questions": 0})  # fmt: skip
+    learner = TorchLearner(made, folder, "cpu")
+    done: Future[Any] = Future()
+    done.set_result(scored)
+    rows: list[dict[str, float]] = []
+    nothing = SimpleNamespace(
+        generate=lambda prompts, params: done, score=lambda groups: (groups, []), state=dict,
+        take=lambda count: [one.prompt for one in scored], phase=lambda text: None, rollouts=lambda *step: None,
+        log=lambda step, metrics: rows.append(metrics), save=lambda *state: None,
+    )  # fmt: skip
+    loop = Loop(
+        made, learner, nothing, Separate(), nothing, nothing, dict, nothing, nothing, lambda: 0.0, lambda: 0, 60.0
+    )  # type: ignore[arg-type]
+    assert train(loop, lambda step: None, lambda: False)
+    wanted, loss = by_trl(advantages.assign(scored, "zscore"), spec)
+    (metrics,) = rows
+    assert metrics["groups"] == 2
+    assert metrics["zero_variance_fraction"] == pytest.approx(1 / 3)
+    assert metrics["tokens_learned"] == sum(len(c.token_ids) for one in scored for c in one.completions)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
+    assert_moved_alike({name: p.detach() for name, p in learner._model.named_parameters()}, wanted)
 
 
 def test_every_choice_is_met():
