@@ -24,9 +24,11 @@ from torch import nn
 from common.errors import RunFailure
 from learner.model import causal_of, looks_both_ways
 from learner.packing import Pack, Row, plan
+from learner.parallel import is_lost
 
 log = logging.getLogger("nanogrpo.learner")
 Score: TypeAlias = Callable[[Any, Pack], tuple[torch.Tensor, torch.Tensor]]
+FromLogits: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 FAMILIES = frozenset({
     "apertus", "arcee", "cohere", "cohere2", "cwm", "diffllama", "ernie4_5", "ernie4_5_moe", "exaone4",
@@ -52,8 +54,6 @@ REFUSED = {
 
 EXACT = 1e-3
 """Mean |difference| of log-probs, nats, that rounding explains in float32 (it shows 4e-6 on SmolLM2-135M)."""
-HEAD = 0.05
-"""The same in bfloat16, from the output head on."""
 ROUGH = 0.5
 """The same in bfloat16, through the whole model by two ways (it shows 0.04 to 0.08 on made-up text)."""
 
@@ -108,49 +108,52 @@ def behind_head(config: Any) -> tuple[float | None, float]:
     return cap, factor * scaling if kind == "hyperclovax" else factor / scaling  # Granite, MiniCPM3
 
 
-def check(
-    model: Any, score: Score, head: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor], dtype: torch.dtype
-) -> str:
+def check(model: Any, score: Score, from_logits: FromLogits, dtype: torch.dtype) -> str:
     """What is wrong with the padded path, as half a sentence, on a made-up sequence and against the model's own way;
     empty when nothing is. A model that the learner does not compute as transformers does is refused so, and not blamed
     on the sampler by the first sync.
 
-    ``score`` and ``head`` are ``score`` and ``from_hidden`` of ``learner.logprobs`` with the model's device and ranks
-    seen to. Found are passes that fail, models that look ahead, an output head not known to ``behind_head``, and
-    log-probs that differ by more than rounding.
+    ``score`` and ``from_logits`` are ``learner.logprobs``'s, the first with the model's device and ranks seen to. Found
+    are passes that fail, models that look ahead, an output head not known to ``behind_head``, and log-probs that
+    differ by more than rounding.
     """
     family = causal_of(model).config.model_type
     try:
         with torch.no_grad():
-            ahead, behind, whole = _compared(model, score, head)
+            ahead, behind, whole = _compared(model, score, from_logits)
     except Exception as error:  # whatever a model does with a pass it was not made for
-        if isinstance(error, torch.OutOfMemoryError | RunFailure):
+        if _machines(error):
             raise
         log.info("the forward pass of a %r model fails", family, exc_info=True)
         return f"a forward pass of this {family!r} model fails ({_said(error)})"
-    exact = dtype == torch.float32
     if not ahead < tolerance(dtype):
         return f"this {family!r} model's log-probs depend on the tokens that follow, so it is no causal language model"
-    if not behind < (EXACT if exact else HEAD):
+    if not behind < EXACT:
         return (
             f"this {family!r} model changes its logits behind the output head in a way that the learner does not know "
             f"(log-probs differ by {behind:.4f} nats)"
         )
-    if not whole < (EXACT if exact else ROUGH):
+    if not whole < (EXACT if dtype == torch.float32 else ROUGH):
         return f"the learner's log-probs of this {family!r} model differ from its own by {whole:.4f} nats"
     return ""
 
 
-def _compared(model: Any, score: Score, head: Callable[..., torch.Tensor]) -> tuple[float, float, float]:
-    """Mean |difference| of log-probs, nats: of tokens before others that are changed; from the states that the output
-    head is given, ours and the model's own; of the whole padded path and the model's own."""
+def _compared(model: Any, score: Score, from_logits: FromLogits) -> tuple[float, float, float]:
+    """Mean |difference| of log-probs, nats: of tokens before others that are changed; of what is done behind the output
+    head, ours and the model's own, in float32 whatever the model's format; of the whole padded path and the model's
+    own."""
     causal = causal_of(model)
     vocabulary, device = causal.get_input_embeddings().num_embeddings, next(causal.parameters()).device
     ids = [(7 * t + 1) % vocabulary for t in range(16)]
     other = [*ids[:8], *((token + 5) % vocabulary for token in ids[8:])]
     target_K = torch.tensor(ids[8:], device=device)
-    given: list[torch.Tensor] = []
-    hook = head_of(causal)[0].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    raw: list[torch.Tensor] = []
+
+    def exactly(module: nn.Module, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        raw.append(logits.float())
+        return raw[-1]
+
+    hook = causal.get_output_embeddings().register_forward_hook(exactly)
     causal.config._attn_implementation = "eager"  # the plainest
     try:
         logits_BTV = causal(torch.tensor([ids, other], device=device), use_cache=False).logits
@@ -161,13 +164,18 @@ def _compared(model: Any, score: Score, head: Callable[..., torch.Tensor]) -> tu
     (pack,) = plan([Row(0, tuple(ids[:8]), tuple(ids[8:]))], 64, False, kind_of_length(causal.config))
     return (
         _apart(own_BTV[0, :7], own_BTV[1, :7]),
-        _apart(head(model, given[0][0, 7:-1], target_K), own_K),
+        _apart(from_logits(model, raw[0][0, 7:-1], target_K), own_K),
         _apart(score(model, pack)[0], own_K),
     )
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().mean())
+
+
+def _machines(error: Exception) -> bool:
+    """Whether the machine failed, and not the model's code."""
+    return isinstance(error, torch.OutOfMemoryError | RunFailure) or is_lost(error)
 
 
 def _said(error: BaseException) -> str:
@@ -209,7 +217,7 @@ def wrong_when_packed(model: Any, score: Score, dtype: torch.dtype) -> str:
     try:
         difference = probe(model, score)
     except Exception as error:  # whatever a kernel, or a model, does with a pass it was not made for
-        if isinstance(error, torch.OutOfMemoryError | RunFailure):
+        if _machines(error):
             raise
         log.info("the packed pass of this model fails", exc_info=True)
         return f"its packed pass fails ({_said(error)})"

@@ -29,7 +29,7 @@ from common.types import Group
 from common.weights import InProcessWeights
 from learner import attention, families, losses, memory
 from learner import model as models
-from learner.logprobs import Drawn, from_hidden, learn, score
+from learner.logprobs import Drawn, from_logits, learn, score
 from learner.optim import MasterOptimizer, Parked, learning_rate
 from learner.optim import check as check_optimizer
 from learner.packing import Pack, Row, plan, share
@@ -160,10 +160,7 @@ class TorchLearner:
         return self._score(model, pack, self._plain)
 
     def _check_forward(self) -> None:
-        def head(model: Any, hidden_KD: torch.Tensor, target_K: torch.Tensor) -> torch.Tensor:
-            return forward(models.causal_of(model), lambda: from_hidden(model, hidden_KD, target_K))
-
-        if wrong := families.check(self._model, self._plainly, head, self._dtype):
+        if wrong := families.check(self._model, self._plainly, from_logits, self._dtype):
             other = "" if self._dtype == torch.float32 else " or model.dtype='float32'"
             raise UserError(f"model.name={self._config.model.name!r}: {wrong}; use another model{other}")
 

@@ -71,11 +71,10 @@ def learn(model: Any, pack: Pack, loss_of: Loss, drawn: Drawn = Drawn()) -> list
     return stats
 
 
-def from_hidden(model: Any, hidden_KD: torch.Tensor, target_K: torch.Tensor) -> torch.Tensor:
-    """Log-probs [K] of these tokens, float32, from the states that the output head is given."""
-    head = _Head(causal_of(model), Drawn())
+def from_logits(model: Any, logits_KV: torch.Tensor, target_K: torch.Tensor) -> torch.Tensor:
+    """Log-probs [K] of these tokens, float32, from what the model's output head makes."""
     at_K = torch.arange(len(target_K), device=target_K.device)
-    return head._rows(head.module(hidden_KD), at_K, target_K, None)[0]
+    return _Head(causal_of(model), Drawn())._rows(logits_KV, at_K, target_K, None)[0]
 
 
 def _hidden(causal: Any, pack: Pack, head: _Head) -> torch.Tensor:

@@ -248,13 +248,18 @@ def _cause(error: Any) -> str:
 # -- what can go wrong -------------------------------------------------------------------------------------------------
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether a collective failed. gloo has no class for its errors."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
 @contextlib.contextmanager
 def lost_in_words(rank: int, what: str) -> Iterator[None]:
-    """Turns a collective's error into ``RankLost``. gloo has no class for its own."""
+    """Turns a collective's error into ``RankLost``."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+        if not is_lost(error):
             raise
         raise RankLost(
             f"the learner's rank {rank} lost another rank while {what} ({_first_sentence(error)})"

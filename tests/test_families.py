@@ -13,7 +13,7 @@ from transformers import AttentionInterface, LlamaForCausalLM
 from common.errors import UserError
 from learner import attention, families
 from learner.attention import packed_attention
-from learner.logprobs import from_hidden, score
+from learner.logprobs import from_logits, score
 from learner.packing import plan
 from tests import tiny
 from tests.parity import MIXED, make_rows, naive_logprobs
@@ -51,7 +51,7 @@ def packed_apart(model):
 
 
 def checked(model):
-    return families.check(model, score, from_hidden, model.dtype)
+    return families.check(model, score, from_logits, model.dtype)
 
 
 def test_every_refused_family_has_a_tiny_model_and_a_reason():
@@ -217,7 +217,7 @@ class Scaled(LlamaForCausalLM):
         return output
 
 
-@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.002), ("float32", 0.9), ("bfloat16", 0.9)])
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.002), ("bfloat16", 1.002), ("bfloat16", 0.9)])
 def test_a_head_that_is_not_known_is_found(dtype, factor):
     model = Scaled(make_model("llama").config)
     model.load_state_dict(make_model("llama").state_dict())

@@ -13,6 +13,7 @@ of one; or is noticed by ``test_losses.py`` and ``test_advantages.py``, which ho
 
 from __future__ import annotations
 
+import sys
 import types
 from pathlib import Path
 
@@ -234,6 +235,7 @@ def mutate(module: types.ModuleType, piece: str, replacement: str) -> types.Modu
     source = path.read_text(encoding="utf-8")
     assert source.count(piece) == 1, f"{piece!r} is {source.count(piece)} times in {path.name}"
     broken = types.ModuleType(f"broken_{path.stem}")
+    sys.modules[broken.__name__] = broken  # where dataclasses look their module up
     exec(compile(source.replace(piece, replacement), f"broken {path.name}", "exec"), broken.__dict__)
     return broken
 
