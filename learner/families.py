@@ -83,15 +83,31 @@ def decoder_of(causal: Any) -> Any:
     return causal.model if found is causal or found is causal.get_output_embeddings() else found
 
 
+class _Divided(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden / self.by
+
+
 def head_of(causal: Any) -> list[nn.Module]:
-    """What makes raw logits of them: the output head, and a layer that some families put before it."""
-    before = [causal.lm_head] if getattr(causal.config, "model_type", "") == "modernbert-decoder" else []
-    return [*before, causal.get_output_embeddings()]
+    """What makes raw logits of them: the output head, and what some families put before it."""
+    config, head = causal.config, causal.get_output_embeddings()
+    kind = getattr(config, "model_type", "")
+    if kind == "modernbert-decoder":
+        return [causal.lm_head, head]
+    if kind == "minicpm3":
+        return [_Divided(config.logits_scaling), head]
+    if multiplier := getattr(config, "logits_mup_width_multiplier", None):  # Inkling
+        return [_Divided(multiplier), head]
+    return [head]
 
 
 def behind_head(config: Any) -> tuple[float | None, float]:
     """``cap`` and ``factor`` of the logits ``factor x cap x tanh(raw / cap)`` (no cap: ``factor x raw``) that
-    transformers makes of this family's output head. ``check`` finds what is not known here."""
+    transformers makes of this family's raw ones. ``check`` finds what is not known here."""
     kind = getattr(config, "model_type", "")
     caps = (
         "final_logit_softcapping",  # Gemma 2 and later, NanoChat
@@ -103,9 +119,8 @@ def behind_head(config: Any) -> tuple[float | None, float]:
     if kind != "mpt":  # which has the key and does nothing with it
         factor *= getattr(config, "logit_scale", None) or 1.0  # Cohere
     factor *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
-    factor /= getattr(config, "logits_mup_width_multiplier", None) or 1.0  # Inkling
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    return cap, factor * scaling if kind == "hyperclovax" else factor / scaling  # Granite, MiniCPM3
+    scaling = 1.0 if kind == "minicpm3" else getattr(config, "logits_scaling", None) or 1.0
+    return cap, factor * scaling if kind == "hyperclovax" else factor / scaling  # Granite divides
 
 
 def check(model: Any, score: Score, from_logits: FromLogits, dtype: torch.dtype) -> str:

@@ -189,6 +189,7 @@ HEADS = [
     ("gemma2", {"final_logit_softcapping": 2.0}),
     ("nanochat", {"final_logit_softcapping": 2.0}),
     ("mpt", {"logit_scale": 0.5}),  # which transformers does not look at
+    ("minicpm3", {}),
     ("modernbert-decoder", {}),
     ("llama4_text", {}),
     ("jetmoe", {}),

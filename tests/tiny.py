@@ -136,6 +136,16 @@ UNPACKABLE: dict[str, dict[str, Any]] = {
 UNTRIED: dict[str, dict[str, Any]] = {
     "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 32},  # no checkpointing
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 128},  # chunks; a decoder hard to find
+    "minicpm3": {  # hidden states divided before the head
+        "logits_scaling": 4.0,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+    },
     "modernbert-decoder": {"bos_token_id": 1, "cls_token_id": 2, "sep_token_id": 2, "local_attention": 16},
 }
 """Families that are never packed, whose padded path has something of its own."""
