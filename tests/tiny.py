@@ -135,7 +135,11 @@ UNPACKABLE: dict[str, dict[str, Any]] = {
 """Families whose packed pass would be wrong or fail, for one reason each."""
 UNTRIED: dict[str, dict[str, Any]] = {
     "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 32},  # no checkpointing
-    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 128},  # chunks; a decoder hard to find
+    "llama4_text": {  # chunks; a decoder hard to find
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 128,
+        "interleave_moe_layer_step": 1,
+    },
     "minicpm3": {  # hidden states divided before the head
         "logits_scaling": 4.0,
         "num_key_value_heads": 2,
