@@ -230,8 +230,9 @@ class TrainConfig(Section):
     seed: Whole = 0
     """Fixes the order of the prompts, the sampling and every random choice."""
     max_staleness: Whole = 0
-    """Steps that a completion's weights may lag behind the learner's; 0 is strictly on policy, more lets the sampler
-    write while the learner works."""
+    """Steps that a completion's weights may lag behind the learner's; 0 is strictly on policy, 1 lets the sampler write
+    while the learner works. More than 1 needs sampler.in_flight_updates: else every sync waits for all completions in
+    flight, and no more would overlap."""
     dynamic_sampling_rounds: Whole = 0
     """Times a batch may be topped up with new prompts in place of zero-variance groups (DAPO). 0 is off."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -486,6 +487,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"learner.clip_high={learner.clip_high} caps cispo's ratio below 1, where every token starts; "
             "use 5 or so (as in MiniMax-M1)"
+        )
+    if config.train.max_staleness > 1 and not config.sampler.in_flight_updates:
+        yield (
+            f"train.max_staleness={config.train.max_staleness} overlaps no more than 1 and learns from older "
+            "completions: every sync waits for all completions in flight; set it to 1, or "
+            "sampler.in_flight_updates=true, with which long completions go on through a sync"
         )
     if config.train.max_staleness and learner.importance == "off":
         yield (

@@ -54,6 +54,9 @@ class Sampler(Protocol):
     it has a ``check_options(options)``, that is called before anything is loaded, and so is a
     ``check_sampling(params)`` with the ``SamplingParams`` of a training step, for what it cannot draw by.
 
+    It may say how many completions it works on at once with these options, ``completions_at_once(options) -> int``:
+    what a request holds beyond waits. ``SamplerSetup.max_sequences`` is then no more than that.
+
     Three more members are a back end's own choice, for many machines:
 
     - ``seeds_prompts: bool``: a seed fixes each prompt's completions by the prompt's place in the request alone

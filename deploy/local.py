@@ -29,7 +29,7 @@ from learner.learner import TorchLearner
 from learner.optim import check as check_optimizer
 
 log = logging.getLogger("nanogrpo")
-AT_ONCE = 256  # completions in work at most; vLLM queues what a request holds beyond
+AT_ONCE = 256  # completions in flight at most, for a sampler back end that does not say how many it takes
 
 
 class Sleeps(Protocol):
@@ -278,7 +278,7 @@ def sampler_setup(
     elif models.sends_adapter(config.model):
         described = models.adapter_config(config.model, ready.folder).to_dict()
         adapter = AdapterSpec(config.model.lora_rank, described)
-    at_once = max(
+    wanted = max(
         config.train.prompts_per_step * config.train.group_size,
         len(ready.test) * max(config.eval.samples, 1),
     )
@@ -286,7 +286,7 @@ def sampler_setup(
         **found,
         dtype=config.model.dtype,
         max_model_tokens=ready.longest_prompt + config.sampler.max_tokens,
-        max_sequences=min(at_once, AT_ONCE),
+        max_sequences=min(wanted, at_once(config)),
         device=ready.device,
         seed=config.train.seed,
         shares_device=shares_device,
@@ -297,6 +297,12 @@ def sampler_setup(
         end_tokens=ready.end_tokens,
         in_flight_updates=config.sampler.in_flight_updates,
     )
+
+
+def at_once(config: Config) -> int:
+    """Completions that the run's sampler works on at once, as its back end says (``Sampler``); more wait in it."""
+    says = getattr(plugins.find("sampler", config.sampler.name), "completions_at_once", None)
+    return int(says(config.sampler.options)) if says is not None else AT_ONCE
 
 
 def load_sampler(config: Config, setup: SamplerSetup, adapter_folder: Path | None = None) -> Sampler:
@@ -345,7 +351,7 @@ def ask_test_questions(ready: Prepared, sampler: Sampler, scorer: Scorer, answer
         )  # fmt: skip
     return evaluate(
         sampler, ready.test, scorer.correct, greedy, sampled, config.eval.k if sampled else (),
-        timeout_s=answer_s, completions_at_once=AT_ONCE,
+        timeout_s=answer_s, completions_at_once=at_once(config),
     )  # fmt: skip
 
 

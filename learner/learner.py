@@ -96,6 +96,10 @@ class TorchLearner:
         self._plain = Drawn(chunk=config.learner.head_tokens)
         self._drawn = Drawn(sampler.temperature, sampler.top_p, sampler.top_k, config.learner.head_tokens)
         self._model: Any = self._loaded(adapter=self._lora)
+        if not models.sends_adapter(config.model) or config.run.export_merged:
+            models.check_names(self._model)
+        for sentence in [] if blank or ranks.rank else models.left_out(self._model, config.model):
+            log.warning("%s", sentence)
         self._reference: Any = None
         if config.learner.kl_coef > 0 and not self._lora:
             self._reference = self._loaded(adapter=False, trained=False)

@@ -25,9 +25,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -374,14 +375,31 @@ def dequantized(folder: Path, config: ModelConfig, device: str) -> Path:
 
 
 def sampler_base(folder: Path, config: ModelConfig, sampler: str, device: str) -> dict[str, Any]:
-    """``model_folder`` and ``quantize`` of the setup of this sampler on ``device``: vLLM on a GPU holds a quantized
-    base in 4 bits itself; any other loads the same numbers. Merged weights replace the base, which then is not
-    quantized."""
-    if config.quantize == "off" or not sends_adapter(config):
-        return {"model_folder": str(folder), "quantize": "off"}
-    if device == "cpu" or sampler != "vllm":
-        return {"model_folder": str(dequantized(folder, config, device)), "quantize": "off"}
-    return {"model_folder": str(folder), "quantize": config.quantize}
+    """``model_folder`` and ``quantize`` of the setup of this sampler on ``device``: one that does not hold a quantized
+    base in 4 bits itself loads the same numbers. Merged weights replace the base, which then is not quantized."""
+    quantize = sampler_quantize(folder, config, sampler, device)
+    if quantize == config.quantize or not sends_adapter(config):
+        return {"model_folder": str(folder), "quantize": quantize}
+    return {"model_folder": str(dequantized(folder, config, device)), "quantize": "off"}
+
+
+@functools.cache
+def sampler_quantize(folder: Path, config: ModelConfig, sampler: str, device: str) -> str:
+    """How this sampler holds the base: in 4 bits, as the learner does, only vLLM on a GPU under an adapter, and only a
+    model whose matrices are all linear layers, for vLLM would round experts too, which the learner leaves as they are
+    (``left_out``)."""
+    if config.quantize == "off" or not sends_adapter(config) or device == "cpu" or sampler != "vllm":
+        return "off"
+    return "off" if any(p.dim() > 2 for p in _on_shapes(folder, config).parameters()) else config.quantize
+
+
+def _on_shapes(folder: Path, config: ModelConfig) -> Any:
+    """The model without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
 
 
 def sends_adapter(config: ModelConfig) -> bool:
@@ -509,17 +527,16 @@ def adapter_config(config: ModelConfig, folder: Path) -> Any:
 def _targets(config: ModelConfig, folder: Path) -> list[str]:
     """The modules that get an adapter, by their last names, or by whole names where a pattern chose them; from the
     model's shape alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     asked, label = list(config.lora_targets), f"model.lora_targets={list(config.lora_targets)}"
-    shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+    model = _on_shapes(folder, config)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     names = {name: part for name, part in model.named_modules() if name}
     if asked == ["all-linear"]:
-        inner = [name for name, part in names.items() if isinstance(part, nn.Linear) and part is not head]
-        return sorted({name.split(".")[-1] for name in inner})
+        linear = (name for name, part in names.items() if isinstance(part, nn.Linear) and part is not head)
+        inner = {name.split(".")[-1] for name in linear}
+        if not (inner := inner - _taken_for_experts(model, inner)):
+            raise UserError(f"{label}: this model has no linear layer that can take an adapter; set model.lora_rank=0")
+        return sorted(inner)
     pattern = asked[0] if len(asked) == 1 and not re.fullmatch(r"[\w.-]+", asked[0]) else ""
     try:
         chosen = [
@@ -531,7 +548,7 @@ def _targets(config: ModelConfig, folder: Path) -> list[str]:
         raise UserError(f"{label} is not a regular expression ({error}); mend it, or list module names") from None
     for name in chosen:
         if names[name] is head or names[name] is embeddings:
-            tied = " (which are one weight here)" if getattr(shape, "tie_word_embeddings", False) else ""
+            tied = " (which are one weight here)" if getattr(model.config, "tie_word_embeddings", False) else ""
             raise UserError(
                 f"{label} takes in {name!r}, but adapters on the embeddings or the output head{tied} are not trained "
                 "here; leave it out ('all-linear' does)"
@@ -539,7 +556,56 @@ def _targets(config: ModelConfig, folder: Path) -> list[str]:
     if not chosen:
         known = sorted({name.split(".")[-1] for name, part in names.items() if isinstance(part, nn.Linear)})
         raise UserError(f"{label} is no module of this model; its linear layers are {', '.join(known)}")
+    if experts := _taken_for_experts(model, {name.split(".")[-1] for name in chosen} | ({*asked} - {pattern})):
+        raise UserError(
+            f"{label} names {', '.join(sorted(experts))}, but this model's experts are held as one tensor, which takes "
+            "no adapter here; leave them out ('all-linear' does)"
+        )
     return sorted(name for name in chosen if isinstance(names[name], nn.Linear)) if pattern else asked
+
+
+def _taken_for_experts(model: Any, names: Iterable[str]) -> set[str]:
+    """Of these module names, those that peft takes for the experts of such a model, which transformers holds as one
+    tensor: it would put an adapter of another kind on that tensor, and none on a dense layer of the same name."""
+    from peft import LoraConfig
+
+    if importlib.util.find_spec("peft.utils.transformers_weight_conversion") is None:  # a peft that does not do so
+        return set()
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found = set()
+    for name in names:
+        alone = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(alone, model=model, conversions=None)
+        except ValueError:  # it belongs to a part that must be named with others
+            found.add(name)
+        if alone.target_parameters:
+            found.add(name)
+    return found
+
+
+def left_out(model: Any, config: ModelConfig) -> list[str]:
+    """What ``lora_targets=["all-linear"]`` and ``quantize`` do not reach in this model's layers, a sentence each: both
+    are for linear layers, and the experts of most models are not (transformers holds those of a layer as one tensor).
+    """
+    causal = causal_of(model)
+    adapted = {name for name, part in causal.named_modules() if hasattr(part, "lora_A")}
+    inside = [(name, p) for name, p in _held(causal) if p.dim() > 1 and re.search(r"\.\d+\.", name)]
+    every = sum(weights_in(p) for _, p in inside)
+    said = []
+    for wish, missed, what in (
+        (config.lora_rank > 0 and list(config.lora_targets) == ["all-linear"],
+         [(name, p) for name, p in inside if name.rpartition(".")[0] not in adapted],
+         "model.lora_targets=['all-linear'] puts no adapter on"),
+        (config.quantize != "off", [(name, p) for name, p in inside if getattr(p, "quant_state", None) is None],
+         f"model.quantize={config.quantize!r} leaves as they are"),
+    ):  # fmt: skip
+        if wish and missed:
+            kinds = dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name, _ in missed)
+            share = sum(weights_in(p) for _, p in missed) / every
+            said.append(f"{what} {share:.1%} of the weights in the layers, no linear layers: {', '.join(kinds)}")
+    return said
 
 
 def adapter_dict(model: Any) -> dict[str, Any]:
@@ -569,29 +635,107 @@ def adapter_tensors(model: Any) -> Mapping[str, torch.Tensor]:
 
 
 def full_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight under its Hugging Face name, a tied output head once, buffers left out; what is sliced over ranks
-    is gathered in ``dtype``, one tensor at a time, so that all ranks must iterate; what is held in 4 bits comes dense.
+    """Every weight, and every buffer that belongs to the files, under the names and in the shapes that its files have
+    (``_as_in_files``), a tied output head once; what is sliced over ranks is gathered in ``dtype``, one tensor at a
+    time, so that all ranks must iterate; what is held in 4 bits comes dense.
     """
-    for name, parameter in model.named_parameters():
-        yield name, whole(dense(parameter), dtype)
+    return _as_in_files(model, ((name, whole(dense(tensor), dtype)) for name, tensor in _held(model)))
 
 
 def merged_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of the base with the adapter added, under its Hugging Face name, one tensor at a time; gathered as
-    ``full_tensors``'."""
+    """Those of the base with the adapter added, one at a time; named and gathered as ``full_tensors``'."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
     layers: dict[str, Any] = {name: part for name, part in base.named_modules() if isinstance(part, BaseTunerLayer)}
-    for name, parameter in base.named_parameters():
-        owner, _, leaf = name.rpartition(".base_layer.")
-        if owner in layers and leaf == "weight":
-            base_weight = whole(dense(parameter), dtype)
-            yield f"{owner}.weight", _merged(layers[owner], base_weight.float()).to(base_weight.dtype)
-        elif owner in layers:
-            yield f"{owner}.{leaf}", whole(parameter, dtype)
-        elif ".lora_" not in name:
-            yield name, whole(dense(parameter), dtype)
+
+    def merged() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in _held(base):
+            owner, _, leaf = name.rpartition(".")
+            value = whole(dense(tensor), dtype)
+            if owner in layers and leaf == "weight":
+                value = _merged(layers[owner], value.float()).to(value.dtype)
+            yield name, value
+
+    return _as_in_files(base, merged())
+
+
+def _held(causal: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's own parameters and persistent buffers, as they are; of layers under an adapter those of the base,
+    under the names that they have without it."""
+    for name, parameter in causal.named_parameters():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), parameter
+    for path, part in causal.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                yield f"{path}.{name}".lstrip(".").replace(".base_layer.", "."), buffer
+
+
+# -- the names of the files --------------------------------------------------------------------------------------------
+
+_together: WeakKeyDictionary[nn.Module, dict[str, frozenset[str]]] = WeakKeyDictionary()
+
+
+def _as_in_files(causal: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """These, which are all that ``_held`` names, under the names and in the shapes of the model's files.
+
+    transformers holds some weights otherwise than the files do: the experts of a layer as one tensor, modules under new
+    names. Every engine knows the files' names and few know those, so the weights take the way back that
+    ``save_pretrained`` takes, piece by piece: only what goes into one tensor of the files waits for its other parts.
+    """
+    groups = names_together(causal)
+    waiting: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        waiting[name] = tensor
+        if groups[name] <= waiting.keys():
+            pieces = {part: waiting.pop(part) for part in groups[name]}
+            yield from _turned_back(causal, pieces).items()
+    assert not waiting, sorted(waiting)
+
+
+def names_together(causal: Any) -> Mapping[str, frozenset[str]]:
+    """Of each weight, by its name in memory: those with which it shares a tensor of the files, itself included. Found
+    once a model, on shapes. Raises as ``check_names``."""
+    if causal in _together:
+        return _together[causal]
+    groups: dict[str, set[str]] = {}
+    owners: dict[str, str] = {}
+    for name, blank in _on_meta(causal).items():
+        groups[name] = {name}
+        for key in _turned_back(causal, {name: blank}):
+            mates = groups[owners.setdefault(key, name)] | groups[name]
+            groups.update(dict.fromkeys(mates, mates))
+    _together[causal] = {name: frozenset(mates) for name, mates in groups.items()}
+    return _together[causal]
+
+
+def check_names(model: Any) -> None:
+    """Raises ``UserError`` for a model whose weights transformers cannot turn back into those of its files."""
+    causal = causal_of(model)
+    _turned_back(causal, _on_meta(causal))
+
+
+def _on_meta(causal: Any) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in _held(causal):
+        about = getattr(tensor, "quant_state", None)
+        shape = tensor.shape if about is None else about.shape
+        found[name] = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    return found
+
+
+def _turned_back(causal: Any, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        return revert_weight_conversion(causal, tensors)  # type: ignore[no-any-return]
+    except Exception as error:  # of any kind: an operation without a way back, or one that lacks what it needs
+        raise UserError(
+            f"model.name: this {causal.config.model_type!r} model is held in memory otherwise than in its files, and "
+            f"transformers cannot turn it back for the sampler ({_first_line(error)}); use another model, or an "
+            "adapter (model.lora_rank)"
+        ) from error
 
 
 @torch.no_grad()
@@ -647,7 +791,8 @@ def _save(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
     try:
         if settings is not None:
             model.generation_config = GenerationConfig()
-        model.save_pretrained(folder, state_dict=state)
+        # The names are the files' already.
+        model.save_pretrained(folder, state_dict=state, save_original_format=False)
     finally:
         if settings is not None:
             model.generation_config = settings

@@ -89,6 +89,11 @@ class HfSampler:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"sampler.options.batch_size={size!r} must be a whole number of at least 1")
 
+    @staticmethod
+    def completions_at_once(options: Mapping[str, Any]) -> int:
+        """A batch."""
+        return int(options.get("batch_size", 64))
+
     def __init__(self, setup: SamplerSetup, **options: Any) -> None:
         self.check_options(options)
         if setup.tensor_parallel > 1:
@@ -298,27 +303,33 @@ class HfSampler:
 
     def _load_full(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         loaded: set[int] = set()
-        unknown = []
+        others: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
-            target = self._targets.get(name)
-            if target is None:
-                unknown.append(name)
-                continue
-            if target.shape != tensor.shape:
-                raise RunFailure(
-                    f"the hf sampler was sent {name!r} of shape {tuple(tensor.shape)} where the model has "
-                    f"{tuple(target.shape)}"
-                )
-            tensor = tensor.to(target)
-            # A tied output head arrives once or twice; twice it must be the same, for only one can be kept.
-            if id(target) in loaded and not torch.equal(target, tensor):
-                raise RunFailure(f"the hf sampler was sent {name!r} apart from the weight that the model ties it to")
-            target.copy_(tensor)
-            loaded.add(id(target))
+            if name in self._targets:
+                self._copy(name, tensor, loaded)
+            else:
+                others[name] = tensor
+        made, unknown = _in_memory(self.model, self._targets, others) if others else ({}, [])
+        for name, tensor in made.items():
+            self._copy(name, tensor, loaded)
         missing = [name for name, parameter in self._parameters.items() if id(parameter) not in loaded]
         _complain("weights", missing, unknown)
         if self._adapted is not None:
             self.use_adapter(False)  # whole weights: an older adapter is not part of them
+
+    def _copy(self, name: str, tensor: torch.Tensor, loaded: set[int]) -> None:
+        target = self._targets[name]
+        if target.shape != tensor.shape:
+            raise RunFailure(
+                f"the hf sampler was sent {name!r} of shape {tuple(tensor.shape)} where the model has "
+                f"{tuple(target.shape)}"
+            )
+        tensor = tensor.to(target)
+        # A tied output head arrives once or twice; twice it must be the same, for only one can be kept.
+        if id(target) in loaded and not torch.equal(target, tensor):
+            raise RunFailure(f"the hf sampler was sent {name!r} apart from the weight that the model ties it to")
+        target.copy_(tensor)
+        loaded.add(id(target))
 
     def _load_adapter(self, tensors: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any] | None) -> None:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -367,6 +378,32 @@ class HfSampler:
             raise RunFailure(
                 f"the hf sampler ran out of memory with sampler.options.batch_size={self._batch_size}; lower it"
             ) from error
+
+
+def _in_memory(
+    model: Any, targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors under names of the model's files that the model itself holds otherwise (the experts of a layer as one),
+    as it holds them, by transformers' own way of loading; and the names that it does not know.
+
+    Raises ``RunFailure`` for tensors that do not fit together.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    with torch.device("meta"):
+        shell = type(model)(model.config)
+    about = LoadStateDictConfig(
+        weight_mapping=get_model_conversion_mapping(model), device_map={"": str(next(iter(targets.values())).device)}
+    )
+    found, _ = convert_and_load_state_dict_in_model(shell, dict(tensors), about)
+    if found.conversion_errors or found.mismatched_keys:
+        wrong = ", ".join([*found.conversion_errors, *(str(key) for key in found.mismatched_keys)])
+        raise RunFailure(f"the hf sampler was sent weights that do not fit together or the model: {wrong[:300]}")
+    state = shell.state_dict()
+    made = {name: state[name] for name in targets if name in state and not state[name].is_meta}
+    return made, sorted(found.unexpected_keys)
 
 
 class _Writing:

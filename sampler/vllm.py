@@ -16,6 +16,8 @@ Everything that depends on vLLM's ways is in this file:
   (``shared_prompts.py``) where vLLM would compute it for each completion anew;
 - on the CPU vLLM would spend a twelfth of its time on log-probs of the whole vocabulary and on the rank of the token
   drawn; it is made to compute the one log-prob that is asked for;
+- on the CPU experts are packed when their kernel is made, so that each reload has to make it again
+  (``_pack_experts_again``), and an adapter on a mixture of experts, for which vLLM has no CPU kernel, is refused;
 - a base in 4 bits (``SamplerSetup.quantize``) under an adapter is made by vLLM's bitsandbytes plugin on a GPU; on the
   CPU the folder given holds the values that the 4 bits stand for.
 
@@ -143,6 +145,11 @@ class VllmSampler:
     def check_sampling(params: SamplingParams) -> None:
         """Raises ``UserError`` for a temperature that vLLM refuses, or would replace without a word."""
         check_temperature(params.temperature)
+
+    @staticmethod
+    def completions_at_once(options: Mapping[str, Any]) -> int:
+        """vLLM's ``max_num_seqs``; 256 unless it is set, vLLM's own number for CPUs and for cards below 70 GiB."""
+        return int(options.get("max_num_seqs") or 256)
 
     def __init__(self, setup: SamplerSetup, **options: Any) -> None:
         self.check_options(options)
@@ -396,6 +403,8 @@ class VllmSampler:
             self._llm.llm_engine.abort_request(list(open_))
 
     def _reload(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if self._on_cpu:
+            self._llm.collective_rpc(_pack_experts_again)
         if self._setup.tensor_parallel == 1:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
             return
@@ -461,7 +470,8 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
     """The arguments of ``vllm.LLM`` for this setup, before the user's options; ``model_config`` is the folder's
     config.json, ``untie`` gives a tied output head weights of its own.
 
-    Raises ``UserError`` for a base in 4 bits on a GPU without vLLM's bitsandbytes plugin.
+    Raises ``UserError`` for a base in 4 bits on a GPU without vLLM's bitsandbytes plugin, and for an adapter on a
+    mixture of experts on a CPU, where vLLM has no kernel for the experts beside one.
     """
     on_cpu = setup.device == "cpu"
     arguments: dict[str, Any] = {
@@ -469,7 +479,7 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
         "dtype": setup.dtype,
         "trust_remote_code": setup.trust_remote_code,
         "max_model_len": setup.max_model_tokens,
-        "max_num_seqs": min(setup.max_sequences, 256),
+        "max_num_seqs": setup.max_sequences,
         "seed": setup.seed,
         # On the CPU the logits of the distribution drawn from, of which _chosen_only takes the log-prob.
         "logprobs_mode": "processed_logits" if on_cpu else "processed_logprobs",
@@ -482,6 +492,11 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
         if untie:
             arguments["hf_overrides"] = {"tie_word_embeddings": False}
     else:
+        if on_cpu and _has_experts(model_config):
+            raise UserError(
+                f"model.lora_rank={setup.adapter.rank}: vLLM on a CPU serves no adapter on a mixture of experts; set "
+                "model.lora_variant='dora' (merged weights are sent), model.lora_rank=0, or sampler.name='hf'"
+            )
         rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= min(setup.adapter.rank, 512))
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         # Left to itself vLLM wraps the output head too, and on the CPU prompt log-probs then fail.
@@ -506,6 +521,13 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
     elif setup.shares_device:
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
     return arguments
+
+
+def _has_experts(model_config: Mapping[str, Any]) -> bool:
+    """By the names that models give to their number of experts (those that vLLM looks for)."""
+    config = model_config.get("text_config") or model_config
+    names = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+    return any((config.get(name) or 0) != 0 for name in names)
 
 
 def cache_bytes_per_token(model_config: Mapping[str, Any], dtype: str, tensor_parallel: int = 1) -> int:
@@ -622,6 +644,18 @@ def _embed_only(worker: Any) -> None:
             layer.quant_method = LookUp()
             # In place of the packed copy made at the start; right for whoever should ask for a product all the same.
             vars(layer)["cpu_linear"] = torch.nn.functional.linear
+
+
+def _pack_experts_again(worker: Any) -> None:
+    """On the CPU, before a reload: vLLM packs the experts of a layer when their kernel is made, at the start alone, and
+    a reload puts unpacked weights in their place, which the kernel then takes for packed ones. Without a kernel the
+    reload makes one, as the start did."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    for layer in worker.model_runner.get_model().modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
 
 
 def _settle_worker(worker: Any) -> None:

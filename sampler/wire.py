@@ -63,7 +63,7 @@ class Wire:
                 trust_env=False,
             ),
         )
-        self._slots = asyncio.Semaphore(max(1, min(setup.max_sequences, 256)))
+        self._slots = asyncio.Semaphore(max(1, setup.max_sequences))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="remote sampler", daemon=True)
         self._thread.start()

@@ -6,15 +6,18 @@ import gc
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from common.device import dtype_of
 from common.errors import UserError
 from common.types import AdapterSpec, SamplerSetup
+from common.weights import FolderWeights, SharedMemoryWeights, fingerprint
 from deploy import local
 from deploy.local import SharedDevice
 from learner import model as models
 from learner.learner import TorchLearner
 from learner.sync import WeightSync, probe_of
+from sampler.hf import HfSampler
 from sampler.scripted import ScriptedSampler
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
@@ -361,3 +364,107 @@ def test_vllm_computes_what_the_learner_computes(folder, cache, variant, quantiz
     finally:
         sampler.close()
         gc.collect()
+
+
+MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "jamba", "gpt_neox")
+"""Families that transformers holds under other names than their files, one of each kind."""
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_what_is_sent_and_exported_is_what_the_files_hold(tmp_path, family):
+    """Bit for bit and name by name: experts apart, buffers that belong to a model (a router's bias) among them. A
+    sampler that holds the model as the learner does takes it back."""
+    folder = make_tiny(tmp_path / "model", tied=False, family=family)
+    files = dict(FolderWeights(str(folder)).open())
+    learner = TorchLearner(config(), folder, "cpu")
+    offer = learner.publish_weights()
+    same(dict(offer.open()), files)
+    shared = SharedMemoryWeights.write(offer.open(), "full", bucket_bytes=5000, place=tmp_path)
+    same(dict(shared.open()), files)
+    assert shared.sent() == offer.sent()
+    learner.export(tmp_path / "final")
+    same(dict(FolderWeights(str(tmp_path / "final")).open()), files)
+    sampler = HfSampler(SamplerSetup(str(folder), "float32", 64, 8))
+    expected = sampler.logprobs([IDS])
+    with learner.perturbed(seed=1):
+        sampler.load_weights(offer, 1)
+        moved = torch.tensor(sampler.logprobs([IDS])[0])
+        assert torch.allclose(moved, own(learner), atol=1e-4)
+    assert (moved - torch.tensor(expected[0])).abs().mean() > 0.05
+    assert sampler.load_weights(FolderWeights(str(folder)), 2) == fingerprint(files.items())
+    assert sampler.logprobs([IDS]) == expected
+
+
+def same(found, files):
+    assert found.keys() == files.keys()
+    for name, tensor in files.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def test_experts_by_hand(tmp_path):
+    """Mixtral's files as they were published: w1 gates, w3 goes up, w2 comes down, an expert each."""
+    folder = make_tiny(tmp_path, tied=False, family="mixtral")
+    learner = TorchLearner(config(), folder, "cpu")
+    sent, experts = dict(learner.publish_weights().open()), learner._model.model.layers[1].mlp.experts
+    for number in range(4):
+        gate, up = experts.gate_up_proj[number].chunk(2)
+        for name, weight in (("w1", gate), ("w3", up), ("w2", experts.down_proj[number])):
+            assert torch.equal(sent[f"model.layers.1.block_sparse_moe.experts.{number}.{name}.weight"], weight)
+
+
+def halves(operation):
+    """As if the files held both halves of an MLP in one tensor."""
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    return [WeightConverter("mlp.gate_up_proj.weight", parts, operations=[operation])]
+
+
+def test_weights_that_share_a_tensor_of_the_files_wait_for_each_other(folder):
+    model = models.load(folder, config().model, "cpu")
+    held = dict(model.named_parameters())
+    model._weight_conversions = halves(Chunk(dim=0))
+    sent = list(models.full_tensors(model, torch.float32))
+    assert len(sent) == len(held) - 2  # one less in each of two layers
+    for layer in range(2):
+        mlp = f"model.layers.{layer}.mlp"
+        both = torch.cat([held[f"{mlp}.gate_proj.weight"], held[f"{mlp}.up_proj.weight"]])
+        assert torch.equal(dict(sent)[f"{mlp}.gate_up_proj.weight"], both)
+
+
+def test_a_model_that_cannot_be_turned_back_is_refused(folder):
+    class OneWay(Chunk):
+        @property
+        def reverse_op(self):
+            raise NotImplementedError("no way back")
+
+    model = models.load(folder, config().model, "cpu", blank=True)
+    models.check_names(model)
+    model._weight_conversions = halves(OneWay(dim=0))
+    with pytest.raises(UserError, match=r"'llama' model.*\(no way back\)"):
+        models.check_names(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_all_linear_and_nf4_say_what_they_leave_out(tmp_path, cache, family, caplog):
+    folder = make_tiny(tmp_path, family=family)
+    made = spec(cache, quantize="nf4")
+    learner = TorchLearner(made, folder, "cpu")
+    lora, nf4 = (record.message for record in caplog.records if "of the weights in the layers" in record.message)
+    assert lora.startswith("model.lora_targets=['all-linear']")
+    assert nf4.startswith("model.quantize='nf4'")
+    for said in (lora, nf4):
+        assert "mlp.experts.gate_up_proj, mlp.experts.down_proj" in said
+        assert "self_attn" not in said
+    adapted = {n.split(".lora_")[0].split(".")[-1] for n, p in learner._model.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"} | ({"shared_expert_gate"} if "2" in family else set())
+    # vLLM would round the experts too, so it is given the learner's numbers, whatever the device.
+    assert models.sampler_quantize(folder, made.model, "vllm", "gpu") == "off"
+    with pytest.raises(UserError, match=r"names .*, but this model's experts are held as one tensor"):
+        models.adapter_config(spec(more={"lora_targets": ["q_proj", "gate_proj"]}).model, folder)
+
+
+def test_a_dense_model_leaves_nothing_out(folder, cache, caplog):
+    made = spec(cache, quantize="nf4")
+    TorchLearner(made, folder, "cpu")
+    assert not [record for record in caplog.records if "of the weights in the layers" in record.message]
+    assert models.sampler_quantize(folder, made.model, "vllm", "gpu") == "nf4"

@@ -53,6 +53,7 @@ CASES = {  # name: (tied, sections)
         EPS | {"model": LORA, "learner": {"inner_updates": 2, "kl_coef": 0.1, "gradient_checkpointing": True}},
     ),
     "bfloat16": (True, {"model": {"name": "unused", "dtype": "bfloat16"}, "learner": {"microbatch_tokens": 64}}),
+    "experts": ("experts", EPS),  # one tensor a layer in memory, sliced over the ranks; many in the files
 }
 ASKED = [(5, 6, 7, 8, 9, 10, 11), (300, 2), (17,), (1, 1, 2, 3, 5, 8, 13, 21, 34)]
 WRONG = dataclasses.replace(
@@ -60,8 +61,8 @@ WRONG = dataclasses.replace(
 )
 
 
-def models_of(folder: Path) -> dict[bool, Path]:
-    return {tied: folder / ("tied" if tied else "untied") for tied in (True, False)}
+def models_of(folder: Path) -> dict[bool | str, Path]:
+    return {True: folder / "tied", False: folder / "untied", "experts": folder / "experts"}
 
 
 def made(folder: Path, name: str, ranks: Ranks | None = None) -> TorchLearner:
@@ -197,7 +198,7 @@ def folder(tmp_path_factory) -> Path:
     """Everything seen: ``one/CASE``, ``two-RANK/CASE``, ``three-RANK/CASE``, and the files saved."""
     folder = tmp_path_factory.mktemp("ranks")
     for tied, path in models_of(folder).items():
-        make_tiny(path, tied=tied)
+        make_tiny(path, tied=tied is True, family="qwen3_moe" if tied == "experts" else "llama")
     for name in CASES:
         learner = made(folder, name)
         seen(learner, folder / "one" / name)

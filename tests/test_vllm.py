@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import RunFailure, UserError
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
+from common.weights import FolderWeights
 from learner import model as models
 from learner.learner import TorchLearner
 from learner.sync import SyncError, WeightSync, probe_of
@@ -491,3 +492,57 @@ def test_weights_beside_those_that_the_index_names_are_not_served(tmp_path, clos
     beside = VllmSampler(setup)
     closing(beside)
     assert beside.logprobs([[5, 6, 7, 8]]) == right
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_reach_the_engine_under_the_names_of_the_files(tmp_path, closing, family):
+    """A layer's experts are one tensor in the learner, many in the files, and packed in the engine: after every sync
+    all of them are the learner's."""
+    folder = make_tiny(tmp_path, tied=False, family=family)
+    learner, sampler, sync = make(folder)
+    closing(sampler)
+    files = {name for name, _ in FolderWeights(str(folder)).open()}
+    assert {name for name, _ in learner.publish_weights().open()} == files
+    assert any(".experts.3." in name for name in files)
+    assert sync.challenge()["probe_diff"] < 0.001
+    before = learner.logprobs([GROUPS[0].prompt.token_ids])
+    for _ in range(2):
+        assert sync()["probe_diff"] < 0.001
+        learner.update(GROUPS)
+    assert learner.logprobs([GROUPS[0].prompt.token_ids]) != before
+    assert sync()["probe_diff"] < 0.001
+
+
+def test_experts_that_are_not_packed_again_are_caught(tmp_path, closing):
+    """What vLLM's reload does by itself on a CPU."""
+    from sampler.vllm import VllmSampler
+
+    class Unpacked(VllmSampler):
+        def _reload(self, tensors):
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+
+    _, sampler, sync = make(make_tiny(tmp_path, tied=False, family="qwen3_moe"), Unpacked)
+    closing(sampler)
+    with pytest.raises(SyncError, match="other weights"):
+        sync.challenge()
+
+
+def test_an_adapter_on_experts_is_refused_on_a_cpu_before_anything_loads(tmp_path):
+    folder = make_tiny(tmp_path, family="qwen3_moe")
+    setup = SamplerSetup(str(folder), "float32", 64, 16, adapter=AdapterSpec(4, {"target_modules": ["q_proj"]}))
+    described = json.loads((folder / "config.json").read_text())
+    with pytest.raises(UserError, match=r"no adapter on a mixture of experts.*model\.lora_variant='dora'"):
+        engine_arguments(setup, described, untie=False)
+    assert engine_arguments(replace(setup, device="gpu"), described, untie=False)["enable_lora"]
+    assert engine_arguments(setup, {**described, "num_experts": 0}, untie=False)["enable_lora"]
+
+
+def test_the_engine_says_how_many_completions_it_takes_at_once(folder):
+    from deploy.local import at_once
+    from sampler.vllm import VllmSampler
+
+    assert VllmSampler.completions_at_once({}) == 256
+    assert at_once(config(sampler={"name": "vllm", "options": {"max_num_seqs": 1024}})) == 1024
+    assert at_once(config(sampler={"name": "hf"})) == 64
+    assert at_once(config(sampler={"name": "hf", "options": {"batch_size": 7}})) == 7
+    assert engine_arguments(SamplerSetup(str(folder), "float32", 64, 900), {}, False)["max_num_seqs"] == 900
