@@ -114,7 +114,7 @@ def cures(ready: local.Prepared, plan: Plan | None) -> str:
     if plan is None:
         return LESS
     planner = Planner(ready.config, ready.folder, ready.longest_prompt, place_of(ready.config))
-    planner.place = dataclasses.replace(planner.place, bytes=int(0.8 * plan.peak))
+    planner.place = dataclasses.replace(planner.place, bytes=int(0.8 * plan.peak), whole=None)
     with contextlib.closing(memory.apart):
         return _cheapest(planner, plan)
 

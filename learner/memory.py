@@ -332,6 +332,8 @@ class LearnerMemory:
     parameters_total: int
     pack_tokens: int
     packed: bool
+    keys: int
+    """Tokens of that pack's keys where each run of it has copies of its whole sequence (``flex.by_varlen``)."""
     probe: int
     """The proof's log-probs, beyond what is resident."""
     trained_bytes: int
@@ -406,9 +408,12 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None
     probe = ledger.peaks.pop("probe").bytes - resident if config.sync.proof else 0
     grown = ledger.grown if heap is not None and heap.grown is not None else {}
     rows = (Row(0, group.prompt.token_ids, one.token_ids) for group in pack for one in group.completions)
+    rows = list(rows)
     tokens = packing.tokens(packing.stretches(rows), learner.packed)
+    layouts = [one.layout for one in packing.plan(rows, config.learner.microbatch_tokens, learner.packed)]
+    keys = max((len(layout.key_S) for layout in layouts if layout is not None), default=0)
     return LearnerMemory(
-        ledger.peaks, grown, learner.parameters_trained, learner.parameters_total, tokens, learner.packed,
+        ledger.peaks, grown, learner.parameters_trained, learner.parameters_total, tokens, learner.packed, keys,
         probe, sum(trained), max(trained),
     )  # fmt: skip
 
@@ -463,6 +468,7 @@ def measure_quickly(config: Config, folder: Path, prompt_tokens: int, *, on_cpu:
         on(low.parameters_total, high.parameters_total),
         high.pack_tokens,
         high.packed,
+        high.keys,
         on(low.probe, high.probe),
         on(low.trained_bytes, high.trained_bytes),
         high.largest_trained,
@@ -481,9 +487,12 @@ class Shape:
     """What is counted of a model, in bytes of its number format unless said otherwise."""
 
     bytes: int
-    """As a sampler on this device holds it, a tied head once."""
+    """As the learner holds it, a tied head once."""
+    dense_bytes: int
+    """The same where nothing is in 4 bits."""
     head_bytes: int
     layer_bytes: int
+    layers: int
     tied: bool
     vocabulary: int
     linear: tuple[tuple[int, int], ...]
@@ -502,8 +511,10 @@ def shape_of(config: Config, folder: Path) -> Shape:
     layers = int(dense.config.num_hidden_layers)
     return Shape(
         sum(t.untyped_storage().nbytes() for t in {id(t): t for t in models.stored(model)}.values()),
+        sum(p.nbytes for p in dense.parameters()),
         head.weight.nbytes,
         (sum(p.nbytes for p in dense.parameters()) - head.weight.nbytes) // layers,
+        layers,
         head.weight is embeddings.weight,
         int(head.weight.shape[0]),
         tuple((part.in_features, part.out_features) for part in linear),

