@@ -249,9 +249,9 @@ class SyncConfig(Section):
     probe_tokens: Annotated[_Int, Field(ge=8, le=LARGEST)] = 256
     """Length of the fixed probe, in tokens of the task's own prompts; after the first sync its first 32 are
     asked, and all of it where those disagree."""
-    tolerance: Positive = 0.12
-    """Largest allowed mean |sampler - learner| log-prob on the probe, tokens weighted by their probability, in nats;
-    bfloat16 differs by 0.01 to 0.05."""
+    tolerance: NotNegative = 0.0
+    """Largest allowed mean |sampler - learner| log-prob on the probe, tokens weighted by their probability, in nats.
+    0 goes by the number format: float32 0.005 (it differs by 0.00005), float16 0.03, bfloat16 0.12 (0.01 to 0.05)."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
     """How full weights travel between processes: through shared memory where both sides are on one host, by a
     broadcast (gloo or NCCL) else; auto takes the one that fits. An adapter travels with the call, in megabytes."""

@@ -37,7 +37,8 @@ class WeightHandle(Protocol):
         ...
 
     def sent(self) -> tuple[str, int]:
-        """The fingerprint (``common.weights.fingerprint``) and the bytes of what is offered, from the offering side."""
+        """The fingerprint (``common.weights.fingerprint``, ``adapter_config`` included) and the bytes of what is
+        offered, from the offering side."""
         ...
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -57,8 +58,12 @@ class Sampler(Protocol):
     It may say how many completions it works on at once with these options, ``completions_at_once(options) -> int``:
     what a request holds beyond waits. ``SamplerSetup.max_sequences`` is then no more than that.
 
-    Three more members are a back end's own choice, for many machines:
+    Four more members are a back end's own choice; the first is for the proof of a sync, the others for many machines:
 
+    - ``check_weights(fingerprint: str) -> list[str]``: one sentence for each tensor of the last hand-over, whose
+      fingerprint is given, that is not stored as it arrived, and for each that changed without being sent. It compares
+      what the engine computes with now, and not what passed by on its way in: the probe cannot see a small part that
+      stayed old.
     - ``seeds_prompts: bool``: a seed fixes each prompt's completions by the prompt's place in the request alone
       (``SamplingParams.seed_offset``), so that they do not depend on how the request is split over replicas.
     - ``pump() -> bool``: does a little of the work asked for and says whether any is left. A back end with it returns
@@ -87,7 +92,8 @@ class Sampler(Protocol):
     def load_weights(self, handle: WeightHandle, version: int) -> str:
         """Serve these weights from the next call on, and forget every cache that the old ones filled.
 
-        Returns ``common.weights.fingerprint`` of the tensors as they **arrived** here.
+        Returns ``common.weights.fingerprint`` of the tensors, and of the handle's ``adapter_config``, as they
+        **arrived** here.
         """
         ...
 

@@ -11,13 +11,15 @@ import errno
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -29,9 +31,10 @@ from common.protocols import Transport
 Kind = Literal["full", "adapter"]
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
-# 8-byte words summed together. The position of a block counts, so data moved by more than 4 KiB is seen; it counts by
-# an odd number, because an even one times a sum would lose the sum's highest bits.
+# 8-byte words, each weighted by a number of its own; blocks of them by odd numbers, because an even one times a sum
+# would lose the sum's highest bits.
 _BLOCK = 512
+_AT_ONCE = 1 << 23  # words multiplied together where the device has no product of integer matrices (64 MiB)
 # The names of torch's number formats in a safetensors file.
 _FORMATS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -40,17 +43,26 @@ _FORMATS = {
 }  # fmt: skip
 
 
-class Fingerprint:
-    """Gathers the names, shapes, dtypes and bytes of tensors as they pass by; the order does not matter.
+class Sum(NamedTuple):
+    """What a fingerprint holds of one tensor."""
 
-    One pass over each tensor on its own device: the bit patterns summed as integers block by block, then the blocks
-    summed weighted by their position. Enough against lost, stale, truncated, swapped or moved data; not a
-    cryptographic hash.
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    bits: int
+
+
+class Fingerprint:
+    """Gathers the names, shapes, dtypes and bytes of tensors as they pass by; the order does not matter. An adapter's
+    configuration is part of it: the same tensors under another ``lora_alpha`` are other weights.
+
+    One pass over each tensor on its own device (``bit_sum``). Enough against lost, stale, truncated, swapped or moved
+    data; not a cryptographic hash.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, str] = {}
+    def __init__(self, adapter_config: Mapping[str, Any] | None = None) -> None:
+        self.sums: dict[str, Sum] = {}
         self.bytes = 0
+        self.adapter_config = None if adapter_config is None else dict(adapter_config)
 
     def watch(self, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
         """Passes the tensors through, taking note of each."""
@@ -59,25 +71,33 @@ class Fingerprint:
             yield name, tensor
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        self._sums[name] = f"{tensor.dtype} {tuple(tensor.shape)} {_bit_sum(tensor)}"
+        self.sums[name] = Sum(tensor.dtype, tuple(tensor.shape), bit_sum(tensor))
         self.bytes += tensor.numel() * tensor.element_size()
 
     def digest(self) -> str:
-        """A short text, equal for equal tensors."""
-        return hashlib.sha256("\n".join(f"{n} {s}" for n, s in sorted(self._sums.items())).encode()).hexdigest()[:32]
+        """A short text, equal for equal tensors and an equal configuration."""
+        lines = [f"{name} {one.dtype} {one.shape} {one.bits}" for name, one in sorted(self.sums.items())]
+        if self.adapter_config is not None:
+            lines.append(json.dumps(self.adapter_config, sort_keys=True, default=_plain))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
-def fingerprint(tensors: Tensors) -> str:
-    """The digest of these tensors; see ``Fingerprint``."""
-    return digest_and_bytes(tensors)[0]
+def fingerprint(tensors: Tensors, adapter_config: Mapping[str, Any] | None = None) -> str:
+    """The digest of these tensors, and of an adapter's configuration; see ``Fingerprint``."""
+    return digest_and_bytes(tensors, adapter_config)[0]
 
 
-def digest_and_bytes(tensors: Tensors) -> tuple[str, int]:
+def digest_and_bytes(tensors: Tensors, adapter_config: Mapping[str, Any] | None = None) -> tuple[str, int]:
     """What ``WeightHandle.sent`` says of these tensors: one pass over them."""
-    seen = Fingerprint()
+    seen = Fingerprint(adapter_config)
     for name, tensor in tensors:
         seen.add(name, tensor)
     return seen.digest(), seen.bytes
+
+
+def _plain(value: Any) -> Any:
+    """A value of peft's configuration that JSON lacks, as ``adapter_config.json`` has it."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,19 +105,39 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _bit_sum(tensor: torch.Tensor) -> int:
-    """Sum of the tensor's bit patterns weighted by their block's position, modulo 2**64 (int64 arithmetic wraps)."""
+def bit_sum(tensor: torch.Tensor) -> int:
+    """Sum of the tensor's 8-byte words, each weighted by its position, modulo 2**64 (int64 arithmetic wraps).
+
+    The weights of a block differ in their last 16 bits: two numbers of 16 bits that change in opposite directions, as
+    a small step of training changes a norm's, cancel in no block.
+    """
     raw = raw_bytes(tensor)
     if raw.storage_offset() % 8:  # a slice may begin between two words
         raw = raw.clone()
     words = raw[: raw.numel() // 8 * 8].view(torch.int64)  # narrower ones would be widened, at thrice the time
-    blocks = words[: words.numel() // _BLOCK * _BLOCK].view(-1, _BLOCK).sum(dim=1)
-    total = (blocks * (2 * torch.arange(len(blocks), device=blocks.device) + 1)).sum()
+    weights = _weights(raw.device)
+    blocks = words[: words.numel() // _BLOCK * _BLOCK].view(-1, _BLOCK)
+    if raw.device.type == "cpu":
+        sums = torch.mv(blocks, weights)
+    else:
+        starts = range(0, len(blocks), _AT_ONCE // _BLOCK)
+        parts = [blocks[start : start + _AT_ONCE // _BLOCK] for start in starts]
+        sums = torch.cat([(part * weights).sum(dim=1) for part in parts] or [weights[:0]])
+    total = (sums * (2 * torch.arange(len(sums), device=sums.device) + 1)).sum()
     if rest := words[len(blocks) * _BLOCK :].numel():
-        total = total + words[-rest:].sum() * 7919
+        total = total + (words[-rest:] * weights[:rest]).sum() * (2 * len(blocks) + 1)
     if rest := raw.numel() % 8:
-        total = total + raw[-rest:].sum(dtype=torch.int64) * 104729
+        total = total + (raw[-rest:].to(torch.int64) * weights[:rest]).sum() * 104729
     return int(total)
+
+
+@lru_cache
+def _weights(device: torch.device) -> torch.Tensor:
+    """Odd numbers of 64 bits, int64 [_BLOCK], no two with the same last 16 bits: the same on every machine."""
+    drawn = random.Random(2402)
+    lows = drawn.sample(range(1, 1 << 16, 2), _BLOCK)
+    weights = [(drawn.getrandbits(48) << 16 | low) - (1 << 63) for low in lows]
+    return torch.tensor(weights, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)
@@ -113,7 +153,7 @@ class InProcessWeights:
         return "same process"
 
     def sent(self) -> tuple[str, int]:
-        return digest_and_bytes(self.tensors())
+        return digest_and_bytes(self.tensors(), self.adapter_config)
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self.tensors()
@@ -171,7 +211,7 @@ class FolderWeights:
             raise UserError(f"{str(file)!r} cannot be read ({error}); get the adapter again") from None
 
     def sent(self) -> tuple[str, int]:
-        return digest_and_bytes(self.open())
+        return digest_and_bytes(self.open(), self.adapter_config)
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
         for file in weight_files(Path(self.folder)):
@@ -197,7 +237,7 @@ class InlineWeights:
 
     @classmethod
     def of(cls, tensors: Tensors, kind: Kind, adapter_config: Mapping[str, Any] | None = None) -> InlineWeights:
-        seen = Fingerprint()
+        seen = Fingerprint(adapter_config)
         data = b"".join(_file_parts(list(seen.watch(tensors))))
         return cls(kind, data, seen.digest(), seen.bytes, adapter_config)
 
@@ -241,7 +281,7 @@ class SharedMemoryWeights:
         ``place`` is shared memory, or another folder instead. Raises ``RunFailure`` when it is full; nothing is left
         behind then, nor when the source raises.
         """
-        seen = Fingerprint()
+        seen = Fingerprint(adapter_config)
         folder = shared_memory_folder("nanogrpo-weights", place)
         files = 0
         try:

@@ -164,6 +164,10 @@ class SamplerService:
             offer = CollectiveWeights(self._broadcast, offer.kind, offer.adapter_config)
         return self._sampler.load_weights(offer, version)
 
+    def check_weights(self, fingerprint: str) -> list[str]:
+        check = getattr(self._sampler, "check_weights", None)
+        return list(check(fingerprint)) if check is not None else []
+
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return self._sampler.logprobs(sequences)
 

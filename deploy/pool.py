@@ -31,7 +31,7 @@ from common.types import Group, Prompt, SamplerSetup, SamplingParams
 from common.waits import late
 from deploy.actors import Lost, Member, Pulses, Restarts, Unit, answer, gather
 from deploy.group import Busy, Offer
-from learner.sync import SyncError, weighted_difference
+from learner.sync import SyncError, tolerance_of, weighted_difference
 
 log = logging.getLogger("nanogrpo.cluster")
 _TURN_S = 0.2  # a replica reports at least so often: new weights wait no longer for it
@@ -177,6 +177,17 @@ class SamplerPool:
                 self._probe = (sequences, next(iter(answers.values())))
                 return {member.name: values for member, values in answers.items()}
             self._wait_for_weights()
+
+    def check_weights(self, fingerprint: str) -> list[str]:
+        """Every replica's faults, with its place."""
+        with self._lock:
+            self._check()
+            asked = {replica.member: replica for replica in self._replicas if replica.holds}
+        calls = {member: member.actor.check_weights.remote(fingerprint) for member in asked}
+        answers, lost = self._gather(calls, "comparing its weights with those sent")
+        for member, loss in lost.items():
+            self._lose(asked[member], str(loss))
+        return [f"{member.place}: {fault}" for member, faults in answers.items() for fault in faults]
 
     def load_weights(self, handle: WeightHandle, version: int) -> str:
         """Delivers the learner group's offer to every replica."""
@@ -411,7 +422,7 @@ class SamplerPool:
         self._supply(new, *offer)
 
     def _supply(self, replica: _Replica, offer: Offer, version: int) -> None:
-        """The weights served now, for one that has none; proven by their fingerprint and by the probe."""
+        """The weights served now, for one that has none; proven as in a sync."""
         try:
             with self._weights:
                 if self._offer is None or self._offer[0] is not offer or replica.holds:
@@ -423,11 +434,16 @@ class SamplerPool:
                 if arrived[replica.member] != offer.sent()[0]:
                     self._lose(replica, f"{replica.member.place} received other weights than were sent")
                     return
+                if self._config.sync.proof:
+                    asked = replica.member.actor.check_weights.remote(arrived[replica.member])
+                    if faults := ray.get(asked, timeout=self._config.timeouts.sync_s):
+                        self._lose(replica, f"{replica.member.place} holds other weights than were sent: {faults[0]}")
+                        return
                 if self._probe is not None:
                     sequences, expected = self._probe
                     got = ray.get(replica.member.actor.logprobs.remote(sequences), timeout=self._config.timeouts.sync_s)
                     wrong = weighted_difference(list(chain(*expected)), list(chain(*got)))
-                    if not wrong <= self._config.sync.tolerance:
+                    if not wrong <= tolerance_of(self._config.sync, self._setup.dtype):
                         self._lose(replica, f"{replica.member.place} computes with other weights than were sent")
                         return
                 with self._lock:

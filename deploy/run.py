@@ -128,7 +128,7 @@ def _train(
         tracking.rewind(folder, learner.version)
 
     probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
-    sync = WeightSync(learner, sampler, placement, probe, config.sync, parts.sync_s)
+    sync = WeightSync(learner, sampler, placement, probe, config.sync, parts.sync_s, config.model.dtype)
     with contextlib.ExitStack() as stack:
         trackers: list[Any] = [tracking.JsonlTracker(folder)]
         if config.run.tensorboard:

@@ -1,8 +1,11 @@
 """Handing the learner's weights to the sampler, with proof that the sampler holds them.
 
-Three things are checked after every sync, because other trainers have lost months to each of them:
+Four things are checked after every sync, because other trainers have lost months to each of them:
 
 - the bytes: the fingerprint of what was sent equals that of what arrived;
+- what is stored: the sampler compares every tensor that it computes with, bit for bit, with the one that arrived
+  (``Sampler.check_weights``, where a back end has it). A layer, a head or half an adapter that stayed old, or was
+  scaled, is seen at that sync, however little it changes;
 - what the engine computes: on a fixed probe the sampler's log-probs agree with the learner's within a tolerance. An
   engine may take the bytes and go on using old ones (packed copies, a tied output head, a cached adapter). Each token
   counts by its probability, because rounding moves the log-probs of tokens that nobody draws by up to a nat;
@@ -12,7 +15,7 @@ Three things are checked after every sync, because other trainers have lost mont
 Before the first step a challenge makes the second check sharp: weights with noise on every tensor are sent, and the
 sampler must follow them. The challenge and the first sync are proved on the whole probe; the syncs of every step on its
 first ``EACH_TIME`` tokens, because the probe, and not the bytes, is what a sync's time goes to; the whole probe decides
-where those disagree. The fingerprint always covers every byte.
+where those disagree. The fingerprint and what is stored always cover every byte.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from common.waits import bounded
 # sides, so that fewer tokens would hardly be cheaper; more would cost in proportion.
 EACH_TIME = 32
 _SETTING = "timeouts.sync_s"
+TOLERANCE = {"float32": 0.005, "float16": 0.03, "bfloat16": 0.12}  # nats; where sync.tolerance is 0
 MOVED = 0.002  # nats: a mean change of the learner's log-probs that no engine's arithmetic can swallow whole
 
 
@@ -65,8 +69,13 @@ def beginning_of(probe: Sequence[Sequence[int]], tokens: int) -> list[tuple[int,
     return parts
 
 
+def tolerance_of(config: SyncConfig, dtype: str) -> float:
+    """The largest difference that passes for rounding in this number format, nats a token."""
+    return config.tolerance or TOLERANCE[dtype]
+
+
 class WeightSync:
-    """Calls in order: ``challenge`` once, then the object itself after every update."""
+    """Calls in order: ``challenge`` once, then the object itself after every update. ``dtype`` is the model's."""
 
     def __init__(
         self,
@@ -76,7 +85,9 @@ class WeightSync:
         probe: Sequence[Sequence[int]],
         config: SyncConfig,
         timeout_s: float,
+        dtype: str = "float32",
     ) -> None:
+        self._tolerance = tolerance_of(config, dtype)
         self._learner, self._sampler, self._placement = learner, sampler, placement
         self._probe, self._config, self._timeout_s = list(probe), config, timeout_s
         self._short = beginning_of(probe, EACH_TIME)
@@ -127,19 +138,26 @@ class WeightSync:
                 f"the sampler did not receive the weights that the learner sent ({what}): fingerprint {arrived} "
                 f"arrived, {sent} was sent"
             )
+        check = getattr(self._sampler, "check_weights", None)
+        if faults := check(sent) if check is not None else []:
+            more = f", and {len(faults) - 3} more like these" if len(faults) > 3 else ""
+            raise SyncError(
+                f"the sampler does not hold what it was sent ({what}): {'; '.join(faults[:3])}{more}. It would compute "
+                "with other weights than the learner"
+            )
         difference, furthest = 0.0, ""
         if self._short != self._probe:
             difference, furthest = self._differ(self._short, what)
         # A few tokens can differ by chance as much as wrong weights make them; the whole probe decides then.
         # The first sync asks both, so that the next has an old answer to either to compare with.
-        beyond = math.isfinite(difference) and difference > self._config.tolerance
+        beyond = math.isfinite(difference) and difference > self._tolerance
         if self._first or self._short == self._probe or beyond:
             difference, furthest = self._differ(self._probe, what)
-        if not difference <= self._config.tolerance:  # also catches nan
+        if not difference <= self._tolerance:  # also catches nan
             raise SyncError(
                 f"the {furthest} computes with other weights than the learner ({what}): their log-probs on the probe "
                 f"differ by {difference:.3f} nats a token (counted by its probability), more than sync.tolerance="
-                f"{self._config.tolerance:g}. The sampler may hold old weights, an old output head or no adapter"
+                f"{self._tolerance:g}. The sampler may hold old weights, an old output head or no adapter"
             )
         return {"probe_diff": difference}
 

@@ -257,6 +257,13 @@ def _check_lent_tensors(env: Env) -> None:
 
 
 @_check
+def _check_check_weights(env: Env) -> None:
+    """Where there is ``check_weights``: right weights are found right, one load after another."""
+    for tensors in (env.base, perturbed(env.base, seed=4)):
+        _expect_no_faults(env, env.load(tensors), "of full weights")
+
+
+@_check
 def _check_versions(env: Env) -> None:
     """Every completion carries the version of the weights that wrote it, as given to ``load_weights``."""
     prompts = [env.prompt(SHORT), env.prompt(MIDDLE)]
@@ -656,8 +663,9 @@ def _check_adapter(env: Env) -> None:
     try:
         for seed in (1, 2):
             adapter = lora.tensors(seed)
-            sent, got = fingerprint(iter(adapter.items())), env.load(adapter, "adapter", lora.config)
+            sent, got = fingerprint(iter(adapter.items()), lora.config), env.load(adapter, "adapter", lora.config)
             _expect(got == sent, f"expected the fingerprint of the adapter sent, {sent}, got {got}")
+            _expect_no_faults(env, got, f"of adapter {seed}")
             merged = lora.merged(env.base, adapter)
             _expect_logprobs(env, merged, f"under adapter {seed}")
             groups = env.sampler.generate(prompts, params).result(timeout=WAIT_S)
@@ -668,6 +676,12 @@ def _check_adapter(env: Env) -> None:
 
 
 # -- expectations ----------------------------------------------------------------------------------------------------
+
+
+def _expect_no_faults(env: Env, digest: str, what: str) -> None:
+    check = getattr(env.sampler, "check_weights", None)
+    faults = check(digest) if check is not None else []
+    _expect(faults == [], f"expected check_weights to find nothing wrong {what}, got {faults}")
 
 
 def _expect_version(groups: Sequence[Group], version: int) -> None:

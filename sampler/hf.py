@@ -8,6 +8,8 @@ paged or shared caches, continuous batching, quantization; use sampler/vllm.py w
 from __future__ import annotations
 
 import inspect
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from common.logits import logprobs_of, process
 from common.protocols import WeightHandle
 from common.tokenizer import check_room, decode, end_of_sequence_ids, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from common.weights import Fingerprint
+from common.weights import Fingerprint, bit_sum
 
 # Shapes: P prompts, R completions of a batch, N of them not finished yet, T tokens, V vocabulary.
 
@@ -118,6 +120,7 @@ class HfSampler:
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(setup.seed)
         self._asleep: set[str] = set()
+        self._arrived: Fingerprint | None = None  # of the last hand-over
         self._check_context()
         # Before an adapter is attached, which renames modules but keeps these very tensors.
         self._targets: dict[str, torch.Tensor] = dict(self.model.state_dict(keep_vars=True))
@@ -162,15 +165,51 @@ class HfSampler:
 
     def load_weights(self, handle: WeightHandle, version: int) -> str:
         self._ready("load_weights", "weights")
-        arrived = Fingerprint()
+        arrived = Fingerprint(handle.adapter_config)
+        self._arrived = None
         tensors = arrived.watch(handle.open())
         with torch.no_grad():
             if handle.kind == "adapter":
                 self._load_adapter(tensors, handle.adapter_config)
             else:
                 self._load_full(tensors)
-        self.version = version
+        self.version, self._arrived = version, arrived
         return arrived.digest()
+
+    def check_weights(self, fingerprint: str) -> list[str]:
+        """Compares every parameter, bit for bit, with the tensor that came for it last, and an adapter's scaling with
+        the configuration that came with it."""
+        self._ready("check_weights", "weights")
+        if self._arrived is None or self._arrived.digest() != fingerprint:
+            return ["the hand-over was not completed"]
+        held: Mapping[str, torch.Tensor] = self._targets
+        faults: list[str] = []
+        if self._arrived.adapter_config is not None:
+            from peft import get_peft_model_state_dict
+
+            held = get_peft_model_state_dict(self._adapted, save_embedding_layers=False)
+            faults = self._wrong_scalings(self._arrived.adapter_config)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):  # a tied head under both names
+            if self._targets.get(name, parameter) is not parameter:
+                faults.append(f"{name} is no longer the tensor that weights are loaded into")
+        for name, sent in self._arrived.sums.items():
+            tensor = held.get(name)
+            # In a wider format the numbers are the same, and go back exactly.
+            if tensor is None or bit_sum(tensor.to(sent.dtype)) != sent.bits:
+                faults.append(f"{name} holds other values than those sent")
+        return faults
+
+    def _wrong_scalings(self, config: Mapping[str, Any]) -> list[str]:
+        faults = []
+        for name, layer in self._adapted.named_modules():
+            scaling = getattr(layer, "scaling", None)
+            if isinstance(scaling, dict) and "default" in scaling:
+                right = lora_scaling(config, name.removeprefix("base_model.model."))
+                if scaling["default"] != right:
+                    faults.append(f"the adapter of {name} is multiplied by {scaling['default']:g} and not by {right:g}")
+                if "default" not in layer.active_adapters or layer.disable_adapters:
+                    faults.append(f"the adapter of {name} is not in use")
+        return faults
 
     def sleep(self) -> None:
         self._ready("sleep", "nothing")
@@ -439,6 +478,18 @@ def _attach(model: Any, config: Mapping[str, Any]) -> Any:
         return get_peft_model(model, LoraConfig.from_peft_type(**config)).eval()  # type: ignore[no-untyped-call]
     except (TypeError, ValueError) as error:
         raise UserError(f"the adapter's configuration does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def lora_scaling(config: Mapping[str, Any], module: str) -> float:
+    """What peft multiplies the adapter of ``module`` (its name in the model) by, under this ``adapter_config``."""
+
+    def of(patterns: Mapping[str, Any] | None, default: Any) -> Any:
+        found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+        return next(found, default)
+
+    rank = of(config.get("rank_pattern"), config["r"])
+    alpha = of(config.get("alpha_pattern"), config["lora_alpha"])
+    return float(alpha / math.sqrt(rank)) if config.get("use_rslora") else float(alpha / rank)
 
 
 def _complain(what: str, missing: Sequence[str], unknown: Sequence[str]) -> None:

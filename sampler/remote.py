@@ -481,7 +481,7 @@ class RemoteSampler:
         wire.call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, doing=doing)
         self._drop_adapter()
         self._adapter = name
-        return fingerprint(FolderWeights(str(folder)).open())
+        return FolderWeights(str(folder)).sent()[0]
 
     def _drop_adapter(self) -> None:
         old, self._adapter = self._adapter, None

@@ -97,7 +97,7 @@ class ScriptedSampler:
 
     def load_weights(self, handle: WeightHandle, version: int) -> str:
         self._note("load_weights", handle.kind, version)
-        arrived = Fingerprint()
+        arrived = Fingerprint(handle.adapter_config)
         tensors = handle.open()
         if self._fault == "corrupt":
             tensors = _corrupted(tensors)

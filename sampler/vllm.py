@@ -49,8 +49,9 @@ from common.errors import RunFailure, UserError
 from common.protocols import WeightHandle
 from common.tokenizer import check_room
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from common.weights import Fingerprint, FolderWeights, SharedMemoryWeights, shared_memory_folder, weight_files
+from common.weights import FolderWeights, SharedMemoryWeights, Sum, shared_memory_folder, weight_files
 from sampler.hf import is_tied
+from sampler.stored import Arrived, StoredWeights, adapter_faults
 
 # Ours to set, because the loop depends on them; each with where the wish belongs instead.
 _OURS = {
@@ -168,6 +169,7 @@ class VllmSampler:
         self._torn = ""  # says that a hand-over of weights stopped half-way; the next one mends it
         self._adapter: Any = None  # the LoRARequest served now
         self._adapter_count = 0
+        self._arrived = Arrived()  # in the last hand-over
         self._numbers = itertools.count()
         self._open: dict[str, tuple[Answer, int]] = {}  # by the engine's request id: whose, and which of its prompts
         self._model: dict[str, Any] = json.loads((Path(setup.model_folder) / "config.json").read_text())
@@ -296,7 +298,12 @@ class VllmSampler:
         if swapping:  # no step may run, not even one already on its way to the device
             self._llm.sleep(level=0, mode="keep")
         self._torn = f"the vLLM sampler was left with a part of the weights of version {version}"
-        arrived = Fingerprint()
+        if handle.kind == "adapter":
+            arrived = Arrived(handle.adapter_config or {})
+        elif self._setup.tensor_parallel == 1:
+            arrived = self._llm.collective_rpc(_arriving)[0]
+        else:
+            arrived = Arrived()
         tensors = arrived.watch(handle.open())
         try:
             if handle.kind == "adapter":
@@ -316,8 +323,25 @@ class VllmSampler:
         # What requests in work have cached is dropped too: they compute all their tokens anew, with these weights.
         self._forget(swapping)
         self._llm.llm_engine.set_weight_version(str(version))
-        self._torn = ""
+        self._torn, self._arrived = "", arrived
         return arrived.digest()
+
+    def check_weights(self, fingerprint: str) -> list[str]:
+        """Compares what the engine stores with what last arrived, bit for bit; see ``sampler/stored.py``."""
+        self._alive()
+        arrived = self._arrived
+        if arrived.digest() != fingerprint:
+            return ["the hand-over was not completed"]
+        if arrived.adapter_config is not None:
+            served = 0 if self._adapter is None else self._adapter.lora_int_id
+            found = self._llm.collective_rpc(_adapter_faults, args=(served, arrived))
+        else:
+            sums = dict(arrived.sums)
+            head = next((sums[name] for name in sums if name.endswith(EMBEDDINGS)), None)
+            if self._untie and self._setup.tensor_parallel > 1 and head is not None:
+                sums.setdefault("lm_head.weight", head)  # as _with_head sends it
+            found = self._llm.collective_rpc(_weight_faults, args=(sums,))
+        return list(dict.fromkeys(fault for faults in found for fault in faults))
 
     def sleep(self) -> None:
         if self._on_cpu or not self._setup.shares_device or self._asleep:
@@ -668,7 +692,30 @@ def _settle_worker(worker: Any) -> None:
 
 
 def _reload_from(worker: Any, weights: SharedMemoryWeights) -> None:
-    worker.reload_weights(weights_iterator=weights.open())
+    worker.reload_weights(weights_iterator=_arriving(worker).watch(weights.open()))
+
+
+def _store_watched(worker: Any) -> None:
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    worker.stored_weights = StoredWeights(worker.model_runner.get_model(), rank, size)
+
+
+def _arriving(worker: Any) -> Arrived:
+    if not hasattr(worker, "stored_weights"):
+        _store_watched(worker)
+    arrived: Arrived = worker.stored_weights.arriving()
+    worker.stored_weights.expect(arrived)
+    return arrived
+
+
+def _weight_faults(worker: Any, sums: Mapping[str, Sum]) -> list[str]:
+    return list(worker.stored_weights.faults(sums))
+
+
+def _adapter_faults(worker: Any, lora_id: int, arrived: Arrived) -> list[str]:
+    return adapter_faults(worker.model_runner, lora_id, arrived)
 
 
 def _environment() -> None:

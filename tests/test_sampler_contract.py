@@ -533,6 +533,21 @@ class FirstAdapterOnly(HfSampler):
             super()._load_adapter(tensors, config)
 
 
+class ChecksWithTheFirst(HfSampler):
+    """Takes the weights, and goes on comparing them with those of its first hand-over."""
+
+    first: Any = None
+
+    def load_weights(self, handle: WeightHandle, version: int) -> str:
+        digest = super().load_weights(handle, version)
+        self.first = self.first or self._arrived
+        return digest
+
+    def check_weights(self, fingerprint: str) -> list[str]:
+        self._arrived = self.first
+        return super().check_weights(fingerprint)
+
+
 class ClosesOnce(HfSampler):
     def close(self) -> None:
         if self.model is None:
@@ -548,6 +563,7 @@ _WRONG: list[tuple[Callable[[SamplerSetup], Sampler], str]] = [
     (DropsNorms, "weights"),
     (KeepsHead, "output_head"),
     (KeepsReferences, "lent_tensors"),
+    (ChecksWithTheFirst, "check_weights"),
     (CountsVersions, "versions"),
     (UnprocessedLogprobs, "logprobs_temperature"),
     (ShiftedLogprobs, "logprobs_temperature"),

@@ -152,5 +152,7 @@ def test_an_adapter_that_is_not_served(folder: Path) -> None:
     setup = _setup(folder, adapter=AdapterSpec(lora.rank, lora.config))
     for fault, served in ((None, lora.merged(base, adapter)), ("ignore_adapter", base)):
         sampler = ScriptedSampler(setup, fault=fault)  # type: ignore[arg-type]
-        assert sampler.load_weights(lend(adapter, "adapter", lora.config), 1) == fingerprint(iter(adapter.items()))
+        assert sampler.load_weights(lend(adapter, "adapter", lora.config), 1) == fingerprint(
+            iter(adapter.items()), lora.config
+        )
         assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(served, ids), abs=1e-3)

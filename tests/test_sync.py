@@ -9,6 +9,7 @@ from common.types import AdapterSpec, Prompt, SamplerSetup
 from learner import model as models
 from learner.learner import TorchLearner
 from learner.sync import SyncError, WeightSync, beginning_of, probe_of, weighted_difference
+from sampler.hf import HfSampler
 from sampler.scripted import ScriptedSampler
 from tests.making import GROUPS, config
 from tests.tiny import make_tiny
@@ -180,3 +181,69 @@ def test_a_sampler_that_takes_no_adapters_gets_merged_weights(folder):
 def test_probe_is_real_text_of_the_asked_length():
     prompts = [Prompt(str(n), (), token_ids=tuple(range(n))) for n in (1, 5, 30)]
     assert probe_of(prompts, 12, 10) == [tuple(range(5)), tuple(range(7))]
+
+
+# -- what the sampler stores -------------------------------------------------------------------------------------------
+
+
+class Partial(HfSampler):
+    """Does to ``tensors`` what ``fault`` does, after their fingerprint was taken, and to the adapter's scaling."""
+
+    fault = staticmethod(lambda tensors: tensors)
+    factor = 1.0
+
+    def _load_full(self, tensors):
+        super()._load_full(self.fault(tensors))
+
+    def _load_adapter(self, tensors, config):
+        super()._load_adapter(self.fault(tensors), config)
+        for layer in self._adapted.modules():
+            if isinstance(getattr(layer, "scaling", None), dict):  # an attention layer's is a number
+                layer.scaling["default"] *= self.factor
+
+
+def old(part, held):
+    return lambda tensors: ((n, held[n] if part in n else t) for n, t in tensors)
+
+
+def scaled(part, factor):
+    return lambda tensors: ((n, t * factor if part in n else t) for n, t in tensors)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_part_that_is_not_taken_is_caught_at_that_sync(folder, lora):
+    learner, scripted, sync = make(folder, None, lora, lr=1e-5)
+    sampler = Partial(scripted.setup)
+    sync = WeightSync(learner, sampler, Separate(), sync._probe, sync._config, 60)
+    sync.challenge()
+    learner.update(GROUPS)  # an adapter's A moves only once its B is not zero
+    parts = ["q_proj.lora_A", "layers.1."] if lora else ["layers.1.input_layernorm", "embed_tokens", ".mlp.", ""]
+    faults = [(part, scaled(part, 1.001)) for part in (["lora_B"] if lora else ["o_proj", "norm"])]
+    for part, fault in [(part, None) for part in parts] + faults:
+        held = {name: tensor.clone() for name, tensor in learner.publish_weights().open()}
+        sync()
+        learner.update(GROUPS)
+        sampler.fault = fault or old(part, held)
+        with pytest.raises(SyncError, match=f"does not hold what it was sent.*{part}"):
+            sync()
+        sampler.fault = scaled("", 1)
+        sync()
+    if lora:
+        sampler.factor = 1.1
+        with pytest.raises(SyncError, match=r"multiplied by .* and not by"):
+            sync()
+
+
+def test_the_tolerance_goes_by_the_number_format(folder):
+    """0.01 nats is rounding in bfloat16 and a fault in float32, unless sync.tolerance says so."""
+    learner, sampler, sync = make(folder, None)
+    truly = sampler.logprobs
+    sampler.logprobs = lambda sequences: [[value + 0.01 for value in row] for row in truly(sequences)]
+    for dtype, tolerance, passes in (("bfloat16", 0, True), ("float32", 0, False), ("float32", 0.05, True)):
+        spec = config(sync={"tolerance": tolerance, "challenge": False}).sync
+        again = WeightSync(learner, sampler, Separate(), sync._probe, spec, 60, dtype)
+        if passes:
+            assert again()["probe_diff"] == pytest.approx(0.01, abs=1e-3)
+        else:
+            with pytest.raises(SyncError, match=r"sync\.tolerance=0\.005"):
+                again()

@@ -89,7 +89,8 @@ def differences(arrived: dict[str, torch.Tensor]) -> list[str]:
 def reader(pipe, handle):
     """Opens a pickled handle in a process of its own."""
     arrived = dict(handle.open())
-    pipe.send((differences(arrived), fingerprint(arrived.items()), handle.sent(), handle.kind, handle.adapter_config))
+    seen = fingerprint(arrived.items(), handle.adapter_config)
+    pipe.send((differences(arrived), seen, handle.sent(), handle.kind, handle.adapter_config))
 
 
 def member(pipe, url, rank, size, timeout_s, own_default_group):
@@ -245,12 +246,40 @@ def test_fingerprint_does_not_depend_on_where_a_tensor_begins():
     assert fingerprint([("a", tensor)]) == fingerprint([("a", tensor.clone())])
 
 
+@pytest.mark.parametrize("shape", [(576,), (64, 576)])
+def test_fingerprint_sees_two_numbers_that_a_step_moved_in_opposite_directions(shape):
+    """Each by one unit in the last place, wherever they lie: what a small step leaves of a norm in bfloat16."""
+    draw = torch.Generator().manual_seed(0)
+    tensor = torch.randn(shape, generator=draw).bfloat16()
+    before = fingerprint([("a", tensor)])
+    for _ in range(300):
+        moved = tensor.clone().view(torch.int16).flatten()
+        one, other = torch.randperm(moved.numel(), generator=draw)[:2]
+        moved[one] += 1
+        moved[other] -= 1
+        assert fingerprint([("a", moved.view(torch.bfloat16).view(shape))]) != before
+
+
+def test_an_adapters_configuration_is_part_of_its_fingerprint(tmp_path):
+    tensors, config = everything(), {"r": 4, "lora_alpha": 8, "target_modules": {"q_proj", "v_proj"}}
+    one = fingerprint(tensors.items(), config)
+    assert one == fingerprint(tensors.items(), {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 8, "r": 4})
+    for key, value in {"lora_alpha": 8.8, "r": 8, "use_rslora": True}.items():
+        assert fingerprint(tensors.items(), config | {key: value}) != one
+    for handle in (
+        InlineWeights.of(tensors.items(), "adapter", config),
+        InProcessWeights("adapter", lambda: iter(tensors.items()), config),
+        SharedMemoryWeights.write(tensors.items(), "adapter", config, place=tmp_path),
+    ):
+        assert handle.sent()[0] == one
+
+
 # -- handles -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["inline", "shared_memory"])
 def test_another_process_gets_exactly_what_was_offered(way, tmp_path):
-    tensors, wanted = everything().items(), fingerprint(everything().items())
+    tensors, wanted = everything().items(), fingerprint(everything().items(), ADAPTER)
     if way == "inline":
         handle = InlineWeights.of(tensors, "adapter", ADAPTER)
     else:

@@ -31,6 +31,7 @@ from sampler.vllm import (
     cache_bytes_per_token,
     engine_arguments,
 )
+from tests import weight_faults
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
 from tests.tiny import make_tiny
@@ -546,3 +547,48 @@ def test_the_engine_says_how_many_completions_it_takes_at_once(folder):
     assert at_once(config(sampler={"name": "hf"})) == 64
     assert at_once(config(sampler={"name": "hf", "options": {"batch_size": 7}})) == 7
     assert engine_arguments(SamplerSetup(str(folder), "float32", 64, 900), {}, False)["max_num_seqs"] == 900
+
+
+# -- what the engine stores --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "lora"), [("bfloat16", 0), ("bfloat16", 4), ("float32", 0)])
+def test_every_fault_behind_the_fingerprint_is_caught_at_that_sync(folder, closing, dtype, lora):
+    """From the start and later on, each between two right syncs of a training, which pass."""
+    spec = config(model={"name": "unused", "dtype": dtype, "lora_rank": lora})
+    learner = TorchLearner(spec, folder, "cpu")
+    adapter = AdapterSpec(lora, models.adapter_config(spec.model, folder).to_dict()) if lora else None
+    sampler = weight_faults.FaultyVllm(SamplerSetup(str(folder), dtype, 64, 16, adapter=adapter))
+    closing(sampler)
+    probe = probe_of([group.prompt for group in GROUPS], 32, 32)
+    sync = WeightSync(learner, sampler, Separate(), probe, spec.sync, 60, dtype)
+    sync.challenge()
+    sync()
+    for early in (True, False):
+        for fault in weight_faults.ADAPTER if lora else weight_faults.FULL:
+            learner.update(GROUPS)
+            words = weight_faults.caught(sampler, sync, fault, early)
+            assert "does not hold what it was sent" in words, (fault, early, words)
+
+
+def stored_of(worker):
+    return worker.stored_weights
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+def test_every_layout_is_followed(tmp_path, closing, family):
+    """Transposed with biases, and stacked experts: one load after another, and any tensor that is off is named."""
+    folder = make_tiny(tmp_path, family=family)
+    base = dict(FolderWeights(str(folder)).open())
+    sampler, _, _ = serve(folder, closing)
+    for seed in range(3):
+        assert sampler.check_weights(sampler.load_weights(lend(perturbed(base, seed)), seed)) == []
+    sums = sampler._arrived.sums
+    (stored,) = sampler._llm.collective_rpc(stored_of)
+    for name, right in sums.items():
+        arrived = stored.arriving()
+        for sent, tensor in perturbed(base, 2).items():
+            arrived.add(sent, tensor * (1.001 if sent == name else 1))
+        stored._arrived = arrived
+        assert name in " ".join(stored.faults(sums | {name: arrived.sums[name]})), name
+        assert right != arrived.sums[name]

@@ -104,7 +104,9 @@ def sync() -> list[dict[str, Any]]:
             config = spec(folder, {"transport": transport}, samplers=samplers, learner_ranks=ranks)
             with parts_of(config) as (parts, ready):
                 probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
-                send = WeightSync(parts.learner, parts.sampler, parts.placement, probe, config.sync, 600)
+                send = WeightSync(
+                    parts.learner, parts.sampler, parts.placement, probe, config.sync, 600, config.model.dtype
+                )
                 found = [send() for _ in range(4)][1:]
             best = {key: min(one[key] for one in found) for key in ("seconds_sync", "seconds_proof", "sync_bytes")}
             what = f"sync of {name}, {transport}, {samplers} sampler(s), {ranks} rank(s)"
