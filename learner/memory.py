@@ -407,8 +407,7 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None
     trained = [p.nbytes for p in model.parameters() if p.requires_grad]
     probe = ledger.peaks.pop("probe").bytes - resident if config.sync.proof else 0
     grown = ledger.grown if heap is not None and heap.grown is not None else {}
-    rows = (Row(0, group.prompt.token_ids, one.token_ids) for group in pack for one in group.completions)
-    rows = list(rows)
+    rows = [Row(0, group.prompt.token_ids, one.token_ids) for group in pack for one in group.completions]
     tokens = packing.tokens(packing.stretches(rows), learner.packed)
     layouts = [one.layout for one in packing.plan(rows, config.learner.microbatch_tokens, learner.packed)]
     keys = max((len(layout.key_S) for layout in layouts if layout is not None), default=0)

@@ -453,7 +453,7 @@ def checkpoint_layers(model: Any) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     causal = causal_of(model)
-    layers = [part for part in causal.modules() if isinstance(part, GradientCheckpointingLayer)]
+    layers: list[Any] = [part for part in causal.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers or not getattr(causal, "supports_gradient_checkpointing", False):
         raise UserError(
             f"learner.gradient_checkpointing=true does not work with a {causal.config.model_type!r} model, whose "
@@ -485,12 +485,14 @@ def training(model: Any) -> Iterator[None]:
     noise, and whole layers are skipped."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    parts: list[nn.Module] = []
-    for part in model.modules():
+    parts: list[Any] = []
+    modules: list[Any] = list(model.modules())
+    for part in modules:
         if getattr(part, "gradient_checkpointing", False):
             parts.append(part)
-        if isinstance(part, BaseTunerLayer):
-            parts += [part, *part.lora_dropout.modules()]  # type: ignore[operator]
+        if isinstance(part, BaseTunerLayer) and isinstance(part, nn.Module):
+            dropout: Any = part.get_submodule("lora_dropout")
+            parts += [part, *dropout.modules()]
     assert not any(part.training for part in parts)
     try:
         for part in parts:

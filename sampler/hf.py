@@ -433,9 +433,9 @@ def _in_memory(
 
     with torch.device("meta"):
         shell = type(model)(model.config)
-    about = LoadStateDictConfig(
-        weight_mapping=get_model_conversion_mapping(model), device_map={"": str(next(iter(targets.values())).device)}
-    )
+    mapping: Any = get_model_conversion_mapping(model)
+    device = str(next(iter(targets.values())).device)
+    about = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device})
     found, _ = convert_and_load_state_dict_in_model(shell, dict(tensors), about)
     if found.conversion_errors or found.mismatched_keys:
         wrong = ", ".join([*found.conversion_errors, *(str(key) for key in found.mismatched_keys)])
