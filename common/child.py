@@ -16,13 +16,17 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 
-def start(serve: str, *words: str, **options: Any) -> tuple[subprocess.Popen[Any], Connection]:
+def start(
+    serve: str, *words: str, inside: Sequence[str] = (), **options: Any
+) -> tuple[subprocess.Popen[Any], Connection]:
     """A process that calls ``serve`` (``package.module:function``), which finds its end of the pipe by ``pipe`` and
-    ``words`` in ``sys.argv[3:]``; and our end. ``options`` are ``Popen``'s.
+    ``words`` in ``sys.argv[3:]``; and our end. ``inside`` is a command that runs what follows it (a sandbox);
+    ``options`` are ``Popen``'s.
 
     Raises ``OSError`` when there can be no further process.
     """
@@ -32,7 +36,7 @@ def start(serve: str, *words: str, **options: Any) -> tuple[subprocess.Popen[Any
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = subprocess.Popen(
-            [sys.executable, "-u", "-c", code, str(theirs.fileno()), json.dumps(sys.path), *words],
+            [*inside, sys.executable, "-u", "-c", code, str(theirs.fileno()), json.dumps(sys.path), *words],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, **options,
         )  # fmt: skip
         return process, Connection(ours.detach())

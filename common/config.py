@@ -98,9 +98,22 @@ class TaskConfig(Section):
     """Seconds that scoring one completion may take before its worker is killed."""
     reward_workers: Annotated[_Int, Field(ge=1, le=1024)] = 1
     """Worker processes that score."""
+    reward_memory_gib: Positive = 4.0
+    """Memory that a worker may take, with all that it started (GiB). Without sandbox there is no limit."""
     on_reward_error: Literal["stop", "skip"] = "stop"
-    """A reward that raises, hangs or is not finite: ``stop`` ends the run, ``skip`` leaves that completion's whole
-    group out of the step. Both write the completion and the error to the log."""
+    """A reward that raises or is not finite, which is a fault of its code: ``stop`` ends the run, ``skip`` leaves that
+    completion's whole group out of the step. Both write the completion and the traceback to the log."""
+    on_reward_timeout: Literal["stop", "skip"] = "skip"
+    """The same for one that runs past its time or memory or whose worker process dies, which a completion can bring
+    about where a reward runs what it reads (``9**9**9**9``)."""
+    sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
+    """Walls around the reward workers: no network, no secrets, no writing but in ``/tmp``. ``none``: rewards, and model
+    text that they run as code, have all your rights; for a judge in the network, a reward on a GPU, and machines
+    without user namespaces."""
+    sandbox_paths: tuple[str, ...] = ()
+    """Files and folders that workers may read though they are hidden (``~/.elan``)."""
+    sandbox_environment: tuple[str, ...] = ()
+    """Environment variables that workers get besides those of the language and the machine."""
 
 
 class SamplerConfig(Section):
@@ -391,6 +404,8 @@ def inert(config: Config) -> dict[str, str]:
     check(config.task.prompt_format == "plain" and not config.task.system_prompt,
           "an empty system prompt adds nothing to a plain prompt", "task.system_prompt")  # fmt: skip
     check(config.task.prompt_format == "plain", "a plain prompt goes through no template", "task.template_options")
+    check(config.task.sandbox == "none", "task.sandbox is none", "task.reward_memory_gib", "task.sandbox_paths",
+          "task.sandbox_environment")  # fmt: skip
     check(learner.kl_coef == 0, "learner.kl_coef is 0, so no KL is computed", "learner.kl_estimator")
     check(
         learner.importance == "off", "learner.importance is off", "learner.importance_level", "learner.importance_cap"

@@ -198,7 +198,7 @@ def _module(kind: Kind, name: str, module: str) -> Any:
             f"{_key(kind)}={name!r} needs the Python module {needed!r}, which is not installed; install it"
         ) from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"{_key(kind)}={name!r} does not import ({_where(error)}): {_brief(error)}; mend it") from error
+        raise UserError(f"{_key(kind)}={name!r} does not import ({where(error)}): {_brief(error)}; mend it") from error
 
 
 def _file(kind: Kind, name: str, place: str) -> Any:
@@ -222,7 +222,7 @@ def _file(kind: Kind, name: str, place: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise UserError(f"{_key(kind)}={name!r} does not import ({_where(error)}): {_brief(error)}; mend it") from error
+        raise UserError(f"{_key(kind)}={name!r} does not import ({where(error)}): {_brief(error)}; mend it") from error
     return module
 
 
@@ -301,11 +301,13 @@ def _place(module: Any) -> str:
     return repr(getattr(module, "__file__", None) or module.__name__)
 
 
-def _where(error: BaseException) -> str:
-    """``file, line N`` of the deepest statement that is the user's own: not Python's, not a package's, not ours."""
+def where(error: BaseException, *ours: str) -> str:
+    """``file, line N`` of the deepest statement that is the user's own: not Python's, not a package's, not in a file of
+    ``ours`` or this one."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and f.filename[:1] != "<"]
+    ours = (__file__, *ours)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours and f.filename[:1] != "<"]
     libraries = tuple(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib"))
     own = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
     return f"{own[-1].filename}, line {own[-1].lineno}" if own else "before its first line"

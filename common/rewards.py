@@ -1,12 +1,15 @@
 """Scores groups of completions in worker processes, under a time limit for each completion.
 
-A reward is somebody's code that reads whatever a model came to write, so it may raise, hang or take its process down.
-Each worker makes its own task and scores a group a completion at a time; one that is late is killed and replaced.
-No score is ever made up: a completion that could not be scored stops the run or leaves its whole group out.
+A reward is somebody's code that reads whatever a model came to write, so it may raise, hang or take its process down,
+and it may run what it reads. Each worker makes its own task, inside walls (``common/sandbox.py``), and scores a group a
+completion at a time; one that is late is killed and replaced. No score is ever made up: a completion that could not be
+scored stops the run or leaves its whole group out. Every answer has its completion's number and comes from the worker
+itself: a copy of it that a reward makes (``os.fork``) and that comes back ends there.
 
 The workers are plain ``python -c`` processes with a pipe, not ``multiprocessing`` ones. A fork would copy a parent with
 torch's threads in it; spawn and forkserver would run the parent's main script again in every worker. Here a worker
 imports the task and what the task imports, and what it prints goes to the log rather than across the console.
+What comes from a worker is JSON: a pickle would run as code here whatever a model's text had made of it there.
 
 Left out: advantages (``learner/advantages.py``). Used by the training loop and by evaluation.
 """
@@ -16,25 +19,28 @@ from __future__ import annotations
 import collections
 import contextlib
 import faulthandler
+import json
 import logging
 import math
 import os
 import pickle
 import queue
 import signal
+import socket
+import struct
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
-from common import child
+from common import child, sandbox
 from common.errors import RunFailure, UserError
-from common.plugins import make_task
+from common.plugins import make_task, where
 from common.types import LARGEST_REWARD, Completion, Group, Prompt
 
 if TYPE_CHECKING:
@@ -45,6 +51,16 @@ START_TIMEOUT_S = 120.0
 """Seconds that a worker may take to import and make its task."""
 _SHOWN_CHARACTERS = 2000
 """How much of a completion that could not be scored is written to the log."""
+_TRACEBACK_FRAMES = 50
+_TRACEBACK_CHARACTERS = 20_000
+_LOOK_S = 0.25
+"""Seconds between two looks at what a worker uses while it scores."""
+_MESSAGE_BYTES = 2**20
+"""The longest message that a worker sends."""
+_BROKEN_OFF_S = 30
+"""Seconds that a message to or from a worker may stop in its middle."""
+_PRINTED_LINES = 10_000
+"""Lines of a worker that are written to the log."""
 
 Job = Literal["rewards", "is_correct"]
 
@@ -60,6 +76,9 @@ class RewardError:
     """The reward that failed, or ``is_correct``."""
     error: str
     """What it did, in a few words."""
+    ran_over: bool = False
+    """It ran past its time or memory, or its process died; else it raised."""
+    traceback: str = ""
 
     def __str__(self) -> str:
         return f"{self.reward!r} failed on completion {self.index} of prompt {self.group.prompt.id!r}: {self.error}"
@@ -71,6 +90,7 @@ class Scorer:
     def __init__(self, task_config: TaskConfig, log: logging.Logger | None = None) -> None:
         self._config = task_config
         self._log = log or logging.getLogger("nanogrpo.rewards")
+        sandbox.command(task_config)
         # Made here as well, so that a task that cannot be made is a clear error now and not a dead worker later.
         self.task: Task = make_task(task_config.name, task_config.options)
         self.weights = _weights(self.task, task_config.reward_weights)
@@ -82,7 +102,7 @@ class Scorer:
     def score(self, groups: Sequence[Group]) -> tuple[list[Group], list[RewardError]]:
         """The groups with every completion's ``rewards`` and weighted ``reward``, in order; and what failed.
 
-        With ``task.on_reward_error`` ``stop`` a failure raises ``RunFailure``; with ``skip`` its group is left out.
+        A failure raises ``RunFailure`` or leaves its group out: ``task.on_reward_error``, ``task.on_reward_timeout``.
         """
         answers, errors = self._run("rewards", groups)
         scored = []
@@ -96,8 +116,8 @@ class Scorer:
     def correct(self, groups: Sequence[Group]) -> list[list[bool]]:
         """``task.is_correct`` of every completion, in order.
 
-        A failure raises ``RunFailure``, or with ``task.on_reward_error`` ``skip`` leaves that group's list empty: it
-        was not judged, and must not be counted.
+        A failure raises ``RunFailure`` or leaves that group's list empty, by the same two settings: it was not judged,
+        and must not be counted.
         """
         answers, _ = self._run("is_correct", groups)
         return [[] if answer is None else answer for answer in answers]
@@ -115,6 +135,9 @@ class Scorer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def _stops(self, error: RewardError) -> bool:
+        return "stop" == (self._config.on_reward_timeout if error.ran_over else self._config.on_reward_error)
 
     def _total(self, rewards: dict[str, float]) -> float:
         return math.fsum(self.weights[name] * value for name, value in rewards.items())
@@ -147,7 +170,7 @@ class Scorer:
                         limit.cancel()
                     if isinstance(answer, RewardError):
                         failed[number] = answer
-                        if self._config.on_reward_error == "stop":
+                        if self._stops(answer):
                             stop.set()
                     else:
                         answers[number] = answer
@@ -167,13 +190,17 @@ class Scorer:
                 wait(futures)
                 raise
         errors = [failed[number] for number in sorted(failed)]
+        fatal = next((error for error in errors if self._stops(error)), None)
         for error in errors:
+            # One line for the terminal; the rest is for the log file, as is the one that is about to end the run.
+            self._log.log(logging.INFO if error is fatal else logging.WARNING, "%s", error)
             text = error.group.completions[error.index].text
-            self._log.warning("%s; the completion: %r", error, _shortened(text))
-        if errors and self._config.on_reward_error == "stop":
+            self._log.info("the completion: %r\n%s", _shortened(text), error.traceback or "there is no traceback")
+        if fatal is not None:
+            setting = "on_reward_timeout" if fatal.ran_over else "on_reward_error"
             raise RunFailure(
-                f"reward {errors[0]}; mend it in task {self._config.name!r}, or set task.on_reward_error=skip "
-                "to leave such groups out"
+                f"reward {fatal}; fix it in task {self._config.name!r}, or set task.{setting}=skip to leave such groups "
+                "out"
             )
         return answers, errors
 
@@ -197,23 +224,26 @@ class _Worker:
             self._start()
         if not self._ready:
             self._wait_until_ready()
-        limit_s = self._config.reward_timeout_s
         answers: list[Any] = []
         reward: str = job
         try:
             self._pipe.send((job, group))
             for index in range(len(group.completions)):
-                reward, deadline = job, time.monotonic() + limit_s
+                reward, deadline = job, time.monotonic() + self._config.reward_timeout_s
                 while True:
-                    # Asked even when the time is up: an answer that has arrived counts, however busy this process was.
-                    if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
+                    if excess := self._wait(deadline):
                         self.kill()
-                        return RewardError(group, index, reward, f"ran past task.reward_timeout_s={limit_s:g}")
-                    what, value = self._pipe.recv()
+                        return RewardError(group, index, reward, excess, ran_over=True)
+                    what, number, value = self._receive()
+                    if number != index:
+                        self.kill()
+                        wrong = f"its worker answered for completion {number}"
+                        return RewardError(group, index, reward, wrong, ran_over=True)
                     if what == "began":
                         reward = value
                     elif what == "failed":
-                        return RewardError(group, index, reward, value)
+                        brief, ran_over, whole = value
+                        return RewardError(group, index, reward, _printable(brief), ran_over, whole)
                     else:
                         answers.append(value)
                         break
@@ -224,8 +254,29 @@ class _Worker:
                 "use JSON values"
             ) from error
         except (EOFError, OSError):
-            return RewardError(group, len(answers), reward, f"its worker process died ({self._end()})")
+            died = f"its worker process died ({self._end()})"
+            return RewardError(group, len(answers), reward, died, ran_over=True)
         return answers
+
+    def _receive(self) -> tuple[str, int, Any]:
+        """A message of the worker. Raises ``OSError`` for what is none."""
+        try:
+            what, number, value = json.loads(self._pipe.recv_bytes(_MESSAGE_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise OSError("no message of a worker") from error
+        return what, number, value
+
+    def _wait(self, deadline: float) -> str:
+        """Until the worker has said something: nothing; or which of its limits it has run past."""
+        assert self._process is not None
+        while True:
+            # Asked even when the time is up: an answer that has arrived counts, however busy this process was.
+            if self._pipe.poll(min(_LOOK_S, max(0.0, deadline - time.monotonic()))):
+                return ""
+            if time.monotonic() >= deadline:
+                return f"ran past task.reward_timeout_s={self._config.reward_timeout_s:g}"
+            if excess := sandbox.excess(self._config, self._process.pid):
+                return excess
 
     def interrupt(self) -> None:
         """From any thread: the process dies, and the thread that waits for it finds its pipe at the end."""
@@ -246,29 +297,33 @@ class _Worker:
     def _start(self) -> None:
         try:
             self._process, self._pipe = child.start(
-                "common.rewards:_serve", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-            )
+                "common.rewards:_serve", inside=sandbox.command(self._config), env=sandbox.environment(self._config),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            )  # fmt: skip
         except OSError as error:
             raise RunFailure(f"a reward worker process cannot be started: {error}; free memory or processes") from error
         self._doomed = False
         self._said.clear()
         self._reader = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
         self._reader.start()
+        with socket.fromfd(self._pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as pipe:
+            for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                pipe.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", _BROKEN_OFF_S, 0))
         config = self._config
         with contextlib.suppress(OSError):  # it died at once; whoever waits for it to be ready will say so
-            self._pipe.send((config.name, config.options, config.reward_timeout_s))
+            self._pipe.send((config.name, config.options, config.reward_timeout_s, sandbox.memory_bytes(config)))
 
     def _wait_until_ready(self) -> None:
         try:
             if not self._pipe.poll(START_TIMEOUT_S):
                 self.kill()
                 raise RunFailure(f"a reward worker did not make task {self._config.name!r} in {START_TIMEOUT_S:g} s")
-            failure = self._pipe.recv()
+            _, _, failure = self._receive()
         except (EOFError, OSError):
             raise RunFailure(f"a reward worker died while making task {self._config.name!r} ({self._end()})") from None
         if failure is not None:
             self.kill()
-            raise RunFailure(f"a reward worker cannot make its task: {failure}")
+            raise RunFailure(f"a reward worker cannot make its task: {_printable(str(failure))}")
         self._ready = True
 
     def _end(self) -> str:
@@ -280,6 +335,8 @@ class _Worker:
         except subprocess.TimeoutExpired:
             code = None  # it closed its pipe and lives on
         self.kill()
+        if code is not None and self._config.sandbox != "none" and code > 128:
+            code = 128 - code  # as a shell does, bubblewrap tells a signal by its own exit code
         if code is not None and code < 0:
             how = f"killed by signal {-code}"
         else:
@@ -290,9 +347,14 @@ class _Worker:
         """What rewards print is for whoever wrote them: a line of the log each."""
         assert process.stdout is not None
         with process.stdout as lines:
-            for line in lines:
-                self._said.append(line.rstrip())
-                self._log.info("a reward printed: %s", line.rstrip())
+            count = 0
+            while line := lines.readline(_SHOWN_CHARACTERS):  # a piece of a longer one: it may be endless
+                self._said.append(_printable(line.rstrip()))
+                count += 1
+                if count <= _PRINTED_LINES:
+                    self._log.info("a reward printed: %s", line.rstrip())
+                if count == _PRINTED_LINES:
+                    self._log.warning("a reward printed %d lines; what this worker prints now is not kept", count)
 
 
 def _serve() -> None:
@@ -300,60 +362,92 @@ def _serve() -> None:
     # Whoever stops a whole job, as Ray does, tells this process too; the run ends it once its step is done. A function,
     # because what a task starts would inherit that a signal is ignored.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    pipe = child.pipe()
-    name, options, limit_s = pipe.recv()
+    pipe, own = child.pipe(), os.getpid()
+
+    def say(what: str, number: int, value: Any) -> None:
+        pipe.send_bytes(json.dumps((what, number, value)).encode())
+
+    name, options, limit_s, memory = pipe.recv()
+    if memory is not None:
+        sandbox.limit(memory)
     try:
         task = make_task(name, options)
     except UserError as error:
-        pipe.send(str(error))
+        _end_unless(own)
+        say("failed", -1, str(error))
         return
-    pipe.send(None)
+    finally:
+        _end_unless(own)
+    say("ready", -1, None)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     while True:
         try:
             job, group = pipe.recv()
         except EOFError:
             return
-        for completion in group.completions:
+        for index, completion in enumerate(group.completions):
             # The parent kills a late worker long before this; it is for a parent that died itself. Unlike a signal or
             # a thread of ours, this timer also ends code that never gives up the interpreter (a hopeless regex).
             faulthandler.dump_traceback_later(2 * limit_s + 60, exit=True, file=nowhere)
-            answered = _answer(pipe, task, job, group.prompt, completion)
+            if memory is not None:
+                sandbox.limit_cpu(limit_s)
+            what, value = _answer(lambda reward, at=index: say("began", at, reward), own, task, job, group, index)
+            say(what, index, value)
             faulthandler.cancel_dump_traceback_later()
-            if not answered:
+            if what == "failed":
                 break
 
 
-def _answer(pipe: Connection, task: Task, job: Job, prompt: Prompt, completion: Completion) -> bool:
-    """Sends this completion's answer, or what went wrong; says which."""
-    answer: Any
+def _end_unless(own: int) -> None:
+    """Ends a copy of the worker that came back from somebody's code: it would answer in the worker's place."""
+    if os.getpid() != own:
+        print("a process that a reward forked came back from it; it ends here, and its result is not used", flush=True)
+        os._exit(1)
+
+
+def _answer(
+    begin: Callable[[str], None], own: int, task: Task, job: Job, group: Group, index: int
+) -> tuple[Literal["answer", "failed"], Any]:
+    """This completion's answer; or the error in a few words, whether it ran past a limit, and its traceback."""
+    prompt, completion = group.prompt, group.completions[index]
     try:
         if job == "is_correct":
-            pipe.send(("began", job))
-            answer = task.is_correct(prompt, completion)
-            if answer not in (True, False):
-                raise TypeError(f"returned {answer!r}, which is neither True nor False")
-            answer = bool(answer)
-        else:
-            answer = {}
-            for name, function in task.rewards.items():
-                pipe.send(("began", name))
-                answer[name] = _number(function, prompt, completion)
+            begin(job)
+            right = task.is_correct(prompt, completion)
+            if right not in (True, False):
+                raise _Unfit(f"returned {right!r}, which is neither True nor False")
+            return "answer", bool(right)
+        numbers = {}
+        for name, function in task.rewards.items():
+            begin(name)
+            numbers[name] = _number(function, prompt, completion)
+            _end_unless(own)
+        return "answer", numbers
     except (Exception, SystemExit) as error:  # reported, and never taken for a score
-        pipe.send(("failed", f"{type(error).__name__}: {_shortened(' '.join(str(error).split()))}"))
-        return False
-    pipe.send(("answer", answer))
-    return True
+        kind = "" if isinstance(error, _Unfit) else f"{type(error).__name__}: "
+        brief = kind + _shortened(" ".join(str(error).split()))
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None and not isinstance(error, _Unfit):
+            brief += f" ({where(error, __file__)})"
+        # Of an endless recursion the end is enough.
+        whole = "".join(traceback.format_exception(error, limit=-_TRACEBACK_FRAMES)).rstrip()
+        ran_over = isinstance(error, MemoryError | RecursionError)
+        return "failed", (brief, ran_over, whole[-_TRACEBACK_CHARACTERS:])
+    finally:
+        _end_unless(own)
+
+
+class _Unfit(Exception):
+    """A reward returned what is no score."""
 
 
 def _number(function: Callable[[Prompt, Completion], Any], prompt: Prompt, completion: Completion) -> float:
     value = function(prompt, completion)
     if not isinstance(value, SupportsFloat):
-        raise TypeError(f"returned {value!r}, which is not a number")
+        raise _Unfit(f"returned {value!r}, which is not a number")
     number = float(value)
     if not abs(number) <= LARGEST_REWARD:
         why = "not finite" if not math.isfinite(number) else f"beyond {LARGEST_REWARD:g}"
-        raise ValueError(f"returned {number:g}, which is {why}")
+        raise _Unfit(f"returned {number:g}, which is {why}")
     return number
 
 
@@ -369,6 +463,11 @@ def _weights(task: Task, overrides: dict[str, float]) -> dict[str, float]:
             limits = f"-{LARGEST_REWARD:g} and {LARGEST_REWARD:g}"
             raise UserError(f"task.reward_weights.{name}={weight!r} is no number between {limits}; set it to one")
     return {name: float(weights[name]) for name in task.reward_weights}
+
+
+def _printable(text: str) -> str:
+    """The text on one line: an error's words may be a model's, and a terminal obeys control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _shortened(text: str) -> str:

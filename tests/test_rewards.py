@@ -1,5 +1,6 @@
 """Scoring in worker processes: right numbers in the right places, and no way for a bad reward to become a score."""
 
+import contextlib
 import logging
 import math
 import os
@@ -56,8 +57,16 @@ TASK = """
         if verb == "sleep":
             time.sleep(float(rest))
         if verb == "child":
-            print("child", subprocess.Popen(["sleep", "600"]).pid)
+            subprocess.Popen(["sleep", rest])
             time.sleep(600)
+        if verb == "leave":
+            subprocess.Popen(["sleep", rest])
+        if verb == "fork":  # both come back
+            if os.fork() == 0 and rest == "escape":
+                raise NameError("only the copy")
+            return len(completion.text)
+        if verb == "deep":
+            do(prompt, completion)
         if verb == "pid":
             return os.getpid()
         if verb == "torch":
@@ -97,7 +106,7 @@ def config(task: str, **changes) -> TaskConfig:
 
 @pytest.fixture(scope="module")
 def stops(task):
-    with Scorer(config(task)) as scorer:
+    with Scorer(config(task, on_reward_timeout="stop")) as scorer:
         yield scorer
 
 
@@ -179,28 +188,33 @@ FAILURES = [
     ("return '0.5'", "returned '0.5', which is not a number"),
     ("return 1j", "returned 1j, which is not a number"),
     ("return 10**400", "OverflowError"),
+    ("deep", "RecursionError"),
 ]
 
 
 @pytest.mark.parametrize(("text", "error"), FAILURES)
 def test_a_bad_reward_stops_the_run(stops, caplog, text, error):
+    caplog.set_level(logging.INFO, "nanogrpo.rewards")
     groups = [group("return 1", name="good"), group("return 2", text, "return 3", name="train-17")]
     with pytest.raises(RunFailure) as caught:
         stops.score(groups)
     sentence = str(caught.value)
     assert "reward 'first' failed on completion 1 of prompt 'train-17'" in sentence
     assert error in sentence
-    assert "task.on_reward_error=skip" in sentence
+    ran_over = "ran past" in error or "died" in error or error == "RecursionError"
+    assert ("task.on_reward_timeout=skip" if ran_over else "task.on_reward_error=skip") in sentence
     assert "\n" not in sentence
-    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert record.name == "nanogrpo.rewards"
-    assert repr(text) in record.getMessage()
-    assert error in record.getMessage()
+    assert {record.name for record in caplog.records} == {"nanogrpo.rewards"}
+    assert not [record for record in caplog.records if record.levelno > logging.INFO], "the sentence is not written twice"
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert repr(text) in said
+    assert error in said
     assert first(stops.score([group("return 4")])[0]) == [[4.0]], "the next request must work"
 
 
 @pytest.mark.parametrize(("text", "error"), FAILURES)
 def test_a_bad_reward_leaves_its_group_out(skips, caplog, text, error):
+    caplog.set_level(logging.INFO, "nanogrpo.rewards")
     groups = [group(f"return {i}", "return 8", name=f"p{i}") for i in range(5)]
     groups[1] = group("return 1", text, name="bad")
     groups[3] = group(text, "return 3", name="bad too")
@@ -211,7 +225,40 @@ def test_a_bad_reward_leaves_its_group_out(skips, caplog, text, error):
     assert all(error in e.error for e in errors)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
-    assert all(repr(text) in warning for warning in warnings)
+    assert all(error in warning and "\n" not in warning for warning in warnings)
+    assert sum(repr(text) in record.getMessage() for record in caplog.records) == 2
+
+
+def test_by_default_only_what_any_completion_can_bring_about_is_left_out(task):
+    with Scorer(config(task)) as scorer:
+        scored, errors = scorer.score([group("return 1", "hang"), group("return 2")])
+        assert first(scored) == [[2.0]]
+        assert [error.ran_over for error in errors] == [True]
+        with pytest.raises(RunFailure, match=r"KeyError.*task\.on_reward_error=skip"):
+            scorer.score([group("raise hope")])
+
+
+def test_a_failure_is_one_line_with_the_users_file_and_line_and_its_traceback_goes_to_the_log(task, skips, caplog):
+    caplog.set_level(logging.INFO, "nanogrpo.rewards")
+    _, [error] = skips.score([group("raise \x1b[31mhope")])
+    file = task.rpartition(":")[0]
+    line = next(i for i, text in enumerate(Path(file).read_text().splitlines(), 1) if "raise KeyError" in text)
+    assert str(error).endswith(f"({file}, line {line})")
+    assert str(error).isprintable()
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [str(error)]
+    whole = "\n".join(r.getMessage() for r in caplog.records)
+    assert "Traceback (most recent call last)" in whole
+    assert f'File "{file}", line {line}, in do' in whole
+
+
+def test_every_completion_keeps_its_own_reward_when_the_reward_forks(stops, caplog):
+    """The copy comes back from the reward too, by itself or by its exception."""
+    caplog.set_level(logging.INFO, "nanogrpo.rewards")
+    texts = [f"fork {'x' * n}" for n in range(8)]
+    texts += ["fork escape", "fork"]
+    for _ in range(3):
+        assert first(stops.score([group(*texts)])[0]) == [[float(len(text)) for text in texts]]
+    assert any("forked came back" in record.getMessage() for record in caplog.records)
 
 
 def test_the_limit_is_for_one_completion_and_not_for_the_group(stops):
@@ -227,21 +274,25 @@ def test_a_worker_that_died_between_two_requests_is_nobodys_fault(stops):
     assert first(stops.score([group("return 1")])[0]) == [[1.0]]
 
 
-def test_what_a_late_reward_started_dies_with_it(stops, caplog):
-    caplog.set_level(logging.INFO, "nanogrpo.rewards")
+def test_what_a_late_reward_started_dies_with_it(stops):
     with pytest.raises(RunFailure, match="ran past"):
-        stops.score([group("child")])
-    [pid] = [int(r.getMessage().split()[-1]) for r in caplog.records if "printed: child" in r.getMessage()]
-    assert gone(pid)
+        stops.score([group("child 611.5")])
+    assert gone("611.5")
 
 
-def gone(pid: int, within_s: float = 10.0) -> bool:
+def sleeps(word: str) -> bool:
+    """Whether ``sleep WORD`` runs: inside its walls a worker does not know the number that its process has here."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if file.read_bytes() == f"sleep\0{word}\0".encode():
+                return True
+    return False
+
+
+def gone(word: str, within_s: float = 10.0) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
+        if not sleeps(word):
             return True
         time.sleep(0.05)
     return False
@@ -360,10 +411,11 @@ def _interrupt_a_hanging_reward(task):
 
 def test_closing(task):
     scorer = Scorer(config(task))
-    [scored], _ = scorer.score([group("pid")])
+    scorer.score([group("leave 612.5")])
+    assert sleeps("612.5")
     scorer.close()
     scorer.close()
-    assert gone(int(scored.completions[0].rewards["first"]))
+    assert gone("612.5")
 
 
 SCRIPT = """
@@ -374,8 +426,8 @@ from common.types import Completion, Group, Prompt
 
 print("main runs", flush=True)  # no guard: a worker must not run this again
 scorer = Scorer(TaskConfig(name=sys.argv[1], reward_timeout_s=0.5))
-group = Group(Prompt("p", ()), (Completion((), "pid", (), "stop", 0),))
-print(int(scorer.score([group])[0][0].completions[0].reward), flush=True)
+group = Group(Prompt("p", ()), (Completion((), "leave 613.5", (), "stop", 0),))
+print(scorer.score([group])[0][0].completions[0].reward, flush=True)
 time.sleep(600)
 """
 
@@ -390,9 +442,9 @@ def test_workers_neither_run_the_main_script_again_nor_outlive_it(task, tmp_path
     assert process.stdout is not None
     with process.stdout as lines:
         assert lines.readline() == "main runs\n"
-        worker = int(lines.readline())
-        assert not gone(worker, within_s=0.2)
+        assert lines.readline() == "0.5\n"
+        assert sleeps("613.5")
         process.kill()
         process.wait()
-        assert gone(worker)
+        assert gone("613.5")
         assert lines.read() == ""

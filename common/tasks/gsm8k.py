@@ -1,26 +1,26 @@
 """GSM8K: grade-school word problems (arXiv 2110.14168), reasoning in ``<thinking>``, the number in ``<answer>``.
 
-The answer is compared by math-verify, so ``70,000``, ``$70000.00`` and ``\\frac{140000}{2}`` are the same; two smaller
-rewards lead a model that has never seen the tags to them. Rows come from the hub or from local files, through
-``datasets``; nothing is read before the first prompt is asked for, since reward workers need none of it.
+The answer is compared as a number (``common/tasks/numbers.py``), so ``70,000``, ``$70000.00`` and
+``\\frac{140000}{2}`` are the same; two smaller rewards lead a model that has never seen the tags to them. Rows come from
+the hub or from local files, through ``datasets``; nothing is read before the first prompt is asked for, since reward
+workers need none of it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
-
-import math_verify
 
 from common.errors import UserError
 from common.protocols import RewardFunction, Split
 from common.tasks import Prompts, answer_in
+from common.tasks.numbers import same_number, value_of
 from common.types import Completion, Message, Prompt
 
 SYSTEM_PROMPT = (
@@ -29,17 +29,7 @@ SYSTEM_PROMPT = (
 )
 _TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
 _WHOLE = re.compile(r"\s*<thinking>(.*?)</thinking>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\d[\d,.]*\s*/\s*\d[\d,.]*")
-_COMMAND = re.compile(r"\\([A-Za-z]+)")
-_COMMANDS = {"frac", "dfrac", "tfrac", "text", "mathrm", "boxed"}
 _HUB_TIMEOUT_S = 10.0
-
-# It warns at every call that its own time limit is off. The limit of the reward worker is the one that holds:
-# math-verify's works by a signal, in the main thread only.
-logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
-logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
-
 
 @dataclass(frozen=True)
 class _Row:
@@ -51,19 +41,30 @@ class _Row:
 class Gsm8k:
     """GSM8K word problems (or your own, in its columns), answered in <thinking> and <answer> tags.
 
-    Options: ``source`` is a hub id, a folder with ``train`` and ``test`` files (JSONL, JSON or Parquet, columns
-    ``question`` and ``answer``, the answer ending in ``#### NUMBER``), or one such file, of which a tenth is held out
-    for the test; ``shots`` puts that many worked examples before each question (the first training rows, which are
-    then not asked); ``max_train`` and ``max_test`` keep that many questions (0: all).
+    Options: ``source`` is a hub id, a folder with ``train`` and ``test`` files (JSONL, JSON, CSV or Parquet), or one
+    such file, of which a tenth is held out for the test; ``question`` and ``answer`` name its columns, the answer a
+    number or a text that ends in ``#### NUMBER``; ``shots`` puts that many worked examples before each question (the
+    first training rows, which are then not asked); ``max_train`` and ``max_test`` keep that many questions (0: all).
     """
 
-    def __init__(self, source: str = "openai/gsm8k", shots: int = 0, max_train: int = 0, max_test: int = 0) -> None:
+    def __init__(
+        self,
+        source: str = "openai/gsm8k",
+        shots: int = 0,
+        max_train: int = 0,
+        max_test: int = 0,
+        question: str = "question",
+        answer: str = "answer",
+    ) -> None:
         for key, value in (("shots", shots), ("max_train", max_train), ("max_test", max_test)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise UserError(f"task.options.{key}={value!r} must be a whole number of at least 0")
         if not isinstance(source, str) or not source:
             raise UserError(f"task.options.source={source!r} must be a hub id, a folder or a file")
-        self._source, self._shots = source, shots
+        for key, column in (("question", question), ("answer", answer)):
+            if not isinstance(column, str) or not column or question == answer:
+                raise UserError(f"task.options.{key}={column!r} must be the name of a column, and no other's")
+        self._source, self._shots, self._columns = source, shots, (question, answer)
         self._most: dict[Split, int] = {"train": max_train, "test": max_test}
         self._rows: dict[Split, list[_Row]] = {}
         self._examples: list[_Row] = []
@@ -101,8 +102,8 @@ class Gsm8k:
         return Prompt(id=f"{split}-{index}", messages=tuple(messages), data=data)
 
     def _load(self) -> None:
-        rows = {split: [_row(self._source, split, i, raw) for i, raw in enumerate(table)]
-                for split, table in _read(self._source).items()}  # fmt: skip
+        rows = {split: [_row(self._source, split, i, *values) for i, values in enumerate(_values(table, *self._columns))]
+                for split, table in _read(self._source, *self._columns).items()}  # fmt: skip
         asked_in_test = {_key(row.question) for row in rows["test"]}
         rows["train"] = [row for row in rows["train"] if _key(row.question) not in asked_in_test]
         if self._shots >= len(rows["train"]):
@@ -114,31 +115,6 @@ class Gsm8k:
         for split, most in self._most.items():
             rows[split] = rows[split][: most or None]
         self._rows = rows
-
-
-def same_number(reference: str, answer: str) -> bool:
-    """Whether an answer, as a model writes it, is the reference number.
-
-    One number, in words and units if it likes (``$18 per day``, ``x = 18``), a decimal or a fraction. A list of numbers
-    is no answer, and neither is a power or factorial, whose value might take forever to compute.
-    """
-    gold, value = _value(reference), _value(answer)
-    if gold is None:
-        raise ValueError(f"the reference answer {reference!r} is not a number")
-    return value is not None and bool(math_verify.verify(_parse(gold), _parse(value), timeout_seconds=None))
-
-
-def _value(text: str) -> str | None:
-    """The part that holds the value, if it is short, holds one number, and does nothing with it."""
-    value = text.rsplit("=", 1)[-1].strip(" \n*").removeprefix("+").replace("\\$", "$")
-    if len(value) > 100 or re.search(r"\^|\*|!|²|³", value) or set(_COMMAND.findall(value)) - _COMMANDS:
-        return None
-    return value if len(_NUMBER.findall(_FRACTION.sub("1", value))) == 1 else None
-
-
-def _parse(text: str) -> list[Any]:
-    parsed: list[Any] = math_verify.parse(text, parsing_timeout=None)
-    return parsed
 
 
 def _tags_reward(prompt: Prompt, completion: Completion) -> float:
@@ -162,27 +138,42 @@ def _key(question: str) -> str:
     return " ".join(question.split()).lower()
 
 
-def _row(source: str, split: Split, index: int, raw: Mapping[str, Any]) -> _Row:
-    question, text = raw["question"], raw["answer"]
+def _values(table: Any, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """The rows' values in these columns; what is held in few bits as its shortest decimal (0.1, not 0.10000000149)."""
+    import numpy as np
+
+    kinds = [getattr(table.features[column], "dtype", "") for column in columns]
+    short = {kind: getattr(np, kind) for kind in kinds if kind in ("float16", "float32")}
+    for row in zip(*(table[column] for column in columns), strict=True):
+        yield tuple(
+            str(short[kind](value)) if kind in short and value is not None else value
+            for kind, value in zip(kinds, row, strict=True)
+        )
+
+
+def _row(source: str, split: Split, index: int, question: Any, text: Any) -> _Row:
     where = f"row {index + 1} of the {split} split of task.options.source={source!r}"
-    if not isinstance(question, str) or not question.strip() or not isinstance(text, str | int | float):
+    if not isinstance(question, str) or not question.strip() or not isinstance(text, str | int | float | Decimal):
         raise UserError(f"{where} has no question or no answer; both must be text")
     solution, mark, answer = str(text).rpartition("####")
-    answer = answer.strip().replace(",", "")
-    if _value(answer) is None:
+    answer = answer.strip()
+    value = value_of(answer)
+    if value is None:  # it would not equal itself
         raise UserError(f"{where} has an answer that does not end in a number: {answer[-60:]!r}; write '#### NUMBER'")
+    if value.denominator == 1:
+        answer = str(value)  # 70,000 as 70000
     # The calculator notes (<<48/2=24>>) are no part of the reasoning.
     solution = re.sub(r"<<.*?>>", "", solution).strip() if mark else f"The answer is {answer}."
     return _Row(question.strip(), solution, answer)
 
 
-def _read(source: str) -> dict[Split, Any]:
-    """The source's two splits as tables with a question and an answer column."""
+def _read(source: str, question: str, answer: str) -> dict[Split, Any]:
+    """The source's two splits as tables with these two columns."""
     path = Path(source).expanduser()
     if path.is_dir():
         tables = _read_folder(source, path)
     elif path.is_file():
-        tables = _read_file(source, path)
+        tables = _read_file(source, path, question)
     elif path.suffix in _READERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(
             f"task.options.source={source!r}: there is no such file or folder; paths start at {os.getcwd()!r}"
@@ -190,18 +181,20 @@ def _read(source: str) -> dict[Split, Any]:
     else:
         tables = _read_hub(source)
     for split, table in tables.items():
-        missing = [column for column in ("question", "answer") if column not in table.column_names]
-        if missing:
-            raise UserError(
-                f"the {split} split of task.options.source={source!r} has no column {missing[0]!r}, only "
-                f"{', '.join(table.column_names)}; name them question and answer"
-            )
+        for key, column in (("question", question), ("answer", answer)):
+            if column not in table.column_names:
+                raise UserError(
+                    f"the {split} split of task.options.source={source!r} has no column {column!r}, only "
+                    f"{', '.join(table.column_names)}; name the right one as task.options.{key}"
+                )
         if not len(table):
             raise UserError(f"the {split} split of task.options.source={source!r} is empty; give it rows")
     return tables
 
 
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# Every column is text: pandas would read "007" as 7, a gap as nan, and whole numbers beside a gap as 18.0.
+_SETTINGS: dict[str, dict[str, Any]] = {"csv": {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}}
 
 
 def _read_folder(source: str, folder: Path) -> dict[Split, Any]:
@@ -217,7 +210,7 @@ def _read_folder(source: str, folder: Path) -> dict[Split, Any]:
         ]
         if not files:
             raise UserError(
-                f"task.options.source={source!r} has no {split}.jsonl, {split}.json or {split}.parquet; "
+                f"task.options.source={source!r} has no {split}.jsonl, {split}.json, {split}.csv or {split}.parquet; "
                 "add it, or give one file, of which a tenth is held out for the test"
             )
         if len({(file.parent, file.suffix) for file in files}) > 1:
@@ -227,16 +220,14 @@ def _read_folder(source: str, folder: Path) -> dict[Split, Any]:
     return tables
 
 
-def _read_file(source: str, file: Path) -> dict[Split, Any]:
+def _read_file(source: str, file: Path, question: str) -> dict[Split, Any]:
     if file.suffix not in _READERS:
-        raise UserError(f"task.options.source={source!r} is no JSONL, JSON or Parquet file; give one that is")
+        raise UserError(f"task.options.source={source!r} is no JSONL, JSON, CSV or Parquet file; give one that is")
     rows = _load_files(source, [file])
-    if "question" not in rows.column_names:
+    if question not in rows.column_names:
         return {"train": rows}  # what is wrong with it is said in one place, by the caller
     # By the question, not by chance or place: it stays on its side when rows are added, and its copies go along.
-    held_out = [
-        int(hashlib.sha256(_key(str(question)).encode()).hexdigest(), 16) % 10 == 0 for question in rows["question"]
-    ]
+    held_out = [int(hashlib.sha256(_key(str(asked)).encode()).hexdigest(), 16) % 10 == 0 for asked in rows[question]]
     if len(set(held_out)) < 2:
         raise UserError(
             f"task.options.source={source!r} has too few rows ({len(rows)}) to hold a tenth out for the test; "
@@ -255,7 +246,9 @@ def _load_files(source: str, files: list[Path]) -> Any:
     bars = datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # local files take a moment
     try:
-        return datasets.load_dataset(kind, data_files={"train": [str(file) for file in files]}, split="train")
+        return datasets.load_dataset(
+            kind, data_files={"train": [str(file) for file in files]}, split="train", **_SETTINGS.get(kind, {})
+        )
     except Exception as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         listed = ", ".join(str(file) for file in files)

@@ -1,6 +1,7 @@
 """Any generator of reasoning-gym (arXiv 2505.24760) by name and settings, scored by its own scorer.
 
 An entry is named by its seed and place and made again where it is scored: its metadata is not always plain values.
+Some scorers evaluate the answer as Python; those get only what ``common/tasks/literals.py`` lets through.
 Nothing is downloaded.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +21,7 @@ from reasoning_gym.factory import DATASETS
 from common.errors import UserError
 from common.protocols import RewardFunction, Split
 from common.tasks import Prompts, answer_in
+from common.tasks.literals import readable
 from common.types import Completion, Prompt
 
 SYSTEM_PROMPT = "Think about the problem first, then give the final answer as <answer>…</answer> and stop."
@@ -81,7 +84,12 @@ class ReasoningGym:
         entry = source[where["index"]]
         if entry["question"] != where["question"]:
             raise RuntimeError(_unsteady(self._dataset))
-        return float(source.score_answer(answer, entry))
+        try:
+            # Without an answer a scorer gives what it gives to one that it cannot read, which is not always 0.
+            mark = float(source.score_answer(answer if readable(answer, entry) else None, entry))
+        except Exception:  # what no author of a scorer has thought of is no right answer
+            return 0.0
+        return mark if math.isfinite(mark) else 0.0
 
     def _format(self, prompt: Prompt, completion: Completion) -> float:
         return float(answer_in(completion.text) is not None)
