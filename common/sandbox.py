@@ -163,7 +163,7 @@ def _file_system(config: TaskConfig) -> list[str]:
         else:
             words += ["--ro-bind", os.devnull, path]
     # Not before: what is shown in a hidden folder gets its place there.
-    for path in (*emptied, "/dev"):
+    for path in (*emptied, "/dev", "/proc"):  # /proc: root could set the kernel's variables there
         words += ["--remount-ro", path]
     return words
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from common import device as devices
-from common import plugins
+from common import plugins, sandbox
 from common.config import Config, TimeoutConfig, changed
 from common.errors import LearnerLost, RunFailure, UserError, is_out_of_memory
 from common.protocols import Learner, Placement, Sampler, Split, Task
@@ -166,6 +166,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
             "memory.offload_while_sampling=true has no effect on a CPU, where everything is in host memory; remove it"
         )
     check_optimizer(config, config.cluster.learner_ranks)
+    sandbox.command(config.task)
     models.check(config.model, config.cluster.learner_ranks)
     back_end = plugins.check("sampler", config.sampler.name, config.sampler.options, 1)
     if hasattr(back_end, "check_sampling"):

@@ -87,7 +87,7 @@ def completions(
     """Asks the user's texts, or the task's first test questions, and prints what comes."""
     # A reward that needs an answer cannot score a free prompt: that prompt is shown without rewards.
     values = config.model_dump(exclude_unset=True)
-    values["task"] = {**values.get("task", {}), "on_reward_error": "skip"}
+    values["task"] = {**values.get("task", {}), "on_reward_error": "skip", "on_reward_timeout": "skip"}
     values["eval"] = {**values.get("eval", {}), "questions": max(questions, 1)}
     config = build(values)
     ready = local.prepare(config, need_train=False)

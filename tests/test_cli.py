@@ -339,7 +339,7 @@ def test_bad_reward_stops_with_a_sentence_and_its_completion_in_the_log(tiny, ru
     refused(
         1, said, "train", run_file,
         *words(tiny, f"run.folder={folder}", f"task.options.broken={broken}", "task.reward_timeout_s=1",
-               "eval.questions=0"),
+               "task.on_reward_timeout=stop", "eval.questions=0"),
     )  # fmt: skip
     assert re.search(said, (folder / "run.log").read_text())
 

@@ -99,7 +99,8 @@ FAILS = """
 
 def test_nothing_outside_changes(walled, place):
     with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.closing(socket.socket(socket.AF_UNIX)) as agent:
-        agent.bind(str(place.parent.parent / f"agent-{os.getpid()}"))  # as ssh's and Ray's, somewhere in /tmp
+        address = str(place.parent.parent / f"agent-{os.getpid()}")  # as ssh's and Ray's, somewhere in /tmp
+        agent.bind(address)
         agent.listen()
         tried = [
             "open(f'{place}/new', 'w')",
@@ -107,7 +108,9 @@ def test_nothing_outside_changes(walled, place):
             "import os; os.remove(f'{place}/kept')",
             "import os; os.rename(place, place + '2')",
             "import os; os.chmod(f'{place}/kept', 0)",
-            "open('/proc/sys/kernel/core_pattern', 'w')",
+            "open('/proc/sys/kernel/core_pattern', 'r+')",  # root's, capabilities or not
+            "open('/proc/sys/vm/drop_caches', 'r+')",
+            "open('/sys/kernel/mm/transparent_hugepage/enabled', 'r+')",
             "open('/dev/new', 'w')",
             "import os; os.mknod('/tmp/disk', 0o60600, os.makedev(8, 0))",
             "import os; os.kill(parent, 9)",
@@ -118,9 +121,9 @@ def test_nothing_outside_changes(walled, place):
         ]
         [*failed] = values(
             walled, *(FAILS.format(line) for line in tried), place=str(place), parent=os.getpid(),
-            port=listening.getsockname()[1], agent=agent.getsockname(),
+            port=listening.getsockname()[1], agent=address,
         )  # fmt: skip
-    os.remove(agent.getsockname())
+    os.remove(address)
     assert dict(zip(tried, failed, strict=True)) == dict.fromkeys(tried, 1.0)
     values(walled, f"import os; os.system('touch {place}/new; echo x > {place}/kept; rm -rf {place}')")
     assert (place / "kept").read_text() == "as it was"
@@ -264,7 +267,9 @@ def shipped(tmp_path_factory):
     (folder / "kept").write_text("as it was")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONHASHSEED", "0")
-        config = TaskConfig(name=f"{folder}/shipped.py:Shipped", options={"datasets": PUZZLES}, reward_workers=2)
+        config = TaskConfig(
+            name=f"{folder}/shipped.py:Shipped", options={"datasets": PUZZLES}, reward_workers=2, reward_timeout_s=3
+        )
         with Scorer(config) as scorer:
             yield scorer, folder
 
@@ -329,7 +334,7 @@ def test_what_scorers_evaluate_is_held_against_a_grammar(monkeypatch):
         taken = [text for text in code if readable(text, entry)]
         assert taken == [], name
     for name, text in (("countdown", "0x32 + 1"), ("countdown", "2**3"), ("countdown", "7//2"), ("complex_arithmetic", "nan"),
-                       ("game_of_life_halting", "anything")):  # fmt: skip
+                       ("game_of_life_halting", "anything"), ("coin_flip", "1e999999999")):  # fmt: skip
         task = make_task("reasoning_gym", {"dataset": name, "size": 1, "test_size": 1})
         assert not readable(text, task._source(1, 0)[0])
 
