@@ -137,7 +137,7 @@ class Scorer:
         self.close()
 
     def _stops(self, error: RewardError) -> bool:
-        return "stop" == (self._config.on_reward_timeout if error.ran_over else self._config.on_reward_error)
+        return (self._config.on_reward_timeout if error.ran_over else self._config.on_reward_error) == "stop"
 
     def _total(self, rewards: dict[str, float]) -> float:
         return math.fsum(self.weights[name] * value for name, value in rewards.items())
@@ -199,8 +199,8 @@ class Scorer:
         if fatal is not None:
             setting = "on_reward_timeout" if fatal.ran_over else "on_reward_error"
             raise RunFailure(
-                f"reward {fatal}; fix it in task {self._config.name!r}, or set task.{setting}=skip to leave such groups "
-                "out"
+                f"reward {fatal}; fix it in task {self._config.name!r}, or set task.{setting}=skip to leave such "
+                "groups out"
             )
         return answers, errors
 
@@ -385,7 +385,7 @@ def _serve() -> None:
             job, group = pipe.recv()
         except EOFError:
             return
-        for index, completion in enumerate(group.completions):
+        for index in range(len(group.completions)):
             # The parent kills a late worker long before this; it is for a parent that died itself. Unlike a signal or
             # a thread of ours, this timer also ends code that never gives up the interpreter (a hopeless regex).
             faulthandler.dump_traceback_later(2 * limit_s + 60, exit=True, file=nowhere)
@@ -426,7 +426,11 @@ def _answer(
     except (Exception, SystemExit) as error:  # reported, and never taken for a score
         kind = "" if isinstance(error, _Unfit) else f"{type(error).__name__}: "
         brief = kind + _shortened(" ".join(str(error).split()))
-        if error.__traceback__ is not None and error.__traceback__.tb_next is not None and not isinstance(error, _Unfit):
+        if (
+            error.__traceback__ is not None
+            and error.__traceback__.tb_next is not None
+            and not isinstance(error, _Unfit)
+        ):
             brief += f" ({where(error, __file__)})"
         # Of an endless recursion the end is enough.
         whole = "".join(traceback.format_exception(error, limit=-_TRACEBACK_FRAMES)).rstrip()

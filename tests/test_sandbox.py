@@ -98,7 +98,10 @@ FAILS = """
 
 
 def test_nothing_outside_changes(walled, place):
-    with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.closing(socket.socket(socket.AF_UNIX)) as agent:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        contextlib.closing(socket.socket(socket.AF_UNIX)) as agent,
+    ):
         address = str(place.parent.parent / f"agent-{os.getpid()}")  # as ssh's and Ray's, somewhere in /tmp
         agent.bind(address)
         agent.listen()
@@ -218,7 +221,8 @@ def test_a_machine_without_user_namespaces_is_one_sentence():
     [*_, own] = sandbox._bubblewraps()
     code = (
         "from types import SimpleNamespace as S\nfrom common import sandbox\nfrom common.errors import UserError\n"
-        "try: sandbox.command(S(sandbox='bubblewrap', name='warmup', sandbox_paths=()))\nexcept UserError as e: print(e)"
+        "try: sandbox.command(S(sandbox='bubblewrap', name='warmup', sandbox_paths=()))\n"
+        "except UserError as e: print(e)"
     )
     run = subprocess.run(
         [own, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-user", "--disable-userns", "--",
@@ -256,8 +260,9 @@ SHIPPED = """
 """
 EVALUATING = ("string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "countdown", "puzzle24",
               "polynomial_multiplication", "simple_integration", "intermediate_integration")  # fmt: skip
-PUZZLES = sorted(set(DATASETS) - {"composite"}) if FULL else [*EVALUATING, "complex_arithmetic", "number_sorting", "arc_1d",
-    "prime_factorization", "game_of_life", "sudoku", "word_ladder", "bitwise_arithmetic", "basic_arithmetic"]  # fmt: skip
+USABLE = sorted(set(DATASETS) - {"composite", "list_functions"})  # the last is refused
+PUZZLES = USABLE if FULL else [*EVALUATING, "complex_arithmetic", "number_sorting", "arc_1d",
+    "prime_factorization", "game_of_life", "sudoku", "word_ladder", "bitwise_arithmetic", "coin_flip"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -282,8 +287,9 @@ CODE = st.sampled_from([
     "exec(\"import os; os.fork()\")", "{{'a': NaN}}", "`rm -rf {0}`", "$(touch {0}/new)", "\\input{{{0}/kept}}",
     "eval(input())", "[i for i in iter(int, 1)]", "0x10 + 0b1", "(x+1)**400", "1" * 5000, "-" * 5000 + "1",
 ])  # fmt: skip
-PIECES = st.sampled_from(["[", "]", "(", ")", "{{", "}}", "'", '"', ",", "1", "9" * 50, "-", "**", "/", "x", "\n", "\\", "\0",
-                          "\u202e", "\u0661", "½", "٣", "🦜", "\ud83d", "e", "nan", "<answer>", "</answer>", "Q _", "="])  # fmt: skip
+PIECES = st.sampled_from(["[", "]", "(", ")", "{{", "}}", "'", '"', ",", "1", "9" * 50, "-", "**", "/", "x", "\n",
+                          "\\", "\0", "\u202e", "\u0661", "½", "٣", "🦜", "\ud83d", "e", "nan", "<answer>",
+                          "</answer>", "Q _", "="])  # fmt: skip
 INSIDE = st.one_of(
     CODE, st.lists(PIECES, max_size=30).map("".join), st.text(max_size=40).map(lambda text: text.replace("{", "{{")
     .replace("}", "}}")), st.tuples(PIECES, st.integers(1, 3000)).map(lambda pair: pair[0] * pair[1]),
@@ -315,14 +321,16 @@ def test_what_scorers_evaluate_is_held_against_a_grammar(monkeypatch):
     """Their own answers pass, and in the forms that they give part marks to; code and huge numbers do not."""
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     forms = {
-        "string_insertion": ["['A', 'B']"], "spiral_matrix": ["[1, 2, -3]", "(1, 2)"], "binary_matrix": ["[[0, 1], [1, 0]]"],
+        "string_insertion": ["['A', 'B']"], "spiral_matrix": ["[1, 2, -3]", "(1, 2)"],
+        "binary_matrix": ["[[0, 1], [1, 0]]"],
         "n_queens": ["[['Q', '_'], ['_', 'Q']]"], "countdown": ["(1 + 2)*3/4 - 5"], "puzzle24": ["2*(5 + 1 + 6)"],
         "polynomial_multiplication": ["-3*x**4 + y*z - 1"],
         "simple_integration": ["X**5/7 - 2.5*X**(1/2) + C", "sqrt(x)*exp(-x)"],
         "intermediate_integration": ["-x*asin(2*x) - sqrt(1 - 4*x**2)/2 + C", "(8 - 8*x)**(3/2)", "log(Abs(x))**2"],
     }  # fmt: skip
-    code = ["__import__('os').system('x')", "9**9**9**9", "[0]*10**9", "oracle_answer", "valid_solutions", "f'{1}'", "x.y",
-            "lambda: 0", "(1).real", "[i for i in (1,)]", "print(1)", "sin(9**9**9)", "((9**99)**99)**99", "", "'"]  # fmt: skip
+    code = ["__import__('os').system('x')", "9**9**9**9", "[0]*10**9", "oracle_answer", "valid_solutions", "f'{1}'",
+            "x.y", "lambda: 0", "(1).real", "[i for i in (1,)]", "print(1)", "sin(9**9**9)", "((9**99)**99)**99", "",
+            "'"]  # fmt: skip
     assert set(forms) == set(EVALUATING)
     for name, own in forms.items():
         task = make_task("reasoning_gym", {"dataset": name, "size": 8, "test_size": 2})
@@ -333,16 +341,15 @@ def test_what_scorers_evaluate_is_held_against_a_grammar(monkeypatch):
         assert all(readable(text, entry) for text in own), name
         taken = [text for text in code if readable(text, entry)]
         assert taken == [], name
-    for name, text in (("countdown", "0x32 + 1"), ("countdown", "2**3"), ("countdown", "7//2"), ("complex_arithmetic", "nan"),
-                       ("game_of_life_halting", "anything"), ("coin_flip", "1e999999999")):  # fmt: skip
+    for name, text in (("countdown", "0x32 + 1"), ("countdown", "2**3"), ("countdown", "7//2"), ("complex_arithmetic",
+                       "nan"), ("game_of_life_halting", "anything"), ("coin_flip", "1e999999999")):  # fmt: skip
         task = make_task("reasoning_gym", {"dataset": name, "size": 1, "test_size": 1})
         assert not readable(text, task._source(1, 0)[0])
 
 
 def test_every_generators_own_answer_reaches_its_scorer(monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    names = sorted(set(DATASETS) - {"composite"})
-    for name in names if FULL else names[::8]:
+    for name in USABLE if FULL else USABLE[::8]:
         entry = make_task("reasoning_gym", {"dataset": name, "size": 1, "test_size": 1})._source(1, 0)[0]
         assert not isinstance(entry["answer"], str) or readable(entry["answer"], entry), name
 

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """The built-in tasks: right answers are right, wrong ones wrong, and nothing of the test split is in training."""
 
 import itertools
@@ -18,7 +19,8 @@ from common.errors import UserError
 from common.plugins import make_task
 from common.protocols import Split
 from common.tasks import answer_in
-from common.tasks.gsm8k import Gsm8k, same_number
+from common.tasks.gsm8k import Gsm8k
+from common.tasks.numbers import same_number, value_of
 from common.tasks.reasoning_gym import ReasoningGym
 from common.tasks.warmup import Warmup
 from common.types import Completion, Prompt
@@ -422,7 +424,10 @@ def test_gsm8k_hub_out_of_reach(tmp_path):
 @pytest.mark.parametrize(
     "answer",
     ["18", "18.0", "$18", "$18.00", "18 dollars", "$18 per day", "x = 18", "9 + 9 = 18", "36/2", r"\frac{36}{2}", "+18",
-     r"\boxed{18}", r"\$18", "18.", "**18**", "The answer is 18", "$18$"],
+     r"\boxed{18}", r"\$18", "18.", "**18**", "The answer is 18", "$18$", "1.8e1", r"\text{18}", "18 m²", "18 m^2",
+     "१८", "１８", "18元", "18°C", "18\u200b", "18 $", "USD 18", "18 km/h", r"18\text{ dollars}",
+     r"\boxed{\text{18 dollars}}", "1.8 × 10^1", r"1.8 \times 10^{1}", "|18|", "(18)", "Answer: $18", "3 x 6 = 18",
+     "3 apples + 15 apples = 18 apples", "18 sq. ft.", "18,0", "$$18$$", "180e-1"],
 )  # fmt: skip
 def test_same_number(answer):
     assert same_number("18", answer)
@@ -432,10 +437,54 @@ def test_same_number(answer):
     "answer",
     ["-18", "81", "1.8", "180", "18 or 19", "17 18", "18, 19", "18 19", "9 + 9", "", "eighteen", "18 = 19", "18!",
      "99999!", "9**9**9**9", "9^{9^{9^9}}", r"\sqrt{324}", r"\int_0^{18}", "18" * 60, "1 " * 40 + "18", "(",
-     r"\frac{18}{0}"],
+     r"\frac{18}{0}", "18k", "18 thousand", "18 million", "18 hundred", "18 dozen", "18 halves", "18 and a half",
+     "< 18", ">18", "≤ 18", "~18", "about 18", "less than 18", "at least 18", "not 18", "x != 18", "x ≠ 18",
+     "x <= 18", "2x = 18", "not x = 18", "=> 18", "18x", "18i", r"18\pi", "18π", "18^2", "18²", "18 squared", "√18",
+     r"\sqrt{18}", "2(18)", "18-", "18-20", "18 to 20", "18;20", "--18", "+-18", "±18", "0x12", "18:00", "18?", "18①",
+     "18 3/4", "17 1/1", "1,8", "18,000", "18 is wrong", "18 - x", "1e18", "18/x", "18‰", "1e999999999", "half of 18",
+     "18 / 0"],
 )  # fmt: skip
 def test_not_the_same_number(answer):
     assert not same_number("18", answer)
+
+
+@pytest.mark.parametrize(
+    ("number", "answers"),
+    [
+        ("-5", ["-5", "- 5", "minus 5", "negative 5", "−5", "–5", "－5", "-$5", "$-5", "-10/2", r"-\frac{10}{2}"]),
+        ("2.5", ["2 1/2", "2½", "5/2", "2,5", r"2\frac12", r"2\frac{1}{2}", "2.50"]),
+        ("0.5", ["½", "1/2", r"\frac12", "0,5", ".5", "50%", "0,500"]),
+        ("50", ["50%", r"50\%", "50 percent"]),
+        ("70000", ["70,000", "70 000", "70'000", "70\u202f000", "70{,}000", "70k", "70 thousand", "7e4", "7 × 10^4"]),
+        ("1234567.5", ["1,234,567.5", "1.234.567,5", "1 234 567,5"]),
+        ("18000000", ["18 million", "$18M", "18 million dollars"]),
+        ("1000", ["10^3", "10³", "1k"]),
+        ("3.5", ["3,5"]),
+        ("1e+22", ["10^22"]),
+        ("0", ["-0", "0.0"]),
+    ],
+)
+def test_the_same_number_in_other_forms(number, answers):
+    assert [answer for answer in answers if not same_number(number, answer)] == []
+    other = str(value_of(number) + 1)
+    assert [answer for answer in answers if same_number(other, answer)] == []
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [("5", "minus 5"), ("5", "-$5"), ("5", "–5"), ("35", "3,5"), ("1820", "18,20"), ("1234", "12,34"), ("0.333",
+     "1/3"), ("3", "3.0000000001"), ("1000000", "1000000.4"), ("21", "2½"), ("2", "2 1/2"), ("7000", "70,00"),
+     ("123456789", "123456788")],
+)  # fmt: skip
+def test_near_is_not_the_same(reference, answer):
+    assert not same_number(reference, answer)
+
+
+@given(st.text(st.sampled_from("0189 .,'-+$%/^=x×eE()|\\{}½²kmM~<>!ab\u0661\u202e\n"), max_size=60))
+def test_any_text_is_a_number_or_none_at_once(text):
+    """In milliseconds: no text makes a regular expression go back and forth for ever (pytest's limit would end it)."""
+    value_of(text)
+    value_of((text * 200)[:200])
 
 
 @given(a=st.integers(-(10**7), 10**7), b=st.integers(-(10**7), 10**7), unit=st.sampled_from(["", " dollars", " km"]))
@@ -444,7 +493,63 @@ def test_same_number_for_any(a, b, unit):
     assert same_number(str(a), f"{a:,}")
     assert same_number(str(a), f"{a:.2f}")
     assert same_number(f"{a:,}", f"{a}")
+    assert same_number(str(a), f"{a:_}".replace("_", " "))
+    assert same_number(f"{a / 4:.2f}", f"{a / 4:.2f}".replace(".", ","))
     assert same_number(str(a), f"{b}{unit}") == (a == b)
+
+
+def test_gsm8k_references_are_read_as_numbers(tmp_path):
+    answers = ["#### 70,000", "#### $1,234.50", "18.0", "0,5", "#### -3", "#### 2 1/2"]
+    jsonl(tmp_path / "train.jsonl", [row(f"q{i}", answer) for i, answer in enumerate(answers)])
+    jsonl(tmp_path / "test.jsonl", rows(100, 1))
+    task = Gsm8k(str(tmp_path))
+    read = [prompt.data["answer"] for prompt in task.prompts("train")]
+    assert read == ["70000", "$1,234.50", "18", "0,5", "-3", "2 1/2"]
+    for prompt in task.prompts("train"):
+        assert task.is_correct(prompt, says(f"<answer>{prompt.data['answer']}</answer>"))
+
+
+@pytest.mark.parametrize("answer", ["18, 20", "18 or 20", "1/0", "nan", "x", "", "12,34,5"])
+def test_gsm8k_refuses_a_reference_that_does_not_equal_itself(tmp_path, answer):
+    jsonl(tmp_path / "train.jsonl", [row("a", "#### 1"), row("b", answer)])
+    jsonl(tmp_path / "test.jsonl", rows(100, 1))
+    with pytest.raises(UserError, match=r"row 2 of the train split .* does not end in a number|row 2 .* no answer"):
+        Gsm8k(str(tmp_path)).prompts("train")
+
+
+def test_gsm8k_csv_columns_by_name_and_numbers_of_few_bits(tmp_path):
+    import datasets
+
+    (tmp_path / "train.csv").write_text(
+        '\ufeffid,Problem,Solution\n1,"a, b","70,000"\n2,c,0.1\n3,d,007\n', encoding="utf-8"
+    )
+    (tmp_path / "test.csv").write_text('id,Problem,Solution\n1,e,"so #### 3"\n')
+    task = Gsm8k(str(tmp_path), question="Problem", answer="Solution")
+    assert [(asked(p), p.data["answer"]) for p in task.prompts("train")] == [
+        ("a, b", "70000"),
+        ("c", "0.1"),
+        ("d", "7"),
+    ]
+    with pytest.raises(UserError, match=r"no column 'question', only id, Problem, Solution; .*task\.options\.question"):
+        Gsm8k(str(tmp_path)).prompts("train")
+    with pytest.raises(UserError, match=r"task\.options\.question='x'"):
+        Gsm8k(question="x", answer="x")
+
+    (tmp_path / "gap.csv").write_text("question,answer\n" + "".join(f"q{i},{i if i != 7 else ''}\n" for i in range(40)))
+    with pytest.raises(UserError, match=r"row \d+ of the \w+ split .*''"):
+        Gsm8k(str(tmp_path / "gap.csv")).prompts("train")
+
+    features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.Value("float32")})
+    for split in SPLITS:
+        table = {"question": [f"{split} {i}" for i in range(3)], "answer": [0.1, 2.5, 3.0]}
+        (tmp_path / "floats").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / "floats" / f"{split}.parquet"))
+    assert [p.data["answer"] for p in Gsm8k(str(tmp_path / "floats")).prompts("train")] == ["0.1", "2.5", "3"]
+
+
+def test_reasoning_gym_refuses_a_generator_that_asks_something_else_each_time(monkeypatch):
+    with pytest.raises(UserError, match=r"list_functions.*another question at each look"):
+        ReasoningGym("list_functions")
 
 
 def test_a_reference_that_is_no_number_is_an_error_and_not_a_zero():

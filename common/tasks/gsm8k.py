@@ -1,9 +1,9 @@
 """GSM8K: grade-school word problems (arXiv 2110.14168), reasoning in ``<thinking>``, the number in ``<answer>``.
 
 The answer is compared as a number (``common/tasks/numbers.py``), so ``70,000``, ``$70000.00`` and
-``\\frac{140000}{2}`` are the same; two smaller rewards lead a model that has never seen the tags to them. Rows come from
-the hub or from local files, through ``datasets``; nothing is read before the first prompt is asked for, since reward
-workers need none of it.
+``\\frac{140000}{2}`` are the same; two smaller rewards lead a model that has never seen the tags to them. Rows come
+from the hub or from local files, through ``datasets``; nothing is read before the first prompt is asked for, since
+reward workers need none of it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SYSTEM_PROMPT = (
 _TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
 _WHOLE = re.compile(r"\s*<thinking>(.*?)</thinking>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _HUB_TIMEOUT_S = 10.0
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -102,7 +103,7 @@ class Gsm8k:
         return Prompt(id=f"{split}-{index}", messages=tuple(messages), data=data)
 
     def _load(self) -> None:
-        rows = {split: [_row(self._source, split, i, *values) for i, values in enumerate(_values(table, *self._columns))]
+        rows = {split: [_row(self._source, split, i, *row) for i, row in enumerate(_values(table, *self._columns))]
                 for split, table in _read(self._source, *self._columns).items()}  # fmt: skip
         asked_in_test = {_key(row.question) for row in rows["test"]}
         rows["train"] = [row for row in rows["train"] if _key(row.question) not in asked_in_test]

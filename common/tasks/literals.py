@@ -15,9 +15,7 @@ from typing import Any
 
 _LONGEST = 100_000
 _MOST_BITS = 4096
-_FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh atanh exp log ln sqrt Abs".split()
-)
+_FUNCTIONS = re.compile("a?(sin|cos|tan|cot|sec|csc)|a?(sinh|cosh|tanh|coth)|exp|log|ln|sqrt|Abs")
 
 
 def readable(answer: str, entry: Mapping[str, Any]) -> bool:
@@ -63,7 +61,7 @@ def _formula(text: str) -> bool:
 
 
 def _bits(node: ast.expr) -> int:
-    """The length at most of a number that this comes to, a variable counting as 1. ``ValueError``: not in the grammar."""
+    """The length at most of a number that this comes to, a variable counting as 1. ``ValueError``: no formula."""
     match node:
         case ast.Constant(value=bool() | complex()):
             pass
@@ -79,7 +77,7 @@ def _bits(node: ast.expr) -> int:
             exponent = _bits(right)
             if exponent <= _MOST_BITS.bit_length():
                 return _bits(left) * 2**exponent
-        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if _FUNCTIONS.fullmatch(name):
             return _bits(argument)
     raise ValueError(ast.dump(node)[:100])
 

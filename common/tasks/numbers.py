@@ -3,8 +3,8 @@
 A small grammar of its own, with exact fractions: what it does not know is no answer, because a policy learns to exploit
 whatever is taken wrongly. It knows one number, with its sign, in figures of any script; groups of three (``70,000``,
 ``70 000``, ``70'000``), a decimal point or comma, fractions and mixed numbers (``2 1/2``, ``½``, ``\\frac{1}{2}``),
-powers of ten, the words and letters that multiply (``18 thousand``, ``18k``), a currency before or after it, units after
-it, and a few words before it (``The answer is``). What stands before the last ``=`` is working.
+powers of ten, the words and letters that multiply (``18 thousand``, ``18k``), a currency before or after it, units
+after it, and a few words before it (``The answer is``). What stands before the last ``=`` is working.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from fractions import Fraction
+
+# ruff: noqa: RUF001
 
 _LONGEST = 200
 _MULTIPLIERS = {
@@ -30,7 +32,10 @@ _FRACTION = r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))"
 _STYLE = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boxed|operatorname)\s*(?=\{)"
 _SPACE = r"\\(?:[ ,;:!]|quad\b|left\b|right\b|displaystyle\b)|(?<=\S)~"
 
-_BEFORE = r"(?i:(?:(?:the|final|correct|answer|result|total|sum|value|is|are|was|so|it|equals|equal|to|therefore|thus|hence)\b[ ,:]*)*)"
+_BEFORE = (
+    r"(?i:(?:(?:the|final|correct|answer|result|total|sum|value|is|are|was|so|it|equals|equal|to|therefore|thus|hence)\b"
+    r"[ ,:]*)*)"
+)
 _CURRENCY = r"(?:(?:US|A|C|NZ|HK|S)?\$|[€£¥₹₩₽₺₪₫₱฿₦]|Rs\b\.?|USD\b|EUR\b|GBP\b|INR\b|CNY\b|JPY\b)"
 _SIGN = r"(?:[-+]|(?:minus|negative)\b)"
 _GROUPS = (
@@ -41,17 +46,23 @@ _POWER = r"(?:[eE](?P<e>[-+]?\d{1,3})\b|\s*[×*xX]\s*10\s*\^\s*(?P<ten>-?\d{1,3}
 # A unit: words, joined by what joins units, each perhaps squared or cubed. A lone letter is a variable, but for those
 # of metre, gram, litre, second and hour; and some words say that the number is not what is meant.
 _NO_UNIT = (
-    r"(?!(?:or|and|to|not|no|plus|minus|times|over|point|squared|cubed|halves|half|thirds|quarters|fourths|fifths|tenths"
-    r"|hundredths|thousandths|factorial|pi|dozens?|scores?|sqrt|wrong|incorrect|false|than)\b)"
+    r"(?!(?:or|and|to|not|no|plus|minus|times|over|point|squared|cubed|halves|half|thirds|quarters|fourths|fifths"
+    r"|tenths|hundredths|thousandths|factorial|pi|dozens?|scores?|sqrt|wrong|incorrect|false|than)\b)"
 )
-_WORD = rf"{_NO_UNIT}(?:[mglLsh](?!\w)|[^\W\d_]{{2,}}|(?:[A-Za-z]\.){{2,}}|[\u3040-\u9fff\uac00-\ud7af]|[%°$€£¥₹](?:[CF]\b)?)(?:\^-?[23])?"
+_WORD = (
+    rf"{_NO_UNIT}(?:[mglLsh](?!\w)|[^\W\d_]{{2,}}|(?:[A-Za-z]\.){{2,}}|[\u3040-\u9fff\uac00-\ud7af]"
+    r"|[%°$€£¥₹](?:[CF]\b)?)(?:\^-?[23])?"
+)
 _UNIT = rf"(?:/\s*)?{_WORD}(?:[ ./×'-]+{_WORD})*"
+
+# Each with a name of its own for the mark between its groups, which must be the same throughout.
+_OVER, _UNDER, _NUMBER = (_DECIMAL.replace("<N>", f"<mark{i}>").replace("=N", f"=mark{i}") for i in range(3))
 
 _ANSWER = re.compile(
     rf"""(?P<bar>\|)?\ *{_BEFORE}
     (?P<sign>{_SIGN})?\ *(?:{_CURRENCY}\ *)?(?P<late_sign>{_SIGN})?\ *
-    (?:(?:(?P<whole>\d+)\ +)?(?P<over>{_DECIMAL.replace('<N>', '<over_mark>').replace('=N', '=over_mark')})\ */\ *(?P<under>{_DECIMAL.replace('<N>', '<under_mark>').replace('=N', '=under_mark')})
-      |(?P<number>{_DECIMAL.replace('<N>', '<number_mark>').replace('=N', '=number_mark')})(?:{_POWER})?
+    (?:(?:(?P<whole>\d+)\ +)?(?P<over>{_OVER})\ */\ *(?P<under>{_UNDER})
+      |(?P<number>{_NUMBER})(?:{_POWER})?
       |(?P<power_of_ten>10)\ *\^\ *(?P<exponent>-?\d{{1,3}}))
     (?(bar)\ *\|)
     (?P<scale>(?:\ *(?:{"|".join(sorted(_MULTIPLIERS, key=len, reverse=True))})\b)*)

@@ -60,7 +60,12 @@ class ReasoningGym:
         self._seed = seed
         self._check_settings()
         self._source = functools.lru_cache(maxsize=8)(self._make_source)
-        self._source(size, seed)
+        first = self._source(size, seed)
+        if first[0]["question"] != first[0]["question"]:  # list_functions draws on at each look
+            raise UserError(
+                f"task.options.dataset={dataset!r} makes another question at each look, so no answer could be scored; "
+                "use another generator"
+            )
         self.reward_weights: Mapping[str, float] = {"correct": 1.0, "format": 0.1}
         self.rewards: Mapping[str, RewardFunction] = {"correct": self._correct, "format": self._format}
 
