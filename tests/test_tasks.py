@@ -535,7 +535,9 @@ def test_gsm8k_csv_columns_by_name_and_numbers_of_few_bits(tmp_path):
     with pytest.raises(UserError, match=r"task\.options\.question='x'"):
         Gsm8k(question="x", answer="x")
 
-    (tmp_path / "gap.csv").write_text("question,answer\n" + "".join(f"q{i},{i if i != 7 else ''}\n" for i in range(40)))
+    (tmp_path / "gap.csv").write_text(
+        "question,answer\n" + "".join(f"q{i},{i if i != 7 else ''}\n" for i in range(200))
+    )
     with pytest.raises(UserError, match=r"row \d+ of the \w+ split .*''"):
         Gsm8k(str(tmp_path / "gap.csv")).prompts("train")
 

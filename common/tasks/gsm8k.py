@@ -8,6 +8,7 @@ reward workers need none of it.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import re
@@ -194,8 +195,6 @@ def _read(source: str, question: str, answer: str) -> dict[Split, Any]:
 
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-# Every column is text: pandas would read "007" as 7, a gap as nan, and whole numbers beside a gap as 18.0.
-_SETTINGS: dict[str, dict[str, Any]] = {"csv": {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}}
 
 
 def _read_folder(source: str, folder: Path) -> dict[Split, Any]:
@@ -247,9 +246,9 @@ def _load_files(source: str, files: list[Path]) -> Any:
     bars = datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # local files take a moment
     try:
-        return datasets.load_dataset(
-            kind, data_files={"train": [str(file) for file in files]}, split="train", **_SETTINGS.get(kind, {})
-        )
+        if kind == "csv":
+            return datasets.concatenate_datasets([datasets.Dataset.from_dict(_columns(file)) for file in files])
+        return datasets.load_dataset(kind, data_files={"train": [str(file) for file in files]}, split="train")
     except Exception as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         listed = ", ".join(str(file) for file in files)
@@ -257,6 +256,16 @@ def _load_files(source: str, files: list[Path]) -> Any:
     finally:
         if not bars:
             datasets.enable_progress_bars()
+
+
+def _columns(file: Path) -> dict[str, list[str]]:
+    """A CSV file's columns, all as text: pandas would make 18.0 of whole numbers beside a gap, and nan of "None"."""
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        names, *rows = (row for row in csv.reader(lines, strict=True) if row)
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(names):
+            raise ValueError(f"row {number} has {len(row)} values, and the first line names {len(names)} columns")
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
 def _read_hub(source: str) -> dict[Split, Any]:
