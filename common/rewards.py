@@ -35,6 +35,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
@@ -95,7 +96,7 @@ class Scorer:
         self.task: Task = make_task(task_config.name, task_config.options)
         self.weights = _weights(self.task, task_config.reward_weights)
         """The weight of each named reward in this run."""
-        self._workers = [_Worker(task_config, self._log) for _ in range(task_config.reward_workers)]
+        self._workers = [_Worker(task_config, self.task, self._log) for _ in range(task_config.reward_workers)]
         self._threads = ThreadPoolExecutor(len(self._workers), thread_name_prefix="rewards")
         self._lock = threading.Lock()  # a worker answers one caller at a time
 
@@ -208,8 +209,9 @@ class Scorer:
 class _Worker:
     """One worker process, as one thread of the parent sees it. Restarted at the next question after it was killed."""
 
-    def __init__(self, config: TaskConfig, log: logging.Logger) -> None:
+    def __init__(self, config: TaskConfig, task: Task, log: logging.Logger) -> None:
         self._config = config
+        self._rewards = tuple(task.rewards)
         self._log = log
         self._process: subprocess.Popen[str] | None = None
         self._said: collections.deque[str] = collections.deque(maxlen=5)
@@ -244,6 +246,8 @@ class _Worker:
                     elif what == "failed":
                         brief, ran_over, whole = value
                         return RewardError(group, index, reward, _printable(brief), ran_over, whole)
+                    elif isinstance(value, bool) != (job == "is_correct"):
+                        raise OSError("no answer to this question")
                     else:
                         answers.append(value)
                         break
@@ -262,7 +266,13 @@ class _Worker:
         """A message of the worker. Raises ``OSError`` for what is none."""
         try:
             what, number, value = json.loads(self._pipe.recv_bytes(_MESSAGE_BYTES))
-        except (ValueError, RecursionError) as error:
+            if what == "failed" and number >= 0:
+                brief, ran_over, whole = value
+                value = str(brief), bool(ran_over), str(whole)
+            elif what == "answer" and not isinstance(value, bool):
+                value = {name: float(value[name]) for name in self._rewards}
+                assert all(map(math.isfinite, value.values()))
+        except (ValueError, TypeError, KeyError, RecursionError, AssertionError) as error:
             raise OSError("no message of a worker") from error
         return what, number, value
 
@@ -391,7 +401,7 @@ def _serve() -> None:
             faulthandler.dump_traceback_later(2 * limit_s + 60, exit=True, file=nowhere)
             if memory is not None:
                 sandbox.limit_cpu(limit_s)
-            what, value = _answer(lambda reward, at=index: say("began", at, reward), own, task, job, group, index)
+            what, value = _answer(partial(say, "began", index), own, task, job, group, index)
             say(what, index, value)
             faulthandler.cancel_dump_traceback_later()
             if what == "failed":
@@ -426,11 +436,7 @@ def _answer(
     except (Exception, SystemExit) as error:  # reported, and never taken for a score
         kind = "" if isinstance(error, _Unfit) else f"{type(error).__name__}: "
         brief = kind + _shortened(" ".join(str(error).split()))
-        if (
-            error.__traceback__ is not None
-            and error.__traceback__.tb_next is not None
-            and not isinstance(error, _Unfit)
-        ):
+        if error.__traceback__ and error.__traceback__.tb_next and not isinstance(error, _Unfit):
             brief += f" ({where(error, __file__)})"
         # Of an endless recursion the end is enough.
         whole = "".join(traceback.format_exception(error, limit=-_TRACEBACK_FRAMES)).rstrip()

@@ -183,6 +183,9 @@ def test_secrets_are_out_of_sight_and_data_are_not(walled, place):
          "its worker process died"),
         ("import os, sys, json\ndata = json.dumps(('answer', 5, {'value': 9})).encode()\n"
          "os.write(int(sys.argv[1]), len(data).to_bytes(4, 'big') + data)", "answered for completion 5"),
+        *((f"import os, sys\ndata = {message!r}\nos.write(int(sys.argv[1]), len(data).to_bytes(4, 'big') + data)",
+           "its worker process died") for message in (b"5", b'["answer", 0, [1]]', b'["answer", 0, {"value": NaN}]',
+                                                      b'["failed", 0, 7]', b"[" * 50_000)),
     ],
 )  # fmt: skip
 def test_too_much_costs_a_group_and_not_the_run(walled, place, text, words):

@@ -23,10 +23,10 @@ def answer_in(text: str) -> str | None:
     Strict on purpose, because a loose reader is what a policy learns to exploit: one opening and one closing tag in the
     whole completion, something between them, and nothing but space after them. Any text may come before.
     """
-    match = _ANSWER.search(text)
-    if match is None or len(_TAG.findall(text)) != 2:
+    if len(_TAG.findall(text)) != 2:  # first: from each of a thousand tags the search would go to the end
         return None
-    return match[1].strip() or None
+    match = _ANSWER.search(text)
+    return match[1].strip() or None if match else None
 
 
 class Prompts(Sequence[Prompt]):

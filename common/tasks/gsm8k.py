@@ -131,9 +131,10 @@ def _tags_reward(prompt: Prompt, completion: Completion) -> float:
 
 def _format_reward(prompt: Prompt, completion: Completion) -> float:
     """1 where the completion is the two blocks, filled, each tag once, and nothing around them."""
+    if any(completion.text.count(tag) != 1 for tag in _TAGS):
+        return 0.0
     match = _WHOLE.fullmatch(completion.text)
-    filled = match is not None and match[1].strip() != "" and match[2].strip() != ""
-    return float(filled and all(completion.text.count(tag) == 1 for tag in _TAGS))
+    return float(match is not None and match[1].strip() != "" and match[2].strip() != "")
 
 
 def _key(question: str) -> str:

@@ -76,7 +76,7 @@ def _bits(node: ast.expr) -> int:
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             exponent = _bits(right)
             if exponent <= _MOST_BITS.bit_length():
-                return _bits(left) * 2**exponent
+                return _bits(left) << exponent
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if _FUNCTIONS.fullmatch(name):
             return _bits(argument)
     raise ValueError(ast.dump(node)[:100])
