@@ -265,7 +265,7 @@ EVALUATING = ("string_insertion", "spiral_matrix", "binary_matrix", "n_queens", 
               "polynomial_multiplication", "simple_integration", "intermediate_integration")  # fmt: skip
 USABLE = sorted(set(DATASETS) - {"composite", "list_functions"})  # the last is refused
 PUZZLES = USABLE if FULL else [*EVALUATING, "complex_arithmetic", "number_sorting", "arc_1d",
-    "prime_factorization", "game_of_life", "sudoku", "word_ladder", "bitwise_arithmetic", "coin_flip"]  # fmt: skip
+    "prime_factorization", "game_of_life", "bitwise_arithmetic", "coin_flip"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -302,10 +302,10 @@ HOSTILE = st.one_of(INSIDE.map(lambda text: f"<answer>{text}</answer>"), INSIDE)
 BATCH = 50
 
 
-@settings(max_examples=200 if FULL else 6, deadline=None, derandomize=not FULL)
+@settings(max_examples=200 if FULL else 4, deadline=None, derandomize=not FULL)
 @given(texts=st.lists(HOSTILE, min_size=BATCH, max_size=BATCH))
 def test_hostile_text_changes_nothing_outside_and_ends_no_run(shipped, texts):
-    """300 texts every day, 10,000 with NANOGRPO_TESTS=full, over every generator of reasoning-gym then."""
+    """200 texts every day, 10,000 with NANOGRPO_TESTS=full, over every generator of reasoning-gym then."""
     scorer, folder = shipped
     texts = [text.replace("{{", "{").replace("}}", "}").replace("{0}", str(folder)) for text in texts]
     groups = [group(text) for text in texts]

@@ -60,6 +60,8 @@ class ReasoningGym:
         self._seed = seed
         self._check_settings()
         self._source = functools.lru_cache(maxsize=8)(self._make_source)
+        # A group's completions are scored one after the other, and some entries take long to make.
+        self._entry = functools.lru_cache(maxsize=8)(lambda size, seed, index: self._source(size, seed)[index])
         first = self._source(size, seed)
         if first[0]["question"] != first[0]["question"]:  # list_functions draws on at each look
             raise UserError(
@@ -86,7 +88,7 @@ class ReasoningGym:
             return 0.0
         where = prompt.data
         source = self._source(where["size"], where["seed"])
-        entry = source[where["index"]]
+        entry = self._entry(where["size"], where["seed"], where["index"])
         if entry["question"] != where["question"]:
             raise RuntimeError(_unsteady(self._dataset))
         try:
