@@ -12,7 +12,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -40,6 +40,11 @@ Positive = Annotated[_Float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[_Float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[_Float, Field(gt=0, le=1e8)]  # three years: timers overflow at some more
 Weight = Annotated[_Float, Field(ge=-LARGEST_REWARD, le=LARGEST_REWARD)]
+_FREE = "may change when a run is resumed"
+T = TypeVar("T")
+Free = Annotated[T, _FREE]
+"""A setting, or a section of them, that leaves the result of a run alone but for rounding and the luck of the draw, so
+that a resumed run may have another."""
 
 
 class Section(BaseModel):
@@ -76,7 +81,7 @@ class ModelConfig(Section):
     quantize: Literal["off", "nf4"] = "off"
     """nf4: the frozen base under the adapter is held in 4 bits (QLoRA, arXiv 2305.14314; bitsandbytes), on both sides:
     a quarter of the memory, some precision and speed lost. Needs lora_rank."""
-    cache_folder: str = "~/.cache/nanogrpo"
+    cache_folder: Free[str] = "~/.cache/nanogrpo"
     """Where converted GGUF models are kept, and dense copies of 4-bit ones for samplers without 4-bit weights."""
 
 
@@ -94,25 +99,25 @@ class TaskConfig(Section):
     template_options: dict[str, Any] = {}
     """Variables of the chat template, such as {enable_thinking = false}; chat_template names one of several templates.
     """
-    reward_timeout_s: Seconds = 10.0
+    reward_timeout_s: Free[Seconds] = 10.0
     """Seconds that scoring one completion may take before its worker is killed."""
-    reward_workers: Annotated[_Int, Field(ge=1, le=1024)] = 1
+    reward_workers: Free[Annotated[_Int, Field(ge=1, le=1024)]] = 1
     """Worker processes that score."""
-    reward_memory_gib: Positive = 4.0
+    reward_memory_gib: Free[Positive] = 4.0
     """Memory that a worker may take, with all that it started (GiB). Without sandbox there is no limit."""
-    on_reward_error: Literal["stop", "skip"] = "stop"
+    on_reward_error: Free[Literal["stop", "skip"]] = "stop"
     """A reward that raises or is not finite, which is a fault of its code: ``stop`` ends the run, ``skip`` leaves that
     completion's whole group out of the step. Both write the completion and the traceback to the log."""
-    on_reward_timeout: Literal["stop", "skip"] = "skip"
+    on_reward_timeout: Free[Literal["stop", "skip"]] = "skip"
     """The same for one that runs past its time or memory or whose worker process dies, which a completion can bring
     about where a reward runs what it reads (``9**9**9**9``)."""
-    sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
+    sandbox: Free[Literal["bubblewrap", "none"]] = "bubblewrap"
     """Walls around the reward workers: no network, no secrets, no writing but in ``/tmp``. ``none``: rewards, and model
     text that they run as code, have all your rights; for a judge in the network, a reward on a GPU, and machines
     without user namespaces."""
-    sandbox_paths: tuple[str, ...] = ()
+    sandbox_paths: Free[tuple[str, ...]] = ()
     """Files and folders that workers may read though they are hidden (``~/.elan``)."""
-    sandbox_environment: tuple[str, ...] = ()
+    sandbox_environment: Free[tuple[str, ...]] = ()
     """Environment variables that workers get besides those of the language and the machine."""
 
 
@@ -127,11 +132,11 @@ class SamplerConfig(Section):
     """Draw only from the k likeliest tokens. 0 is off."""
     max_tokens: Count = 128
     """Tokens of a completion at most."""
-    max_prompt_tokens: Whole = 0
+    max_prompt_tokens: Free[Whole] = 0
     """Refuse longer prompts, before the run; 0 asks only that prompt and completion fit the model's context."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion, and its text, besides the end tokens of the model and of its chat template."""
-    tensor_parallel: Count = 1
+    tensor_parallel: Free[Count] = 1
     """Devices that each replica spreads the model over (vllm)."""
     in_flight_updates: bool = False
     """Swap weights in the middle of long completions instead of waiting for them; each token's version is kept in the
@@ -187,17 +192,17 @@ class LearnerConfig(Section):
     lowered as they near the limit (DAPO's soft overlong punishment)."""
     overlong_tokens: Count = 16
     """penalize: the penalty grows from 0 to 1 over the last so many tokens before max_tokens."""
-    microbatch_tokens: Count = 4096
+    microbatch_tokens: Free[Count] = 4096
     """Tokens of a forward and backward pass at most; a longer single sequence still goes alone. Less memory, same
     gradient."""
-    packing: Literal["auto", "packed", "padded"] = "auto"
+    packing: Free[Literal["auto", "packed", "padded"]] = "auto"
     """packed computes what prompts or completions of a pass begin with alike once; padded repeats it; auto packs where
     the model can."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Free[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    head_tokens: Count = 512
+    head_tokens: Free[Count] = 512
     """Predicted tokens whose logits exist at once; each takes some 6 to 10 bytes an entry of the vocabulary."""
-    compile: Literal["off", "auto", "on"] = "off"
+    compile: Free[Literal["off", "auto", "on"]] = "off"
     """on: compile each layer's pointwise work (torch.compile; needs a C++ compiler on a CPU): less memory and faster
     steps, after a first one some 5 to 40 s longer; auto: on where there is a compiler."""
 
@@ -219,7 +224,7 @@ class OptimizerConfig(Section):
     """Added to AdamW's denominator."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay; not on biases and norms."""
-    offload: bool = False
+    offload: Free[bool] = False
     """GPU only: keep the float32 masters, gradients and AdamW's averages (16 bytes a weight) in host memory and step
     there; the card then holds little more than the weights and the activations."""
     max_grad_norm: NotNegative = 1.0
@@ -248,9 +253,9 @@ class TrainConfig(Section):
     flight, and no more would overlap."""
     dynamic_sampling_rounds: Whole = 0
     """Times a batch may be topped up with new prompts in place of zero-variance groups (DAPO). 0 is off."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Free[Literal["auto", "cpu", "gpu"]] = "auto"
     """Where both sides compute; auto takes a GPU when there is one."""
-    threads: Whole = 0
+    threads: Free[Whole] = 0
     """CPU threads of each side; 0 takes every core."""
 
 
@@ -371,17 +376,17 @@ class Config(Section):
     """The optimizer and its schedule."""
     train: TrainConfig = TrainConfig()
     """The size and length of the run."""
-    sync: SyncConfig = SyncConfig()
+    sync: Free[SyncConfig] = SyncConfig()
     """The proof that the sampler holds the learner's weights."""
-    memory: MemoryConfig = MemoryConfig()
+    memory: Free[MemoryConfig] = MemoryConfig()
     """What fits, before it is tried."""
-    eval: EvalConfig = EvalConfig()
+    eval: Free[EvalConfig] = EvalConfig()
     """Measuring on the test split."""
-    run: RunConfig = RunConfig()
+    run: Free[RunConfig] = RunConfig()
     """What is written, and where."""
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: Free[ClusterConfig] = ClusterConfig()
     """Sampler and learner as services on Ray."""
-    timeouts: TimeoutConfig = TimeoutConfig()
+    timeouts: Free[TimeoutConfig] = TimeoutConfig()
     """The limit of every wait."""
 
 
@@ -566,6 +571,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"run file {str(path)!r} is not valid TOML: {error}; correct that line") from None
 
 
+def reread(text: str) -> Config:
+    """The configuration of ``resolved_toml``'s text, maybe another version's: keys that there are no more, or that have
+    no effect any more, are left out. Raises ``UserError`` for anything else that is not right now."""
+    known = {key for key, _ in fields()}
+    values = {
+        section: {name: value for name, value in part.items() if f"{section}.{name}" in known}
+        for section, part in tomllib.loads(text).items()
+        if section in Config.model_fields
+    }
+    _drop_idle(values, set())
+    return build(values)
+
+
 def _drop_idle(values: dict[str, Any], said: set[str]) -> None:
     try:
         idle = inert(Config.model_validate(values))
@@ -617,6 +635,19 @@ def fields() -> Iterator[tuple[str, FieldInfo]]:
             yield f"{section}.{name}", field
 
 
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of this ``section.key``: it, or its section, is marked ``Free``."""
+    section, name = key.split(".")
+    whole = Config.model_fields[section]
+    return _FREE in whole.metadata or _FREE in type(whole.default).model_fields[name].metadata
+
+
+def described(key: str, field: FieldInfo) -> str:
+    """What the setting does, its type, and whether it may change when a run is resumed, in one line."""
+    may = "; may change on resume" if may_change(key) else ""
+    return f"{' '.join((field.description or '').split())} ({type_words(field)}{may})"
+
+
 def type_words(field: FieldInfo) -> str:
     """The field's type in words a user can act on: ``one of chat, plain``, ``integer``."""
     kind = field.annotation
@@ -640,15 +671,11 @@ def commented_toml() -> str:
         if head != section:
             section = head
             lines += ["", f"[{section}]  # {Config.model_fields[section].description}"]
-        lines += [f"# {line}" for line in f"{_one_line(field)} ({type_words(field)})".splitlines()]
+        lines.append(f"# {described(key, field)}")
         value = default.model_dump()[head][name]
         text = " ".join(tomli_w.dumps({name: value}).split()) if not isinstance(value, dict) else f"{name} = {{}}"
         lines.append(f"# {text}" if key in silent else text)
     return "\n".join(lines) + "\n"
-
-
-def _one_line(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split())
 
 
 def _override(values: dict[str, Any], word: str) -> None:
@@ -676,8 +703,8 @@ def _sentence(error: Any) -> str:
         return f"unknown key {key!r}{_nearest(key)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    described = dict(fields()).get(".".join(key.split(".")[:2]))
-    wanted = f" ({type_words(described)})" if described else ""
+    field = dict(fields()).get(".".join(key.split(".")[:2]))
+    wanted = f" ({type_words(field)})" if field else ""
     return f"{key}={_shortened(error['input'])}: {message}{wanted}"
 
 

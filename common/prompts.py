@@ -6,6 +6,9 @@ stream's whole state is a position. Used by the training loop; evaluation goes t
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,16 +40,40 @@ class PromptStream:
 
     def state(self) -> dict[str, Any]:
         """JSON values; ``restore`` takes a stream of the same prompts and seed back to here."""
-        return {"position": self._position, "prompts": len(self._prompts), "seed": self._seed}
+        return {
+            "position": self._position, "prompts": len(self._prompts), "seed": self._seed, "sha256": self._sha256,
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        self.check(state)
+        self._position = state["position"]
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises ``UserError`` when ``state`` is of other prompts or another seed. One written before prompts were
+        hashed has only their number."""
         for key, now in (("prompts", len(self._prompts)), ("seed", self._seed)):
             if state[key] != now:
                 raise UserError(
                     f"the run was begun with {key}={state[key]} in its prompt stream and now has {now}; "
                     "resume with the task and seed that it was begun with"
                 )
-        self._position = state["position"]
+        if state.get("sha256", self._sha256) != self._sha256:
+            raise UserError(
+                f"the task's {len(self._prompts)} training prompts are not those that the run was begun with (their "
+                "texts or answers have changed); give the task its former data, or begin another run"
+            )
+
+    @functools.cached_property
+    def _sha256(self) -> str:
+        """Of every prompt as the task made it, with what it is scored by. How the model is shown them is the model's
+        and the configuration's."""
+        digest = hashlib.sha256()
+        for prompt in self._prompts:
+            # Of a value that JSON has no word for only the type: its text may hold an address in memory.
+            whole = [prompt.id, [dict(message) for message in prompt.messages], dict(prompt.data)]
+            text = json.dumps(whole, default=lambda value: type(value).__name__, skipkeys=True)
+            digest.update(text.encode("ascii") + b"\n")
+        return digest.hexdigest()
 
     def _permutation(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))

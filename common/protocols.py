@@ -58,8 +58,10 @@ class Sampler(Protocol):
     It may say how many completions it works on at once with these options, ``completions_at_once(options) -> int``:
     what a request holds beyond waits. ``SamplerSetup.max_sequences`` is then no more than that.
 
-    Four more members are a back end's own choice; the first is for the proof of a sync, the others for many machines:
+    More members are a back end's own choice; the first two are for resumed runs and the proof of a sync, the others
+    for many machines:
 
+    - ``free_options: frozenset[str]``: its options that only move memory or time; a resumed run may have others.
     - ``check_weights(fingerprint: str) -> list[str]``: one sentence for each tensor of the last hand-over, whose
       fingerprint is given, that is not stored as it arrived, and for each that changed without being sent. It compares
       what the engine computes with now, and not what passed by on its way in: the probe cannot see a small part that

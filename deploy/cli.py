@@ -59,8 +59,8 @@ def _in_sentences() -> Iterator[None]:
         said = printable(" ".join(str(error).split())[:200])
         err.print(f"failed: out of memory ({said}); {_LESS_MEMORY}", style="red", soft_wrap=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        err.print("stopped at once; the last checkpoint is whole", style="red")
+    except KeyboardInterrupt as stopped:
+        err.print(str(stopped) or "stopped at once; the last checkpoint is whole", style="red")
         raise typer.Exit(130) from None
     finally:
         logging.getLogger("nanogrpo").removeHandler(handler)
@@ -119,8 +119,8 @@ def train(
             folder = runs.folder_of(config)
             if (folder / "config.toml").is_file():
                 resume = folder
-                words = [word for word in words if not word.startswith("run.folder=")]
-        if resume is not None:
+                config = runs.same_run(folder, config)
+        elif resume is not None:
             config = runs.config_of(resume, words)
         folder = resume or runs.folder_of(config)
         if config.cluster.mode == "ray":
@@ -332,7 +332,7 @@ def config(
     """Every setting with its default, unit and effect."""
     with _in_sentences():
         from common import files
-        from common.config import Config, commented_toml, fields, meant_by, type_words
+        from common.config import Config, commented_toml, described, fields, meant_by
 
         shown = [(key, field) for key, field in fields() if section in ("", key, key.split(".")[0])]
         if not shown:
@@ -349,8 +349,7 @@ def config(
             return
         table = Table("key", "default", "meaning", show_lines=True)
         for key, field in shown:
-            described = " ".join((field.description or "").replace("``", "").split())
-            table.add_row(Text(key), Text(repr(field.default)), Text(f"{described} ({type_words(field)})"))
+            table.add_row(Text(key), Text(repr(field.default)), Text(described(key, field).replace("``", "")))
         out.print(table)
 
 

@@ -12,7 +12,7 @@ import datetime
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from common import files, plugins, tracking
-from common.config import Config, build, changed, fields, read_toml, resolved_toml
+from common.config import Config, resolved_toml
 from common.console import ConsoleTracker
 from common.errors import LearnerLost, RunFailure, UserError
 from common.prompts import PromptStream
@@ -30,6 +30,9 @@ from common.rewards import Scorer
 from common.waits import bounded
 from deploy import local, plan, report
 from deploy.local import Parts, Prepared
+from deploy.resume import anchored, check_task, kept
+from deploy.resume import config_of as config_of
+from deploy.resume import same_run as same_run
 from learner import memory
 from learner.checkpoint import Checkpoints
 from learner.loop import Loop, rehearse, train
@@ -64,9 +67,11 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
             from deploy import cluster
 
             stack.enter_context(cluster.joined(config))  # once, for all who ask it
-        config = local.settled(config)
+        config = local.settled(anchored(config))
         place = plan.warm_up(config)
         ready = local.prepare(config)
+        if resume:
+            check_task(folder, config, PromptStream(ready.train, config.train.seed))
         scorer = stack.enter_context(Scorer(config.task))
         if not resume:
             files.write_text(folder / "config.toml", resolved_toml(config))
@@ -112,13 +117,15 @@ def _train(
 ) -> Outcome:  # fmt: skip
     """From the last checkpoint, or with ``begin`` from the start, to the end of the run or its stop."""
     learner, sampler, placement = parts.learner, parts.sampler, parts.placement
-    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
+    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last, kept(config))
     stream = PromptStream(ready.train, config.train.seed)
     state = None
     if not begin:
         with bounded("learner", "reading its checkpoint", config.timeouts.load_s, "timeouts.load_s"):
             state = checkpoints.restore_latest(learner)
     if not begin:
+        if state is None:
+            _tell(console, "there is no checkpoint yet: the run begins again from its start")
         if learner.version > config.train.steps:
             raise UserError(
                 f"train.steps={config.train.steps} is less than the {learner.version} steps this run has done; "
@@ -242,44 +249,8 @@ def shared_folder(folder: Path) -> Path:
     return folder.absolute()
 
 
-def config_of(folder: Path, words: Sequence[str]) -> Config:
-    """The configuration that a run folder was made with, changed by ``words``."""
-    from common.config import load
-
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"--resume {str(folder)!r}: there is no run (no config.toml in it); name a run folder")
-    saved = read_toml(folder / "config.toml")
-    config = load(folder / "config.toml", words, drop_idle=True)
-    before = build(saved)
-    if config.model.dtype == "auto":  # it keeps what it began with
-        config = changed(config, {"model.dtype": before.model.dtype})
-    free = {
-        "eval",
-        "run",
-        "timeouts",
-        "cluster",
-        "train.steps",
-        "train.threads",
-        "train.device",
-        "sync.transport",
-        "sync.bucket_mib",
-    }
-    for key, _ in fields():
-        section, name = key.split(".")
-        if section not in free and key not in free:
-            old, new = (getattr(getattr(one, section), name) for one in (before, config))
-            if old != new:
-                raise UserError(
-                    f"{key}={new!r} cannot change from {old!r} when a run is resumed, or it would not be the same run; "
-                    "train.steps, eval, run, timeouts, cluster and where it computes can"
-                )
-    if config.run.folder != before.run.folder:
-        raise UserError(f"run.folder={config.run.folder!r} has no effect with --resume, which names the folder")
-    return config
-
-
-@contextlib.contextmanager
-def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raises ``UserError`` for a folder that another run, or somebody's files, are in."""
     if not resume and (folder / "config.toml").exists():
         raise UserError(
             f"run.folder={str(folder)!r} is in use by an earlier run; go on with it by --resume {folder}, or choose "
@@ -288,6 +259,11 @@ def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
     # A start that failed leaves its lock and log; anything else is somebody's.
     if not resume and folder.is_dir() and {path.name for path in folder.iterdir()} - {files.LOCK_NAME, "run.log"}:
         raise UserError(f"run.folder={str(folder)!r} is not empty and holds no run; choose another")
+
+
+@contextlib.contextmanager
+def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
+    check_folder(folder, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -310,21 +286,42 @@ def _logging_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
+class _Stopping:
+    """Whether the run was asked to stop. Asking this for the first time begins the steps: before that there is nothing
+    to save, and a signal ends the run at once."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._asked, self._begun = console, False, False
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+
+    def __call__(self) -> bool:
+        self._begun = True
+        return self._asked
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """Takes the signal."""
+        if number == signal.SIGHUP:  # the terminal is gone, and who writes to it fails
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for fd in self._terminals:
+                os.dup2(nowhere, fd)
+            os.close(nowhere)
+        if not self._begun or (self._asked and number == signal.SIGINT):
+            raise KeyboardInterrupt("stopped before its first step, so nothing was saved" if not self._begun else "")
+        self._asked = True
+        self._console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one")
+
+
 @contextlib.contextmanager
 def _stop_signals(console: Console) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM asks the run to save and stop after its step; a second Ctrl-C ends it at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-        console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one")
-
-    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    """The first Ctrl-C, SIGTERM or SIGHUP asks the run to save and stop after its step, or ends it at once where no
+    step was begun; a second Ctrl-C ends it at once. Under ``nohup`` a SIGHUP stays ignored."""
+    stopping = _Stopping(console)
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        wanted.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stopping.ask) for number in wanted}
     try:
-        yield lambda: asked
+        yield stopping
     finally:
-        for number, handler in kept.items():
+        for number, handler in before.items():
             signal.signal(number, handler)

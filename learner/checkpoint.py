@@ -18,17 +18,20 @@ log = logging.getLogger("nanogrpo.checkpoint")
 
 
 class Checkpoints:
-    """``FOLDER/step-000020/``: what ``Learner.save`` wrote, ``state.json`` of the loop and ``manifest.json``."""
+    """``FOLDER/step-000020/``: what ``Learner.save`` wrote, ``state.json`` of the loop, the texts of ``kept`` by their
+    file names (what the run is known by again), and ``manifest.json``."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self._folder, self._keep_last = folder, keep_last
+    def __init__(self, folder: Path, keep_last: int, kept: Mapping[str, str] | None = None) -> None:
+        self._folder, self._keep_last, self._kept = folder, keep_last, kept or {}
 
     def save(self, step: int, learner: Learner, state: Mapping[str, Any]) -> Path:
         """Writes one and removes the oldest. Raises ``RunFailure`` on a full disk; the earlier ones stay."""
-        path = self._folder / f"step-{step:06d}"
+        path = self._folder / _name(step)
         with files.atomic_folder(path) as folder:
             learner.save(folder)
             files.write_json(folder / "state.json", {"step": step, **state})
+            for name, text in self._kept.items():
+                files.write_text(folder / name, text)
             files.write_json(
                 folder / "manifest.json", {file.name: _checksum(file) for file in sorted(folder.iterdir())}
             )
@@ -58,16 +61,39 @@ class Checkpoints:
             )
         return None
 
+    def steps(self) -> list[int]:
+        """Of the checkpoints there, damaged ones included, in order."""
+        return [int(path.name.removeprefix("step-")) for path in self._all()]
+
+    def text(self, name: str) -> str | None:
+        """This file of the newest checkpoint that holds it undamaged, whatever its other files are like."""
+        for path in reversed(self._all()):
+            if name in _manifest(path) and not _damage(path, name):
+                return (path / name).read_text(encoding="utf-8")
+        return None
+
     def _all(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("step-*") if path.is_dir())
+        named = (path for path in self._folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+        return sorted(path for path in named if path.is_dir())
 
 
-def _damage(path: Path) -> str:
-    """What is wrong with this checkpoint, or nothing."""
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _manifest(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((path / "manifest.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _damage(path: Path, only: str = "") -> str:
+    """What is wrong with this checkpoint, or with one file of it, or nothing."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, checksum in manifest.items():
-            if _checksum(path / name) != checksum:
+            if only in ("", name) and _checksum(path / name) != checksum:
                 return f"{name} has another checksum"
     except (OSError, ValueError) as error:
         return str(error)

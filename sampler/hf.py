@@ -80,6 +80,7 @@ class HfSampler:
     """
 
     takes_adapters = True
+    free_options = frozenset({"batch_size"})
     seeds_prompts = True
 
     @staticmethod

@@ -69,6 +69,7 @@ class RemoteSampler:
     """
 
     takes_adapters: bool
+    free_options = frozenset({"url", "api_key_env", "weights_folder", "timeout_s"})
     seeds_prompts: bool
 
     @staticmethod

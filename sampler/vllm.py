@@ -117,6 +117,10 @@ class VllmSampler:
     """A vLLM engine in this process; ``**options`` are arguments of ``vllm.LLM`` and win over the defaults here."""
 
     takes_adapters = True
+    free_options = frozenset({
+        "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "cpu_offload_gb",
+        "max_num_seqs", "max_num_batched_tokens", "enforce_eager",
+    })  # fmt: skip
     seeds_prompts: bool
     """On a GPU, where vLLM takes a seed for each prompt; not on the CPU."""
 

@@ -1,0 +1,176 @@
+"""Going on with a run: the configuration it may go on with, and what must be as it was for it to be the same run.
+
+What the run was begun with is read from its newest checkpoint, not from the folder's own ``config.toml``, which people
+edit. Used by ``deploy/cli.py`` before anything is loaded, and by ``deploy/run.py``, which writes what is read here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import files, plugins
+from common.config import Config, changed, fields, load, may_change, reread, resolved_toml
+from common.errors import UserError
+from common.prompts import PromptStream
+from common.weights import weight_files
+from learner.checkpoint import Checkpoints
+
+log = logging.getLogger("nanogrpo")
+_CONFIG, _CONTENTS = "config.toml", "contents.json"
+_FILES = ("task.name", "sampler.name")
+"""The settings that may name a Python file of the user's whose code decides what is learned."""
+
+
+def kept(config: Config) -> dict[str, str]:
+    """The files of a checkpoint that a run is known by again."""
+    return {_CONFIG: resolved_toml(config), _CONTENTS: files.to_json(_contents(config), indent=2) + "\n"}
+
+
+def config_of(folder: Path, words: Sequence[str]) -> Config:
+    """The configuration that a run folder was made with, changed by ``words``; checks as ``same_run``."""
+    if not (folder / _CONFIG).is_file():
+        raise UserError(f"--resume {str(folder)!r}: there is no run (no config.toml in it); name a run folder")
+    if any(word.partition("=")[0].strip() == "run.folder" for word in words):
+        raise UserError(f"run.folder has no effect with --resume, which names the folder {str(folder)!r}; remove it")
+    return same_run(folder, load(folder / _CONFIG, words, drop_idle=True))
+
+
+def same_run(folder: Path, config: Config) -> Config:
+    """The configuration for going on with the run in ``folder``, its files by full paths.
+
+    Raises ``UserError`` for a setting that would make it another run, and when the run's checkpoints are gone.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", 1)
+    text = checkpoints.text(_CONFIG)
+    # A run ended before its first checkpoint, or whose checkpoints are of a version that kept no configuration there.
+    before = anchored(reread(text) if text is not None else load(folder / _CONFIG, drop_idle=True))
+    if not checkpoints.steps():
+        _check_none_is_lost(folder, before)
+    config = anchored(config)
+    if config.model.dtype == "auto":  # it keeps what it began with
+        config = changed(config, {"model.dtype": before.model.dtype})
+    moved = _moved(config, before, json.loads(checkpoints.text(_CONTENTS) or "{}"))
+    for key, _ in fields():
+        old, new = _compared(before, key), _compared(config, key)
+        if old == new or may_change(key) or key in moved:
+            continue
+        if key != "train.steps":
+            raise UserError(
+                f"{key}={new!r} cannot change from {old!r} when a run is resumed, or it would not be the same run; "
+                "`nanogrpo config` marks what can"
+            )
+        if config.optimizer.schedule != "constant":
+            raise UserError(
+                f"train.steps={new} cannot change from {old} under optimizer.schedule={config.optimizer.schedule!r}, "
+                "whose rates it would stretch; leave it, or begin another run (a constant schedule can be extended)"
+            )
+    return config
+
+
+def check_task(folder: Path, config: Config, stream: PromptStream) -> None:
+    """Raises ``UserError`` when the training prompts are not those of the run's last checkpoint; says where the user's
+    own code has changed, which may be just why the run is resumed, or the model's files."""
+    checkpoints = Checkpoints(folder / "checkpoints", 1)
+    state = checkpoints.text("state.json")
+    if state is not None:
+        stream.check(json.loads(state)["stream"])
+    before = json.loads(checkpoints.text(_CONTENTS) or "{}")
+    for key, sha256 in _contents(config).items():
+        if before.get(key, sha256) != sha256:
+            what = f"{key}={_get(config, key)!r}"
+            log.warning("%s has changed since the last checkpoint; the run goes on with it as it is now", what)
+
+
+def anchored(config: Config) -> Config:
+    """The configuration with the files that it names by full paths, so that the run can be resumed from any folder.
+
+    Not in a submitted job, which works in a temporary copy of its folder: each node finds its own by relative names.
+    """
+    if "_ray_pkg_" in str(Path.cwd()):
+        return config
+    changes: dict[str, Any] = {key: _full_name(str(_get(config, key))) for key in _FILES}
+    changes["run.trackers"] = tuple(_full_name(name) for name in config.run.trackers)
+    name = config.model.name
+    if not name.startswith("package:") and Path(name).expanduser().exists():
+        changes["model.name"] = str(Path(name).expanduser().absolute())
+    for key in ("task.options", "sampler.options"):
+        changes[key] = {option: _full_path(value) for option, value in _get(config, key).items()}
+    changes = {key: value for key, value in changes.items() if value != _get(config, key)}
+    return changed(config, changes) if changes else config
+
+
+def _full_name(name: str) -> str:
+    """``my_task.py:MyTask`` with the file's full path; any other name as it is."""
+    place, colon, attribute = name.rpartition(":")
+    return f"{Path(place).expanduser().absolute()}{colon}{attribute}" if place.endswith(".py") else name
+
+
+def _full_path(value: Any) -> Any:
+    """An option's value that reads as a path (by a separator or a suffix) and is one there, in full."""
+    if isinstance(value, str) and (os.sep in value or Path(value).suffix) and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().absolute())
+    return value
+
+
+def _get(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _compared(config: Config, key: str) -> Any:
+    """The setting's value, without what the back end says only moves memory or time."""
+    value = _get(config, key)
+    if key == "sampler.options":
+        free: frozenset[str] = getattr(plugins.find("sampler", config.sampler.name), "free_options", frozenset())
+        return {name: option for name, option in value.items() if name not in free}
+    return value
+
+
+def _contents(config: Config) -> dict[str, str]:
+    """SHA-256 of the user's own code behind these settings, and of a local model's files: of their sizes and of what
+    they begin with, because all of them would take minutes."""
+    found = {}
+    for key in _FILES:
+        place = Path(_get(config, key).rpartition(":")[0])
+        if place.suffix == ".py" and place.is_file():
+            found[key] = hashlib.sha256(place.read_bytes()).hexdigest()
+    model = Path(config.model.name)
+    parts = weight_files(model) if (model / "config.json").is_file() else [model] if model.suffix == ".gguf" else []
+    if parts and all(part.is_file() for part in parts):
+        digest = hashlib.sha256()
+        for part in parts:
+            with part.open("rb") as opened:
+                digest.update(f"{part.stat().st_size} ".encode() + opened.read(1 << 20))
+        found["model.name"] = digest.hexdigest()
+    return found
+
+
+def _moved(config: Config, before: Config, contents: Mapping[str, str]) -> set[str]:
+    """The settings that name the same contents by another path."""
+
+    def attribute(of: Config, key: str) -> str:
+        return "" if key == "model.name" else str(_get(of, key)).rpartition(":")[2]
+
+    return {
+        key
+        for key, sha256 in _contents(config).items()
+        if contents.get(key) == sha256 and attribute(config, key) == attribute(before, key)
+    }
+
+
+def _check_none_is_lost(folder: Path, before: Config) -> None:
+    """Raises ``UserError`` for a run without a checkpoint that must have had one."""
+    done = max((row.get("step", 0) for row in files.read_json_lines(folder / "metrics.jsonl")), default=0)
+    every = before.run.save_every
+    if (folder / "final").is_dir() or (every and done > every):
+        cure = f"its model is in {str(folder / 'final')!r}" if (folder / "final").is_dir() else "put them back"
+        raise UserError(
+            f"the run in {str(folder)!r} has done {done} steps, but none of its checkpoints is left in "
+            f"{str(folder / 'checkpoints')!r}, so it cannot go on; {cure}, or begin another run in another folder"
+        )
