@@ -34,6 +34,8 @@ _LESS_MEMORY = (
 )
 Words = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="settings that win")]
 Model = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN_DIR", help="run folder, model folder, hub id or .gguf")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run folder: finished, stopped, killed or running")]
+Step = Annotated[int | None, typer.Option("--step", min=0, help="of a run folder: the checkpoint of this step")]
 
 
 @contextmanager
@@ -152,7 +154,11 @@ def train(
                 raise RunFailure(f"{error}. Go on from the last checkpoint: nanogrpo train --resume {folder}") from None
             raise
         if not outcome.finished:
-            out.print(f"saved at step {outcome.step}; go on with: nanogrpo train --resume {folder}", soft_wrap=True)
+            out.print(
+                f"saved at step {outcome.step}; go on with: nanogrpo train --resume {folder}; its model as it is now: "
+                f"nanogrpo export {folder}",
+                soft_wrap=True,
+            )
             raise typer.Exit(130)
         if outcome.before is not None and outcome.after is not None:
             out.print(
@@ -208,6 +214,7 @@ def evaluate(
     model: Model,
     words: Words = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    step: Step = None,
 ) -> None:
     """Measure accuracy on a task's test questions (task.name=..., eval.questions=..., eval.samples=...)."""
     with _in_sentences():
@@ -215,20 +222,20 @@ def evaluate(
         from common.console import evaluation_line
         from common.rewards import Scorer
         from deploy import local
-        from deploy.show import open_model
+        from deploy.export import open_model
 
-        config, adapter = open_model(model, words or [])
-        if not config.eval.questions:
-            raise UserError("eval.questions=0 asks nothing; set it to at least 1")
-        ready = local.prepare(config, need_train=False)
-        with Scorer(config.task) as scorer:
-            made = local.make_sampler(ready, shares_device=False, adapter_folder=adapter)
-            with local.closing(made, config) as sampler:
-                result = local.ask_test_questions(ready, sampler, scorer, config.timeouts.generate_s).as_dict()
+        with open_model(model, words or [], step) as (config, adapter, label):
+            if not config.eval.questions:
+                raise UserError("eval.questions=0 asks nothing; set it to at least 1")
+            ready = local.prepare(config, need_train=False)
+            with Scorer(config.task) as scorer:
+                made = local.make_sampler(ready, shares_device=False, adapter_folder=adapter)
+                with local.closing(made, config) as sampler:
+                    result = local.ask_test_questions(ready, sampler, scorer, config.timeouts.generate_s).as_dict()
         if json:
             _print_json(result)
             return
-        out.print(evaluation_line(0, result).replace("step 0", model), soft_wrap=True)
+        out.print(evaluation_line(0, result).replace("step 0", label), soft_wrap=True)
         for kind, part in result["by_kind"].items():
             out.print(f"  {printable(kind)}: {part['accuracy']:.1%} of {part['questions']}")
         for k, at_k in result["pass_at_k"].items():
@@ -242,19 +249,21 @@ def sample(
     n: Annotated[int, typer.Option("-n", min=1, help="completions of each prompt")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token at every place")] = False,
     questions: Annotated[int, typer.Option(min=0, help="ask so many test questions of the task instead")] = 0,
+    step: Step = None,
 ) -> None:
     """Print completions; with task.name=... or --questions also their rewards."""
     with _in_sentences():
         _quiet_libraries()
-        from deploy.show import completions, open_model
+        from deploy.export import open_model
+        from deploy.show import completions
 
         texts = [word for word in prompts or [] if not _is_setting(word)]
         words = [word for word in prompts or [] if _is_setting(word)]
         if bool(texts) == bool(questions):
             raise UserError('give a prompt, as in: nanogrpo sample MODEL "What is 2 + 2?", or --questions 3')
         scored = bool(questions) or any(word.startswith("task.name=") for word in words)
-        config, adapter = open_model(model, words)
-        completions(config, adapter, texts, questions, 1 if greedy else n, greedy, scored, out)
+        with open_model(model, words, step) as (config, adapter, _):
+            completions(config, adapter, texts, questions, 1 if greedy else n, greedy, scored, out)
 
 
 def _is_setting(word: str) -> bool:
@@ -262,6 +271,34 @@ def _is_setting(word: str) -> bool:
 
     head, equals, _ = word.partition("=")
     return bool(equals) and head.split(".")[0] in Config.model_fields and "." in head
+
+
+@app.command()
+def export(
+    run: RunDir,
+    folder: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="RUN_DIR/exported/step-N if left out")] = None,
+    step: Step = None,
+    merged: Annotated[bool, typer.Option("--merged", help="LoRA: the base with the adapter in it")] = False,
+) -> None:
+    """Write the model of a run's checkpoint, the newest or that of --step, as a Hugging Face folder."""
+    with _in_sentences():
+        _quiet_libraries()
+        from deploy.export import export_checkpoint
+
+        path, number = export_checkpoint(run, step, merged, folder)
+        out.print(Text(f"model of step {number} in {path}"), soft_wrap=True)
+
+
+@app.command()
+def report(run: RunDir) -> None:
+    """Write report.html and report.png of a run: finished, stopped, killed or running."""
+    with _in_sentences():
+        from deploy import report as reports
+
+        if not (run / "config.toml").is_file():
+            raise UserError(f"{str(run)!r} is no run folder (no config.toml in it); name one")
+        for path in reports.build(run):
+            out.print(Text(str(path)), soft_wrap=True)
 
 
 @app.command()

@@ -1,10 +1,8 @@
-"""Asking a model or a finished run: which weights and settings to ask with (``open_model``), and ``nanogrpo sample``,
-which prints completions, with rewards where a task is given."""
+"""``nanogrpo sample``: prints completions, with rewards where a task is given."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,53 +10,15 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from common.config import Config, build, load
+from common.config import Config, build
 from common.console import printable
-from common.errors import UserError
 from common.protocols import Sampler
 from common.rewards import Scorer
 from common.tokenizer import check_lengths
 from common.types import Group, Prompt
 from common.waits import bounded, result
-from common.weights import FolderWeights
 from deploy import local
 from learner.model import context_tokens
-
-
-def open_model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
-    """The configuration for asking a model or a finished run's ``final/``, and the folder of its adapter if it has one.
-
-    ``name`` is a run folder, a model folder, a hub id or a GGUF file; ``words`` are ``section.key=value``.
-    """
-    for word in words:
-        if word.split(".")[0] in ("learner", "optimizer", "sync", "run"):
-            raise UserError(f"{word!r} has no effect when a model is only asked; remove it")
-    folder = Path(name).expanduser()
-    if not (folder / "config.toml").is_file():
-        if (folder / "adapter_config.json").is_file():
-            described = dict(FolderWeights(str(folder)).adapter_config or {})
-            if not described.get("base_model_name_or_path"):
-                raise UserError(f"{name!r} is an adapter that names no base model; set it in its adapter_config.json")
-            base = [_word("model.name", described["base_model_name_or_path"])]
-            if described.get("revision"):
-                base.append(_word("model.revision", described["revision"]))
-            return load(None, [*base, *words]), folder
-        return load(None, [_word("model.name", name), *words]), None
-    final = folder / "final"
-    if not final.is_dir():
-        raise UserError(f"run folder {name!r} has no final/ yet; finish it with `nanogrpo train --resume {name}`")
-    config = load(folder / "config.toml", words, drop_idle=True)
-    if (final / "adapter_config.json").is_file():
-        return config, final
-    model = {**config.model.model_dump(exclude_unset=True), "name": str(final)}
-    for key in ("revision", "cache_folder"):  # of the model it came from, and idle for a local folder
-        model.pop(key, None)
-    return build({**config.model_dump(exclude_unset=True), "model": model}), None
-
-
-def _word(key: str, text: str) -> str:
-    """``key=text`` with the text as TOML's, which JSON's is: it may hold quotes and backslashes."""
-    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
 
 
 def sample(ready: local.Prepared, sampler: Sampler, prompts: Sequence[Prompt], n: int, greedy: bool) -> list[Group]:

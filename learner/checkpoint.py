@@ -6,13 +6,20 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from common import files
+from common.config import Config
+from common.device import dtype_of
 from common.errors import UserError
 from common.protocols import Learner
+from learner import model as models
+from learner.parallel import Ranks, read_state, shapes_in
 
 log = logging.getLogger("nanogrpo.checkpoint")
 
@@ -72,9 +79,60 @@ class Checkpoints:
                 return (path / name).read_text(encoding="utf-8")
         return None
 
+    def whole(self, step: int | None = None) -> Path:
+        """The folder of the newest whole checkpoint, or of this step's. Raises ``UserError`` where there is none."""
+        there = ", ".join(str(number) for number in self.steps()) or "none"
+        if step is not None and step not in self.steps():
+            raise UserError(f"--step {step}: {str(self._folder)!r} has no checkpoint of that step; there are: {there}")
+        damage = ""
+        for path in reversed(self._all()):
+            if step is None or path.name == _name(step):
+                damage = _damage(path)
+                if not damage:
+                    return path
+                if step is None:
+                    log.warning("checkpoint %s is damaged (%s); the one before it is used", path, damage)
+        if damage:
+            raise UserError(f"{str(self._folder)!r}: the checkpoint is damaged ({damage}); there are: {there}")
+        raise UserError(f"{str(self._folder)!r} holds no checkpoint yet; one is written every run.save_every steps")
+
     def _all(self) -> list[Path]:
         named = (path for path in self._folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
         return sorted(path for path in named if path.is_dir())
+
+
+def export(checkpoint: Path, config: Config, base: Path, out: Path, merged: bool = False) -> None:
+    """Writes the checkpoint's model into ``out`` as ``Learner.export`` would have, in host memory and without its
+    optimizer. ``base`` is the folder of the model that was trained, whose weights are read only to merge an adapter.
+
+    Raises ``UserError`` when the checkpoint is of another model.
+    """
+    adapter = config.model.lora_rank > 0
+    model = models.load(base, config.model, "meta", blank=True)
+    if merged or (not adapter and any(_kept_buffers(model))):
+        model = models.load(base, config.model, "cpu")
+    model.requires_grad_(not adapter)
+    if adapter:
+        model = models.add_adapter(model, config.model, base, config.train.seed)
+    shapes = shapes_in(checkpoint)
+    for name, parameter in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
+        key = next((key for key in (f"{name}/master", f"{name}/weight") if shapes.get(key) == parameter.shape), "")
+        if not key:
+            raise UserError(f"checkpoint {str(checkpoint)!r} belongs to another model or adapter: it has no {name}")
+        value = torch.empty(parameter.shape, dtype=torch.float32 if key.endswith("/master") else parameter.dtype)
+        read_state({key: value}, checkpoint)
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value.to(parameter.dtype), requires_grad=False)
+    models.causal_of(model).tie_weights()
+    models.export(model, base, out, merged, dtype_of(config.model.dtype), Ranks())
+
+
+def _kept_buffers(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors that are not trained and that its files hold all the same."""
+    for part in model.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                yield buffer
 
 
 def _name(step: int) -> str:

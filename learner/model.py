@@ -224,7 +224,7 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
     ``blank`` makes it from its shape alone, reading no weights: for fake tensors (``learner/memory.py``).
     Raises ``UserError`` for a model that transformers does not know.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     label = f"model.name={config.name!r}"
     try:
@@ -244,6 +244,8 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
                 )  # fmt: skip
                 if config.quantize == "nf4":
                     _blank_nf4(model, dtype_of(config.dtype))
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
             model.config.use_cache = False
             return model.eval()
         quantized = _quantized(config, device) if config.quantize == "nf4" else {}

@@ -20,8 +20,8 @@ from common.errors import RunFailure, UserError
 from common.plugins import version
 from common.types import SamplerSetup, SamplingParams
 from deploy.cli import app
+from deploy.export import open_model
 from deploy.local import load_sampler
-from deploy.show import open_model
 from sampler.hf import HfSampler
 from sampler.vllm import VllmSampler
 from tests.making import EVERYTHING
@@ -537,8 +537,8 @@ def test_version_and_a_section_of_the_settings():
 def test_a_model_that_is_only_asked_may_have_any_path(tmp_path):
     """And what is wrong with it is one sentence."""
     for name in ('a"b', "a\\b", "[x] :bug:", "日本"):
-        config, adapter = open_model(str(tmp_path / name), [])
-        assert (config.model.name, adapter) == (str(tmp_path / name), None)
+        with open_model(str(tmp_path / name), []) as (config, adapter, _):
+            assert (config.model.name, adapter) == (str(tmp_path / name), None)
     for text, said in (("{", "cannot be read"), ("[]", "names no base model"), ('{"r": 4}', "names no base model")):
         (tmp_path / "adapter_config.json").write_text(text)
         refused(2, said, "sample", tmp_path, "hello")
