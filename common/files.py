@@ -75,11 +75,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with _in_words(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _beside(path, "partial")
-        # Not tempfile.mkdtemp: its folders are closed to other users, and the exported model should not be.
-        partial.mkdir()
-    try:
+    with scratch_folder(path) as partial:
         yield partial
         with _in_words(path):
             for folder, _, names in os.walk(partial):
@@ -87,14 +83,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     _fsync(Path(folder, name))
                 _fsync(Path(folder))
             _put(partial, path)
-    except BaseException as error:
-        full = _is_no_space(error, partial)  # asked before the half-written files are removed
-        shutil.rmtree(partial, ignore_errors=True)
-        if full:
-            raise _no_space(path) from error
-        raise
     with _in_words(path):
         _fsync(path.parent)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Inside, an empty folder beside ``path``, on the same disk; after it, gone with what is in it. Errors go on as
+    ``atomic_folder``'s do."""
+    with _in_words(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = _beside(path, "partial")
+        # Not tempfile.mkdtemp: its folders are closed to other users, and the exported model should not be.
+        scratch.mkdir()
+    try:
+        yield scratch
+    except BaseException as error:
+        if _is_no_space(error, scratch):  # asked before the half-written files are removed
+            raise _no_space(path) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def append_line(path: Path, text: str) -> None:

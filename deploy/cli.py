@@ -89,7 +89,7 @@ def _options(
 def train(
     run_file: Annotated[str | None, typer.Argument(metavar="RUN.toml", help="the run; see deploy/configs")] = None,
     words: Words = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check configuration, model and data, then stop")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check all that needs no loaded model, then stop")] = False,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN_DIR", help="go on with this run")] = None,
     auto_resume: Annotated[
         bool, typer.Option("--auto-resume", help="go on with the run in run.folder if it is there, else begin it")
@@ -112,7 +112,7 @@ def train(
         _quiet_libraries()
         from rich.console import Group as Stack
 
-        from deploy import guard, local, report
+        from deploy import guard, report
         from deploy import run as runs
 
         if resume is None and auto_resume:
@@ -128,18 +128,9 @@ def train(
         if config.cluster.mode == "ray":
             folder = runs.shared_folder(folder)
         if dry_run:
-            ready = local.prepare(config)
-            local.warn_if_slow(ready.config, ready.device)
-            from common.rewards import Scorer
+            from deploy.dry_run import dry_run as check
 
-            with Scorer(config.task):
-                pass
-            out.print(
-                f"right: model {ready.folder}, {len(ready.train)} training and {len(ready.test)} test questions, "
-                f"longest prompt {ready.longest_prompt} tokens, {ready.config.model.dtype}, "
-                f"{ready.device if ready.config.cluster.mode == 'local' else 'on the cluster'}",
-                soft_wrap=True,
-            )
+            check(config, folder, out, resume=resume is not None)
             return
         if config.cluster.mode == "ray" and not guard.is_driver():
             # The process that does the work is a child of this one, which starts it again when it is killed.
@@ -150,7 +141,7 @@ def train(
         try:
             outcome = runs.run(config, folder, out, resume=resume is not None)
         except RunFailure as error:
-            if (folder / "checkpoints").is_dir():
+            if any((folder / "checkpoints").glob("step-*")):
                 raise RunFailure(f"{error}. Go on from the last checkpoint: nanogrpo train --resume {folder}") from None
             raise
         if not outcome.finished:

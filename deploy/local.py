@@ -177,6 +177,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     if need_train and not any({**task.reward_weights, **config.task.reward_weights}.values()):
         raise UserError("task.reward_weights: every reward has weight 0, so there is nothing to learn; raise one")
     folder = models.prepare(config.model)
+    models.check_files(folder, config.model)
     tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
     rows = models.vocabulary(folder)
     shown = config.task

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from common.config import Config
 from common.errors import RunFailure, UserError
-from deploy import local
+from deploy import disk, local
 from deploy.planner import GIB, Place, Plan, Planner, place_of, planner_of
 from deploy.solver import Proposal, largest, solve
 from learner import memory
@@ -76,14 +77,25 @@ def warm_up(config: Config) -> Place:
     return place
 
 
-def before_run(ready: local.Prepared, place: Place, console: Console) -> Plan | None:
-    """The plan of a run about to begin on ``warm_up``'s device. Raises ``UserError`` when it cannot fit and
-    ``memory.plan`` is ``refuse``."""
+def before_run(ready: local.Prepared, place: Place, console: Console, folder: Path) -> Plan | None:
+    """The plan of a run about to begin on ``warm_up``'s device. Raises ``UserError`` when it cannot fit there, or on
+    the disk of its ``folder``, and ``memory.plan`` is ``refuse``."""
     config = ready.config
     if config.memory.plan == "off":
         return None
     with contextlib.closing(memory.apart):  # a run needs it no more
-        return _before_run(ready, place, console)
+        plan = _before_run(ready, place, console)
+    if plan is not None:
+        check_disk(config, folder, plan.learner.state_bytes, disk.model_bytes(config, plan.learner))
+    return plan
+
+
+def check_disk(config: Config, folder: Path, checkpoint: int, model: int) -> None:
+    """Raises ``UserError``, or warns, as ``memory.plan`` says, when the run's files (bytes) have no room."""
+    if sentence := disk.lacking(config, folder, checkpoint, model):
+        if config.memory.plan == "refuse":
+            raise UserError(f"{sentence}; memory.plan='warn' tries it all the same")
+        log.warning("%s", sentence)
 
 
 def _before_run(ready: local.Prepared, place: Place, console: Console) -> Plan | None:
@@ -175,7 +187,16 @@ def as_dict(plan: Plan, proposals: Sequence[Proposal] = (), limits: Mapping[str,
             for one in proposals
         ],
         "largest": dict(limits or {}),
+        "disk": {
+            "checkpoint": plan.learner.state_bytes, "model": disk.model_bytes(plan.config, plan.learner),
+            "peak": disk_bytes(plan),
+        },
     }  # fmt: skip
+
+
+def disk_bytes(plan: Plan) -> int:
+    """What the run's folder holds at its fullest."""
+    return disk.needed(plan.config, plan.learner.state_bytes, disk.model_bytes(plan.config, plan.learner))
 
 
 def show(
@@ -192,6 +213,7 @@ def show(
         console.print(table)
         for note in one.notes:
             console.print(f"note: {note}", soft_wrap=True, markup=False)
+    console.print(f"on the disk: {disk_bytes(plan) / GIB:.2f} GiB of checkpoints and final model", soft_wrap=True)
     console.print(verdict(plan), style="green" if plan.fits else "red" if plan.fits is False else "", soft_wrap=True)
     for proposal in proposals:
         console.print(f"would fit, {proposal.margin / GIB:.2f} GiB to spare, with:", soft_wrap=True)

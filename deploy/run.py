@@ -28,7 +28,7 @@ from common.prompts import PromptStream
 from common.protocols import Learner
 from common.rewards import Scorer
 from common.waits import bounded
-from deploy import local, plan, report
+from deploy import disk, local, plan, report
 from deploy.local import Parts, Prepared
 from deploy.resume import anchored, check_task, kept
 from deploy.resume import config_of as config_of
@@ -80,7 +80,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
             f"model   {ready.folder}\n"
             f"task    {config.task.name}: {len(ready.train)} training and {len(ready.test)} test questions"
         )
-        planned = plan.before_run(ready, place, console)
+        planned = plan.before_run(ready, place, console, folder)
         parts = stack.enter_context(_parts(ready, folder, lambda text: _tell(console, text)))
         console.print(parts.described, soft_wrap=True)
         lost: LearnerLost | None = None
@@ -157,7 +157,7 @@ def _train(
         sync.challenge()
         sync()
         if begin and config.memory.rehearsal:  # a run that goes on has been through it
-            _rehearse(loop, ready, planned, console)
+            _rehearse(loop, ready, planned, console, folder)
 
         def measure(step: int) -> None:
             done = {row["step"] for row in files.read_json_lines(folder / "eval.jsonl")}
@@ -183,18 +183,20 @@ def _train(
     return Outcome(folder, finished, learner.version, asked.get(0), asked.get(config.train.steps), unlearned)
 
 
-def _rehearse(loop: Loop, ready: Prepared, planned: plan.Plan | None, console: Console) -> None:
+def _rehearse(loop: Loop, ready: Prepared, planned: plan.Plan | None, console: Console, folder: Path) -> None:
     try:
         took = rehearse(loop, ready.train)
     except RunFailure as failure:
         if "ran out of memory" not in str(failure):
             raise
         raise RunFailure(f"{failure}. {plan.cures(ready, planned)}") from failure
-    said = ", ".join(f"{side} {took[side]:.1f} s" for side in ("sample", "learn", "sync"))
+    said = ", ".join(f"{side} {took[side]:.1f} s" for side in ("sample", "learn", "sync", "save"))
     compared = f" (planned {planned.peak / plan.GIB:.2f})" if planned is not None else ""
     line = f"rehearsed the longest batch: {said}; peak {took['peak_gib']:.2f} GiB{compared}"
     log.info("%s", line)
     console.print(line, soft_wrap=True, markup=False)
+    model = disk.model_bytes(ready.config, planned.learner) if planned is not None else 0
+    plan.check_disk(ready.config, folder, int(took["checkpoint_bytes"]), model)
 
 
 def _own_tracker(name: str, folder: Path) -> tracking.OwnTracker:

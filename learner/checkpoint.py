@@ -49,6 +49,13 @@ class Checkpoints:
             shutil.rmtree(old)
         return path
 
+    def rehearse(self, learner: Learner) -> int:
+        """Writes what ``Learner.save`` writes where checkpoints go, and removes it again; returns its bytes. Raises
+        ``RunFailure`` on a full disk."""
+        with files.scratch_folder(self._folder / "rehearsal") as folder:
+            learner.save(folder)
+            return sum(file.stat().st_size for file in folder.iterdir())
+
     def restore_latest(self, learner: Learner) -> dict[str, Any] | None:
         """Puts the learner where the newest whole checkpoint has it and returns that checkpoint's state, or None when
         the run was ended before its first one.

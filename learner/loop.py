@@ -157,11 +157,12 @@ def batch_of(scored: Sequence[Group], size: int) -> list[Group]:
 
 
 def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Before the first step: the longest request through the sampler, the largest pack through the learner, a sync.
+    """Before the first step: the longest request through the sampler, the largest pack through the learner, a sync, and
+    a checkpoint to the disk.
 
     Nothing is kept: weights, averages, version, data stream and requests are those of a run without it, bit for bit.
-    ``prompts`` are the run's; the longest are taken. Returns seconds, and the peak in GiB. Raises ``RunFailure`` when
-    memory runs out.
+    ``prompts`` are the run's; the longest are taken. Returns seconds, the checkpoint's bytes, and the peak in GiB.
+    Raises ``RunFailure`` when memory or the disk runs out.
     """
     config, started = loop.config, time.perf_counter()
     size, length = config.train.prompts_per_step, config.sampler.max_tokens
@@ -185,10 +186,17 @@ def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
     loop.tracker.phase("rehearsal: the weights to the sampler")
     with _memory_of("run"):
         loop.sync()
+    synced = time.perf_counter()
+    loop.tracker.phase("rehearsal: a checkpoint to the disk")
+    limit_s = config.timeouts.load_s
+    with _memory_of("learner"), bounded("learner", "writing a checkpoint for trial", limit_s, "timeouts.load_s"):
+        size = loop.checkpoints.rehearse(loop.learner)
     return {
         "sample": sampled - started,
         "learn": learned - sampled,
-        "sync": time.perf_counter() - learned,
+        "sync": synced - learned,
+        "save": time.perf_counter() - synced,
+        "checkpoint_bytes": size,
         "peak_gib": loop.memory_gib(),
     }
 

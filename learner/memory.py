@@ -339,6 +339,8 @@ class LearnerMemory:
     trained_bytes: int
     largest_trained: int
     """The largest tensor that is trained."""
+    state_bytes: int
+    """Of a checkpoint: what the optimizer keeps, and the weights that it steps."""
 
 
 HEAPS = 2
@@ -413,7 +415,7 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None
     keys = max((len(layout.key_S) for layout in layouts if layout is not None), default=0)
     return LearnerMemory(
         ledger.peaks, grown, learner.parameters_trained, learner.parameters_total, tokens, learner.packed, keys,
-        probe, sum(trained), max(trained),
+        probe, sum(trained), max(trained), sum(t.nbytes for t in optimizer.state().values()),
     )  # fmt: skip
 
 
@@ -471,6 +473,7 @@ def measure_quickly(config: Config, folder: Path, prompt_tokens: int, *, on_cpu:
         on(low.probe, high.probe),
         on(low.trained_bytes, high.trained_bytes),
         high.largest_trained,
+        on(low.state_bytes, high.state_bytes),
     )
 
 

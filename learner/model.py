@@ -40,6 +40,7 @@ from common.device import dtype_of
 from common.errors import RunFailure, UserError
 from common.files import atomic_folder
 from common.weights import weight_files
+from learner import intact
 from learner.parallel import Ranks, whole
 
 BLOCK, SUPER_BLOCK = 64, 256  # weights to an 8-bit scale, 8-bit scales to a float32 one
@@ -140,12 +141,22 @@ def _checked_folder(folder: Path, config: ModelConfig) -> Path:
             f"model.name={config.name!r}: the folder has no .safetensors file; convert its weights with "
             "transformers' save_pretrained"
         )
+    intact.refuse_pointers(folder, f"model.name={config.name!r}")
     if "auto_map" in _config_json(folder) and not config.trust_remote_code:
         raise UserError(
             f"model.name={config.name!r} comes with Python code of its own, which is not run; "
             "read it, then set model.trust_remote_code=true"
         )
     return folder
+
+
+def check_files(folder: Path, config: ModelConfig) -> None:
+    """Raises ``UserError`` for a model that cannot be loaded from its files, by their headers and their first and last
+    numbers. Not for one with code of its own, which may do as it likes while it is loaded."""
+    label = f"model.name={config.name!r}"
+    if "auto_map" not in _config_json(folder):
+        load(folder, config.model_copy(update={"quantize": "off"}), "meta")
+    intact.refuse_not_finite_samples(folder, label)
 
 
 def _convert_gguf(file: Path, config: ModelConfig) -> Path:
@@ -221,7 +232,8 @@ def vocabulary(folder: Path) -> int:
 def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager", *, blank: bool = False) -> Any:
     """The causal language model on ``device``, in ``config.dtype``, without dropout until ``train()`` is called.
 
-    ``blank`` makes it from its shape alone, reading no weights: for fake tensors (``learner/memory.py``).
+    ``blank`` makes it from its shape alone, reading no weights: for fake tensors (``learner/memory.py``). On the device
+    ``meta`` the headers of its files are read, and no weights.
     Raises ``UserError`` for a model that transformers does not know.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -249,6 +261,8 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
             model.config.use_cache = False
             return model.eval()
         quantized = _quantized(config, device) if config.quantize == "nf4" else {}
+        if device == "meta":
+            quantized = {"device_map": device}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=shape,
@@ -256,6 +270,7 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below, and refused
             **quantized,
         )
         model, report = loaded
@@ -271,6 +286,8 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
             f"({', '.join(absent[:3])}...); "
             "download or convert it anew"
         )
+    for name, parameter in model.named_parameters():
+        intact.refuse_not_finite(name, parameter, label)
     if not quantized:
         model = model.to(device)
     for part in model.modules():

@@ -1,0 +1,61 @@
+"""``nanogrpo train --dry-run``: all that can be found wrong with a run before a model is loaded; writes nothing.
+
+Configuration, folder, task and data; the model's files by their headers; each reward once; memory and disk. What only
+the loaded model can tell is left to the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+from rich.console import Console
+
+from common.config import Config
+from common.prompts import PromptStream
+from common.rewards import Scorer
+from common.types import Completion, Group
+from deploy import local, plan
+from deploy import run as runs
+from deploy.resume import anchored, check_task
+from learner import memory
+
+log = logging.getLogger("nanogrpo")
+SAMPLE = "Let me think about it. <answer>42</answer>"
+"""What each reward is asked to score."""
+
+
+def dry_run(config: Config, folder: Path, console: Console, *, resume: bool) -> None:
+    """Raises what the run would raise; at the end prints what was found right."""
+    runs.check_folder(folder, resume)
+    with contextlib.closing(memory.apart):
+        config = local.settled(anchored(config))
+        place = plan.warm_up(config)
+        ready = local.prepare(config)
+        local.warn_if_slow(ready.config, ready.device)
+        if resume:
+            check_task(folder, config, PromptStream(ready.train, config.train.seed))
+        rewards = _rewards(ready)
+        plan.before_run(ready, place, console, folder)
+    console.print(
+        f"right: model {ready.folder}, {len(ready.train)} training and {len(ready.test)} test questions, longest "
+        f"prompt {ready.longest_prompt} tokens, {ready.config.model.dtype}, "
+        f"{ready.device if ready.config.cluster.mode == 'local' else 'on the cluster'}; {SAMPLE!r} is worth {rewards}",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
+
+
+def _rewards(ready: local.Prepared) -> str:
+    """Each reward, and the judge of accuracy, once, on an answer to the first question."""
+    ids = tuple(ready.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
+    answer = Completion(ids, SAMPLE, (-1.0,) * len(ids), "stop", 0)
+    # One worker: how many there are says nothing about the rewards.
+    with Scorer(ready.config.task.model_copy(update={"reward_workers": 1})) as scorer:
+        scored, errors = scorer.score([Group(ready.train[0], (answer,))])
+        if ready.test:
+            scorer.correct([Group(ready.test[0], (answer,))])
+    for error in errors:  # under task.on_reward_error=skip; the log has said it
+        return f"nothing: {error.reward!r} failed, and such groups are left out"
+    (completion,) = scored[0].completions
+    return ", ".join(f"{name} {value:g}" for name, value in completion.rewards.items())
