@@ -141,7 +141,7 @@ UNTRIED: dict[str, dict[str, Any]] = {
         "interleave_moe_layer_step": 1,
     },
     "minicpm3": {  # hidden states divided before the head
-        "logits_scaling": 4.0,
+        "dim_model_base": 16,
         "num_key_value_heads": 2,
         "head_dim": 16,
         "q_lora_rank": 16,
