@@ -504,14 +504,11 @@ def training(model: Any) -> Iterator[None]:
     noise, and whole layers are skipped."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    parts: list[Any] = []
     modules: list[Any] = list(model.modules())
+    parts = [part for part in modules if getattr(part, "gradient_checkpointing", False)]
     for part in modules:
-        if getattr(part, "gradient_checkpointing", False):
-            parts.append(part)
-        if isinstance(part, BaseTunerLayer) and isinstance(part, nn.Module):
-            dropout: Any = part.get_submodule("lora_dropout")
-            parts += [part, *dropout.modules()]
+        if isinstance(part, BaseTunerLayer):
+            parts += [part, *getattr(part, "lora_dropout").modules()]  # noqa: B009 (of no type that peft names)
     assert not any(part.training for part in parts)
     try:
         for part in parts:
