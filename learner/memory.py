@@ -531,12 +531,13 @@ def forward_bytes(config: Config, folder: Path, tokens: int) -> int:
         (Path(place) / "config.json").write_text(json.dumps(_shallower(shape, layers, min(layers, SHALLOW[0]))))
         model = models.load(Path(place), config.model.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
     ledger = Ledger(_vocabulary(model))
+    ledger.watch("weights", [*model.parameters(), *model.buffers()])
     model.config._attn_implementation = families.plain_attention(model)
     ids = torch.zeros(1, max(tokens, 1), dtype=torch.long, device=SHAPE)
     with _fused_attention(), ledger, torch.no_grad():
         ledger.phase = "sample"
         families.decoder_of(model)(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
-    return ledger.peaks["sample"].bytes
+    return ledger.peaks["sample"].bytes - ledger.peaks["load"].bytes
 
 
 class _Phased:

@@ -615,14 +615,16 @@ def left_out(model: Any, config: ModelConfig) -> list[str]:
     for wish, missed, what in (
         (config.lora_rank > 0 and list(config.lora_targets) == ["all-linear"],
          [(name, p) for name, p in inside if name.rpartition(".")[0] not in adapted],
-         "model.lora_targets=['all-linear'] puts no adapter on"),
+         "model.lora_targets=['all-linear'] puts no adapter on {:.1%} of the weights in the layers (no linear layers, "
+         "or of the same name as experts)"),
         (config.quantize != "off", [(name, p) for name, p in inside if getattr(p, "quant_state", None) is None],
-         f"model.quantize={config.quantize!r} leaves as they are"),
+         f"model.quantize={config.quantize!r} leaves {{:.1%}} of the weights in the layers as they are (no linear "
+         "layers)"),
     ):  # fmt: skip
         if wish and missed:
             kinds = dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name, _ in missed)
             share = sum(weights_in(p) for _, p in missed) / every
-            said.append(f"{what} {share:.1%} of the weights in the layers, no linear layers: {', '.join(kinds)}")
+            said.append(f"{what.format(share)}: {', '.join(kinds)}")
     return said
 
 

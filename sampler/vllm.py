@@ -184,6 +184,7 @@ class VllmSampler:
             self._llm: Any = vllm.LLM(**(engine_arguments(served, self._model, self._untie) | options))
         except Exception as error:  # of any kind: a model class of vLLM's may not even be whole
             self.close()
+            vllm.distributed.cleanup_dist_env_and_memory()  # or its groups would be the next engine's
             said = f"vLLM cannot start with model {setup.model_folder!r}: {type(error).__name__}: {_one_line(error)}"
             # vLLM refuses arguments, models and too little memory by ValueError; anything else broke on its way.
             raise (UserError if isinstance(error, ValueError) else RunFailure)(said) from error
