@@ -50,8 +50,9 @@ def _rewards(ready: local.Prepared) -> str:
     """Each reward, and the judge of accuracy, once, on an answer to the first question."""
     ids = tuple(ready.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
     answer = Completion(ids, SAMPLE, (-1.0,) * len(ids), "stop", 0)
-    # One worker: how many there are says nothing about the rewards.
-    with Scorer(ready.config.task.model_copy(update={"reward_workers": 1})) as scorer:
+    # One worker: how many there are says nothing about the rewards. One that dies of so plain an answer will of others.
+    asked = {"reward_workers": 1, "on_reward_timeout": "stop"}
+    with Scorer(ready.config.task.model_copy(update=asked)) as scorer:
         scored, errors = scorer.score([Group(ready.train[0], (answer,))])
         if ready.test:
             scorer.correct([Group(ready.test[0], (answer,))])

@@ -7,9 +7,10 @@ from common.config import Config, build
 from common.types import Completion, Group, Prompt
 from tests.tiny import VOCAB_SIZE
 
-QUIET = ("memory.plan=off", "memory.rehearsal=false", "run.tensorboard=false", "run.report=false")
+QUIET = ("memory.plan=off", "memory.rehearsal=false", "run.tensorboard=false", "run.report=false", "task.sandbox=none")
 """Settings of a run in a test that is about something else: each of these takes seconds."""
-EVERYTHING = ("memory.plan=refuse", "memory.rehearsal=true", "run.tensorboard=true", "run.report=true")
+EVERYTHING = ("memory.plan=refuse", "memory.rehearsal=true", "run.tensorboard=true", "run.report=true",
+              "task.sandbox=bubblewrap")  # fmt: skip
 """The defaults again, for a test that is about them."""
 
 
