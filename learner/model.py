@@ -504,11 +504,10 @@ def training(model: Any) -> Iterator[None]:
     noise, and whole layers are skipped."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modules: list[Any] = list(model.modules())
-    parts = [part for part in modules if getattr(part, "gradient_checkpointing", False)]
-    for part in modules:
-        if isinstance(part, BaseTunerLayer):
-            parts += [part, *getattr(part, "lora_dropout").modules()]  # noqa: B009 (of no type that peft names)
+    parts: list[nn.Module] = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False)]
+    adapted: list[Any] = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    for layer in adapted:
+        parts += [layer, *layer.lora_dropout.modules()]
     assert not any(part.training for part in parts)
     try:
         for part in parts:
