@@ -43,9 +43,11 @@ def pytest_runtest_setup(item):
     """Hides what imports have made from the garbage collector. vLLM collects ten times in an engine's life, at half a
     second each over all that torch and transformers hold; and at its end it shows the collector everything again."""
     global _modules
-    if len(sys.modules) > _modules + 50 or not gc.get_freeze_count():
+    if len(sys.modules) > _modules + 50:
         _modules = len(sys.modules)
         gc.collect()
+        gc.freeze()
+    elif item.get_closest_marker("vllm"):  # to ask whether that is needed takes as long as a collection
         gc.freeze()
 
 

@@ -6,6 +6,7 @@ more than one node, and strikes at random moments.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -123,47 +124,6 @@ def test_a_replica_with_old_weights_is_found_by_name(shared, tiny, tmp_path):
     options = (FAULTY, "sampler.options.fault=stale", f"sampler.options.marker={tmp_path / 'x'}", "optimizer.lr=0.1")
     with pytest.raises(RunFailure, match=r"sampler [01].*(old weights|other weights)"):
         run(spec(tiny, folder, *CLUSTER, *TWO, *options), folder)
-
-
-STRUCK = (*CLUSTER, *TWO, "timeouts.pulse_s=10", "cluster.max_restarts=20")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shared, tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(spec(tiny, folder, *STRUCK, steps=40), folder)
-    return folder
-
-
-@pytest.mark.timeout(300)  # three losses; each new process imports torch for some seconds
-@pytest.mark.parametrize(
-    "strikes",
-    [
-        (("learner", signal.SIGKILL), ("sampler", signal.SIGSTOP), ("driver", signal.SIGKILL)),
-        pytest.param((("sampler", signal.SIGKILL), ("learner", signal.SIGSTOP), ("driver", signal.SIGSTOP)),
-                     marks=pytest.mark.full),
-    ],
-    ids=["killed", "stopped"],
-)  # fmt: skip
-def test_struck_services_and_driver_leave_the_run_as_it_would_have_been(undisturbed, tiny, tmp_path, strikes):
-    """SIGKILL and SIGSTOP of a replica, a rank and the driver; and at last SIGTERM, for which Ray has a handler of its
-    own: the run saves, and goes on. The real command, on a cluster of its own. The same with more rounds and a table:
-    ``python -m tests.cluster.disturb``."""
-    folder = tmp_path / "struck"
-    struck = Run(words(tiny, folder, 40, *STRUCK), tmp_path / "log")
-    try:
-        for place, (name, number) in enumerate(strikes):
-            struck.wait_for_step(2 + 4 * place)
-            struck.seconds_to_recover(name, number)
-        struck.process.send_signal(signal.SIGTERM)
-        assert struck.wait() == 130, struck.said
-    finally:
-        struck.end()
-    assert "starting it again, from the last checkpoint" in struck.said
-    assert f"saved at step {struck.step()}" in struck.said
-    assert struck.step() < 40
-    run(runs.config_of(folder, []), folder, resume=True)
-    assert same(folder, undisturbed)
 
 
 def test_goes_on_with_another_number_of_ranks(shared, tiny, alone, tmp_path):
@@ -305,6 +265,55 @@ def test_a_sampler_that_always_fails_ends_the_run_in_a_sentence(shared, tiny, tm
     config = spec(tiny, folder, *CLUSTER, *options, "sampler.options.always=true", "cluster.max_restarts=1")
     with pytest.raises(RunFailure, match=r"sampler 0 on node 127\.0\.0\.1.*the engine broke.*max_restarts"):
         run(config, folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared, tiny, tmp_path_factory):
+    """Thirty steps: of two replicas and two ranks, or of one process, which equal those of one of each."""
+
+    @functools.cache
+    def of(more: tuple[str, ...]) -> Path:
+        folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+        run(spec(tiny, folder, *more, steps=30), folder)
+        return folder
+
+    return of
+
+
+ONE = (CLUSTER, (("learner", signal.SIGKILL), ("driver", signal.SIGKILL)), ())
+BOTH = (
+    (*CLUSTER, *TWO),
+    (("sampler", signal.SIGKILL), ("learner", signal.SIGKILL), ("sampler", signal.SIGSTOP),
+     ("learner", signal.SIGSTOP), ("driver", signal.SIGSTOP)),
+    (*CLUSTER, *TWO),
+)  # fmt: skip
+
+
+@pytest.mark.timeout(400)  # losses; each new process imports torch for some seconds
+@pytest.mark.parametrize(
+    ("more", "strikes", "like"), [ONE, pytest.param(*BOTH, marks=pytest.mark.full)], ids=["one of each", "two of each"]
+)
+def test_struck_services_and_driver_leave_the_run_as_it_would_have_been(
+    undisturbed, tiny, tmp_path, more, strikes, like
+):
+    """SIGKILL and SIGSTOP of a replica, a rank and the driver; and at last SIGTERM, for which Ray has a handler of its
+    own: the run saves, and goes on. The real command, on a cluster of its own. The same with more rounds and a table:
+    ``python -m tests.cluster.disturb``."""
+    folder, limits = tmp_path / "struck", ("timeouts.pulse_s=10", "cluster.max_restarts=20")
+    struck = Run(words(tiny, folder, 30, *more, *limits), tmp_path / "log")
+    try:
+        for place, (name, number) in enumerate(strikes):
+            struck.wait_for_step(2 + 3 * place)
+            struck.seconds_to_recover(name, number)
+        struck.process.send_signal(signal.SIGTERM)
+        assert struck.wait() == 130, struck.said
+    finally:
+        struck.end()
+    assert "starting it again, from the last checkpoint" in struck.said
+    assert f"saved at step {struck.step()}" in struck.said
+    assert struck.step() < 30
+    run(runs.config_of(folder, []), folder, resume=True)
+    assert same(folder, undisturbed(like))
 
 
 @pytest.mark.full

@@ -64,9 +64,7 @@ def test_a_reward_that_fails_and_may_is_named(tiny, tmp_path):
     assert "'short' failed" in checked(skipped, tmp_path / "run")[-1]
 
 
-def test_what_has_no_room_is_refused(tiny, tmp_path):
-    with pytest.raises(UserError, match=r"does not fit.*memory\.plan='warn'"):
-        checked(spec(tiny, PLANNED, "memory.device_gib=0.1"), tmp_path / "run")
+def test_a_folder_with_something_else_in_it_is_refused(tiny, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("")
     with pytest.raises(UserError, match="holds no run"):

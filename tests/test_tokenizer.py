@@ -407,7 +407,7 @@ PIECES = st.one_of(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(PIECES, max_size=8))
 def test_the_trained_model_reads_every_text_as_its_base(pairs, pieces):
     base, finals = pairs

@@ -416,6 +416,7 @@ def test_closing_ends_requests_in_work(folder, closing):
     assert not sampler.pump()
 
 
+@pytest.mark.full
 def test_two_devices(folder, closing):
     """Shards in two processes: weights (a tied head too) and seeds reach both, and the death of one is told."""
     sampler, truth, base = serve(folder, closing, tensor_parallel=2)
