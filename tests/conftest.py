@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 # Searches for counterexamples are short in make test and long in make test-full.
 settings.register_profile("short", max_examples=20, deadline=None)
-settings.register_profile("long", max_examples=400, deadline=None)
+settings.register_profile("long", max_examples=200, deadline=None)
 settings.load_profile("long" if os.environ.get("NANOGRPO_TESTS") == "full" else "short")
 
 

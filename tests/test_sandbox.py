@@ -24,7 +24,7 @@ from common.tasks.literals import readable
 from common.types import Completion, Group, Prompt
 
 ROOT = Path(__file__).parent.parent
-FULL = os.environ.get("NANOGRPO_TESTS") == "full"
+FULL = os.environ.get("NANOGRPO_TESTS") == "hostile"
 
 # The worst that a task can be: its reward runs the completion.
 TASK = """
@@ -302,10 +302,11 @@ HOSTILE = st.one_of(INSIDE.map(lambda text: f"<answer>{text}</answer>"), INSIDE)
 BATCH = 50
 
 
+@pytest.mark.timeout(7200 if FULL else 120)
 @settings(max_examples=200 if FULL else 4, deadline=None, derandomize=not FULL)
 @given(texts=st.lists(HOSTILE, min_size=BATCH, max_size=BATCH))
 def test_hostile_text_changes_nothing_outside_and_ends_no_run(shipped, texts):
-    """200 texts every day, 10,000 with NANOGRPO_TESTS=full, over every generator of reasoning-gym then."""
+    """200 texts every day; 10,000 with NANOGRPO_TESTS=hostile, over every generator of reasoning-gym then."""
     scorer, folder = shipped
     texts = [text.replace("{{", "{").replace("}}", "}").replace("{0}", str(folder)) for text in texts]
     groups = [group(text) for text in texts]
