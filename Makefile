@@ -51,8 +51,8 @@ demo: $(STAMP)  ## train SmolLM2-135M with GRPO on generated questions, with vLL
 test: $(STAMP)  ## every claim once: unit, property and integration tests, vLLM and Ray included
 	@$(TEST) -m "not full" --durations=25 $(ARGS)
 
-test-fast: $(STAMP)  ## what needs neither vLLM nor Ray
-	@$(TEST) -m "not full and not vllm and not ray" $(ARGS)
+test-fast: $(STAMP)  ## what needs neither vLLM nor Ray, but for some slow ones
+	@$(TEST) -m "not full and not vllm and not ray and not slow" $(ARGS)
 
 test-full: $(STAMP)  ## what test leaves out: two nodes (as root), every stop point, long searches for counterexamples
 	@NANOGRPO_TESTS=full $(TEST) -m "full or property" --durations=25 $(ARGS)

@@ -99,6 +99,9 @@ class TaskConfig(Section):
     template_options: dict[str, Any] = {}
     """Variables of the chat template, such as {enable_thinking = false}; chat_template names one of several templates.
     """
+    long_prompts: Literal["refuse", "drop"] = "refuse"
+    """Prompts longer than sampler.max_prompt_tokens, or than the model's context leaves room for: refuse them, or leave
+    them out (prompts_dropped counts them)."""
     reward_timeout_s: Free[Seconds] = 10.0
     """Seconds that scoring one completion may take before its worker is killed."""
     reward_workers: Free[Annotated[_Int, Field(ge=1, le=1024)]] = 1
@@ -133,7 +136,7 @@ class SamplerConfig(Section):
     max_tokens: Count = 128
     """Tokens of a completion at most."""
     max_prompt_tokens: Free[Whole] = 0
-    """Refuse longer prompts, before the run; 0 asks only that prompt and completion fit the model's context."""
+    """The longest prompt; 0 asks only that prompt and completion fit the model's context."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion, and its text, besides the end tokens of the model and of its chat template."""
     tensor_parallel: Free[Count] = 1

@@ -133,7 +133,7 @@ class Renderer:
         if (place := self._dropped_of(roles)) >= 0:
             raise UserError(
                 f"the model's chat template leaves out message {place + 1} of prompt {name!r} (role {roles[place]}); "
-                "use task.prompt_format='plain', a model that knows this role, or or a task without it"
+                "use task.prompt_format='plain', a model that knows this role, or a task without it"
             )
         if self._unopened and not continued:
             raise UserError(
@@ -272,22 +272,54 @@ def check_room(prompts: Sequence[Prompt], max_tokens: int, limit: int) -> None:
             )
 
 
-def check_lengths(prompts: Sequence[Prompt], max_tokens: int, max_prompt_tokens: int, context: int) -> int:
-    """The longest prompt's length in tokens, once every prompt is known to fit.
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The longest prompt that a run has room for, and what becomes of a longer one. Called with a rendered prompt, it
+    says whether that fits.
 
-    Raises ``UserError`` naming the first prompt that leaves no room for ``max_tokens`` in the model's context, or is
-    longer than ``max_prompt_tokens`` (0: no such limit).
+    Raises ``UserError`` naming the prompt and the limit, unless ``drop``.
     """
-    for prompt in prompts:
+
+    max_tokens: int
+    context: int
+    """Tokens of prompt and completion that the model takes."""
+    max_prompt_tokens: int = 0
+    """0: no such limit."""
+    drop: bool = False
+    planned: int = 0
+    """The limit that a run with more prompts than it can look at has set itself; 0: none."""
+
+    @property
+    def longest(self) -> int:
+        limits = (self.max_prompt_tokens, self.planned)
+        return min([self.context - self.max_tokens, *(limit for limit in limits if limit)])
+
+    def __call__(self, prompt: Prompt) -> bool:
         length = len(prompt.token_ids)
-        if max_prompt_tokens and length > max_prompt_tokens:
-            raise UserError(
-                f"prompt {prompt.id!r} has {length} tokens, more than sampler.max_prompt_tokens={max_prompt_tokens}; "
-                "raise the limit or shorten the task's prompts"
+        if length <= self.longest:
+            return True
+        if self.drop:
+            return False
+        if self.max_prompt_tokens and length > self.max_prompt_tokens:
+            limit = f"more than sampler.max_prompt_tokens={self.max_prompt_tokens}; raise the limit, shorten"
+        elif length + self.max_tokens > self.context:
+            limit = (
+                f"which with sampler.max_tokens={self.max_tokens} is more than the model's context of {self.context}; "
+                "lower sampler.max_tokens, shorten"
             )
-        if length + max_tokens > context:
-            raise UserError(
-                f"prompt {prompt.id!r} has {length} tokens, which with sampler.max_tokens={max_tokens} is more than "
-                f"the model's context of {context}; lower sampler.max_tokens or shorten the task's prompts"
+        else:
+            limit = (
+                f"more than the {self.planned} that this run has planned for, from those of its prompts that it looked "
+                "at; set sampler.max_prompt_tokens to the longest, shorten"
             )
-    return max((len(prompt.token_ids) for prompt in prompts), default=0)
+        raise UserError(
+            f"prompt {prompt.id!r} has {length} tokens, {limit} the task's prompts, or leave the longer ones out with "
+            "task.long_prompts='drop'"
+        )
+
+    def planning(self, longest: int) -> Room:
+        """The room for prompts of which only some were looked at, the longest of those of ``longest`` tokens: a
+        quarter more, in whole steps of 64, unless ``max_prompt_tokens`` says."""
+        if self.max_prompt_tokens:
+            return self
+        return dataclasses.replace(self, planned=-(-longest * 5 // 4 // 64) * 64)

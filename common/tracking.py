@@ -42,6 +42,8 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "groups": "groups learned from whose rewards are not all equal",
         "groups_sampled": "groups sampled and scored, dynamic sampling included",
         "groups_skipped_reward_error": "groups left out because a reward failed",
+        "prompts_dropped": "prompts passed over while the step sampled, because they were too long "
+        "(task.long_prompts=drop)",
         "completion_tokens_mean": "mean length of a completion (tokens)",
         "completion_tokens_min": "length of the shortest (tokens)",
         "completion_tokens_max": "length of the longest (tokens)",

@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 
 from common.config import Config
-from common.prompts import PromptStream
 from common.rewards import Scorer
 from common.types import Completion, Group
 from deploy import local, plan
@@ -35,7 +34,7 @@ def dry_run(config: Config, folder: Path, console: Console, *, resume: bool) -> 
         ready = local.prepare(config)
         local.warn_if_slow(ready.config, ready.device)
         if resume:
-            check_task(folder, config, PromptStream(ready.train, config.train.seed))
+            check_task(folder, config, ready.stream())
         rewards = _rewards(ready)
         plan.before_run(ready, place, console, folder)
     console.print(

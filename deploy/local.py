@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import heapq
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,9 +18,11 @@ from common import device as devices
 from common import plugins, sandbox
 from common.config import Config, TimeoutConfig, changed
 from common.errors import LearnerLost, RunFailure, UserError, is_out_of_memory
+from common.prompts import PromptStream, looked_at
 from common.protocols import Learner, Placement, Sampler, Split, Task
 from common.rewards import Scorer
-from common.tokenizer import Renderer, check_lengths, end_of_sequence_ids, load_tokenizer
+from common.tasks import Prompts
+from common.tokenizer import Renderer, Room, end_of_sequence_ids, load_tokenizer
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.waits import bounded
 from common.weights import FolderWeights
@@ -109,11 +112,22 @@ class Prepared:
     renderer: Renderer
     end_tokens: tuple[int, ...]
     """See ``SamplerSetup``."""
-    train: list[Prompt]
+    asked: Sequence[Prompt]
+    """The training prompts as the task made them."""
+    train: Sequence[Prompt]
+    """The same as the model sees them, each rendered when it is taken."""
     test: list[Prompt]
     """The questions of an evaluation."""
+    room: Room
+    """For prompts that are taken."""
+    longest: list[Prompt]
+    """The longest training prompts, as many as a step has, for the rehearsal."""
     longest_prompt: int
+    """Tokens of the longest prompt that the run may see."""
     device: str
+
+    def stream(self) -> PromptStream:
+        return PromptStream(self.train, self.config.train.seed, self.room, self.asked)
 
 
 def settled(config: Config, device: str = "") -> Config:
@@ -183,26 +197,75 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     shown = config.task
     renderer = Renderer(tokenizer, shown.prompt_format, shown.system_prompt, shown.template_options, rows)
     end_tokens = _end_tokens(folder, tokenizer, renderer, rows)
-    train_prompts = list(map(renderer, _questions(task, config, "train"))) if need_train else []
-    test_prompts = list(map(renderer, _questions(task, config, "test")[: config.eval.questions]))
-    if shared := {prompt.text for prompt in train_prompts} & {prompt.text for prompt in test_prompts}:
-        raise UserError(
-            f"task.name={config.task.name!r} asks the same question in training and test ({min(shared)[-80:]!r}); "
-            "accuracy would mean nothing; give the splits different questions"
-        )
-    if need_train and not train_prompts:
+    asked = _questions(task, config, "train") if need_train else []
+    tested = _questions(task, config, "test")
+    test = [renderer(tested[place]) for place in range(len(tested))[: config.eval.questions]]
+    held_out = {prompt.text for prompt in test}
+
+    def training_prompt(place: int) -> Prompt:
+        prompt = renderer(asked[place])
+        if prompt.text in held_out:
+            raise UserError(
+                f"task.name={config.task.name!r} asks the same question in training and test ({prompt.text[-80:]!r}); "
+                "accuracy would mean nothing; give the splits different questions"
+            )
+        return prompt
+
+    room = Room(
+        config.sampler.max_tokens, models.context_tokens(folder), config.sampler.max_prompt_tokens,
+        drop=config.task.long_prompts == "drop",
+    )  # fmt: skip
+    train = Prompts(len(asked), training_prompt)
+    if need_train:
+        room, longest = _look(train, room, config)
+    else:
+        longest = []
+    kept = [prompt for prompt in test if room(prompt)]
+    if len(kept) < len(test):
+        log.warning("%d of %d test questions are too long and left out", len(test) - len(kept), len(test))
+    most = max((len(prompt.token_ids) for prompt in longest + kept), default=0)
+    return Prepared(
+        config, folder, tokenizer, renderer, end_tokens, asked, train, kept, room, longest, most, device
+    )  # fmt: skip
+
+
+def _look(train: Sequence[Prompt], room: Room, config: Config) -> tuple[Room, list[Prompt]]:
+    """Renders the prompts, or some of very many, to find what is wrong with them. Returns the room for those that
+    are taken, and the longest prompts, as many as a step has; where not all were looked at, as long as that room."""
+    places = looked_at(len(train))
+    if not places:
         raise UserError(f"task.name={config.task.name!r} has no training questions")
-    context = models.context_tokens(folder)
-    longest = max(
-        check_lengths(prompts, config.sampler.max_tokens, config.sampler.max_prompt_tokens, context)
-        for prompts in (train_prompts, test_prompts)
-    )
-    if need_train and config.sync.proof and all(len(prompt.token_ids) < 2 for prompt in train_prompts):
+    lengths = {}
+    for place in places:
+        prompt = train[place]
+        if room(prompt):
+            lengths[place] = len(prompt.token_ids)
+    if not lengths:
+        raise UserError(
+            f"task.long_prompts='drop' leaves none of the {len(places)} training prompts looked at; the longest may "
+            f"have {room.longest} tokens; raise sampler.max_prompt_tokens, lower sampler.max_tokens or shorten them"
+        )
+    if config.sync.proof and max(lengths.values()) < 2:
         raise UserError(
             "the training prompts are of one token each, and the proof of a sync compares log-probs inside a prompt; "
             "give the task longer prompts, or set sync.proof=false"
         )
-    return Prepared(config, folder, tokenizer, renderer, end_tokens, train_prompts, test_prompts, longest, device)
+    if dropped := len(places) - len(lengths):
+        log.warning(
+            "%d of %d training prompts are longer than %d tokens and left out", dropped, len(places), room.longest
+        )
+    first = heapq.nlargest(config.train.prompts_per_step, lengths, key=lengths.__getitem__)
+    longest = [train[place] for place in first]
+    if len(places) == len(train):
+        return room, longest
+    room = room.planning(max(lengths.values()))
+    log.info(
+        "%d of %d training prompts were looked at: up to %d tokens; the run is made for %d",
+        len(places), len(train), max(lengths.values()), room.longest,
+    )  # fmt: skip
+    # The rehearsal is of what may come.
+    ids = [prompt.token_ids * -(-room.longest // len(prompt.token_ids)) for prompt in longest]
+    return room, [dataclasses.replace(p, token_ids=i[: room.longest]) for p, i in zip(longest, ids, strict=True)]
 
 
 def _end_tokens(folder: Path, tokenizer: Any, renderer: Renderer, rows: int) -> tuple[int, ...]:
@@ -226,29 +289,49 @@ def _end_tokens(folder: Path, tokenizer: Any, renderer: Renderer, rows: int) -> 
     return (end,)
 
 
-def _questions(task: Task, config: Config, split: Split) -> list[Prompt]:
-    """The split's prompts. A task that fails or gives something else is the mistake of who wrote it."""
-    label = f"task.name={config.task.name!r}: prompts({split!r})"
+def _questions(task: Task, config: Config, split: Split) -> Sequence[Prompt]:
+    """The split's prompts, made when they are looked at where the task makes them so. A task that fails is the mistake
+    of who wrote it."""
+    with _fault_of(config, split):
+        prompts = task.prompts(split)
+        if not hasattr(prompts, "__getitem__") or not hasattr(prompts, "__len__"):  # a generator, say
+            prompts = list(prompts)
+        prompts = Prompts(len(prompts), _made(prompts, config, split))
+    system = config.task.system_prompt
+    if split == "train" and system and len(prompts):
+        shown = (prompts[place] for place in looked_at(len(prompts)))
+        if all(any(m.get("role") == "system" for m in prompt.messages or ()) for prompt in shown):
+            raise UserError(
+                f"task.system_prompt={system!r} has no effect: the task's prompts bring their own; remove it"
+            )
+    return prompts
+
+
+def _made(prompts: Sequence[Prompt], config: Config, split: Split) -> Callable[[int], Prompt]:
+    """Takes a prompt of the task's, which must be one."""
+
+    def make(place: int) -> Prompt:
+        with _fault_of(config, split):
+            prompt = prompts[place]
+        if not isinstance(prompt, Prompt) or not all(isinstance(m, Mapping) for m in prompt.messages or ()):
+            raise UserError(
+                f"task.name={config.task.name!r}: prompts({split!r}) gave {str(prompt)[:80]!r}; give "
+                "common.types.Prompt with role and content messages"
+            )
+        return prompt
+
+    return make
+
+
+@contextlib.contextmanager
+def _fault_of(config: Config, split: Split) -> Iterator[None]:
     try:
-        prompts = list(task.prompts(split))
+        yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{label} raised {type(error).__name__}: {error}; mend the task") from error
-    for prompt in prompts:
-        if not isinstance(prompt, Prompt) or not all(isinstance(m, Mapping) for m in prompt.messages or ()):
-            raise UserError(
-                f"{label} gave {str(prompt)[:80]!r}; give common.types.Prompt with role and content messages"
-            )
-    system = config.task.system_prompt
-    if (
-        split == "train"
-        and system
-        and prompts
-        and all(any(m.get("role") == "system" for m in prompt.messages or ()) for prompt in prompts)
-    ):
-        raise UserError(f"task.system_prompt={system!r} has no effect: the task's prompts bring their own; remove it")
-    return prompts
+        label = f"task.name={config.task.name!r}: prompts({split!r})"
+        raise UserError(f"{label} raised {type(error).__name__}: {error}; fix the task") from error
 
 
 def make_sampler(ready: Prepared, *, shares_device: bool = True, adapter_folder: Path | None = None) -> Sampler:

@@ -58,7 +58,8 @@ def same_run(folder: Path, config: Config) -> Config:
     moved = _moved(config, before, json.loads(checkpoints.text(_CONTENTS) or "{}"))
     for key, _ in fields():
         old, new = _compared(before, key), _compared(config, key)
-        if old == new or may_change(key) or key in moved:
+        chooses = key == "sampler.max_prompt_tokens" and config.task.long_prompts == "drop"  # prompts, by their length
+        if old == new or (may_change(key) and not chooses) or key in moved:
             continue
         if key != "train.steps":
             raise UserError(

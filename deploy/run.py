@@ -24,7 +24,6 @@ from common import files, plugins, tracking
 from common.config import Config, resolved_toml
 from common.console import ConsoleTracker
 from common.errors import LearnerLost, RunFailure, UserError
-from common.prompts import PromptStream
 from common.protocols import Learner
 from common.rewards import Scorer
 from common.waits import bounded
@@ -71,7 +70,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         place = plan.warm_up(config)
         ready = local.prepare(config)
         if resume:
-            check_task(folder, config, PromptStream(ready.train, config.train.seed))
+            check_task(folder, config, ready.stream())
         scorer = stack.enter_context(Scorer(config.task))
         if not resume:
             files.write_text(folder / "config.toml", resolved_toml(config))
@@ -118,7 +117,7 @@ def _train(
     """From the last checkpoint, or with ``begin`` from the start, to the end of the run or its stop."""
     learner, sampler, placement = parts.learner, parts.sampler, parts.placement
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last, kept(config))
-    stream = PromptStream(ready.train, config.train.seed)
+    stream = ready.stream()
     state = None
     if not begin:
         with bounded("learner", "reading its checkpoint", config.timeouts.load_s, "timeouts.load_s"):
@@ -185,7 +184,7 @@ def _train(
 
 def _rehearse(loop: Loop, ready: Prepared, planned: plan.Plan | None, console: Console, folder: Path) -> None:
     try:
-        took = rehearse(loop, ready.train)
+        took = rehearse(loop, ready.longest)
     except RunFailure as failure:
         if "ran out of memory" not in str(failure):
             raise

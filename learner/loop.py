@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from common.config import Config
-from common.errors import RunFailure, is_out_of_memory
+from common.errors import RunFailure, UserError, is_out_of_memory
 from common.prompts import PromptStream
 from common.protocols import Learner, Placement, Sampler
 from common.rewards import RewardError
@@ -223,7 +223,7 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
     wanted, rounds = config.train.prompts_per_step, config.train.dynamic_sampling_rounds
     scored: list[Group] = []
     sample_s = score_s = 0.0
-    skipped = 0
+    skipped, passed_over = 0, loop.stream.passed_over
     for round_ in range(1 + rounds):
         started = time.perf_counter()
         loop.tracker.phase(f"sampler: writing {wanted} x {config.train.group_size} completions for step {step}")
@@ -248,6 +248,7 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
         "seconds_sample": sample_s,
         "seconds_score": score_s,
         "groups_skipped_reward_error": float(skipped),
+        "prompts_dropped": float(loop.stream.passed_over - passed_over),
     }
 
 
@@ -257,7 +258,13 @@ def _fill(loop: Loop) -> None:
     steps_left = config.train.steps - loop.learner.version
     while len(loop.in_flight) < min(config.train.max_staleness + 1, steps_left):
         state = loop.stream.state()
-        prompts = loop.stream.take(config.train.prompts_per_step)
+        try:
+            prompts = loop.stream.take(config.train.prompts_per_step)
+        except UserError:  # of very many prompts only some were looked at before the run
+            if loop.learner.version:
+                with loop.placement.learning():
+                    loop.save()
+            raise
         params = SamplingParams(
             n=config.train.group_size,
             max_tokens=config.sampler.max_tokens,

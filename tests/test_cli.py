@@ -71,6 +71,7 @@ def refused(code, said, *args):
 # -- it works --
 
 
+@pytest.mark.slow
 def test_train_then_eval_then_sample(tiny, run_file, tmp_path):
     folder = tmp_path / "run"
     code, output = call("train", run_file, *words(tiny, f"run.folder={folder}", "train.steps=2", *EVERYTHING))
@@ -123,6 +124,7 @@ def settings_of_asking(tiny):
     return [word for word in words(tiny) if word.split(".")[0] not in ("optimizer", "run") and "model.name" not in word]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, run_file, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -344,6 +346,7 @@ def test_bad_reward_stops_with_a_sentence_and_its_completion_in_the_log(tiny, ru
     assert re.search(said, (folder / "run.log").read_text())
 
 
+@pytest.mark.slow
 def test_disk_full(tiny, run_file, tmp_path):
     """A real limit on file size stands in for the full disk: the checkpoint is the first file above it."""
     path = tmp_path / "run.toml"

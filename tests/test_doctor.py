@@ -242,6 +242,7 @@ def test_a_visit_from_node_to_node():
     assert f"127.0.0.1:{closed}" in here.visit("127.0.0.1", closed, word)[1]
 
 
+@pytest.mark.slow
 def test_a_collective_of_two():
     nodes = needs_ray()
     probes = [nodes.Probe("127.0.0.1"), nodes.Probe("127.0.0.1")]
@@ -259,6 +260,7 @@ def test_a_collective_of_two():
     assert nodes.Probe("127.0.0.1").all_reduce(1, 2, "127.0.0.1", port, limit_s=5) == "no end after 5 s"
 
 
+@pytest.mark.slow
 def test_a_folder_that_only_one_node_sees(tmp_path):
     nodes = needs_ray()
     one, other = nodes.Probe("127.0.0.1"), nodes.Probe("127.0.0.1")

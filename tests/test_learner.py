@@ -278,6 +278,7 @@ def test_unknown_lora_target(folder):
         TorchLearner(config(model={"name": "unused", "lora_rank": 2, "lora_targets": ["nope"]}), folder, "cpu")
 
 
+@pytest.mark.slow
 def test_compiled_layers_step_as_the_others_do(folder):
     sgd_like = {"optimizer": {"lr": 1e-3, "eps": 1.0}}
     plain = stepped(folder, steps=2, **sgd_like)[0]
@@ -350,6 +351,7 @@ print(resident(range(1999, 1000, -4)), resident(range(1000, 1999, 2)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(device.quick_dtype("cpu") == "float32", reason="compiles no products in bfloat16")
 def test_ever_new_shapes_do_not_make_a_process_grow():
     """torch's default keeps 0.6 MiB of each of the last thousand: 300 MiB here."""

@@ -166,6 +166,7 @@ def call(*words):
     return CliRunner().invoke(app, [*map(str, words), f"task.name={ROOT / 'tests' / 'toy.py'}:Toy"])
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_before_models_are_loaded(tiny, tmp_path):
     refused = call("train", CONFIGS / "demo.toml", f"model.name={tiny}", "sampler.name=hf", "sampler.max_tokens=8",
                    "train.steps=1", "train.prompts_per_step=2", "train.group_size=2", "train.device=cpu",

@@ -31,6 +31,8 @@ from learner.parallel import RankLost, Ranks
 from tests.making import GROUPS, config, group
 from tests.tiny import make_tiny
 
+pytestmark = pytest.mark.slow
+
 UNEVEN = [group(30, [8, 8, 8, 8, 8], seed=11), group(4, [1, 2], seed=12), group(3, [1], seed=13)]
 ONE_GROUP = [group(6, [7, 2, 1, 5], seed=14)]
 ONE_ROW = [group(6, [5], seed=15)]

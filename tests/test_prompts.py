@@ -1,5 +1,6 @@
 """The prompt stream: every prompt once an epoch, and the same stream after any interruption."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.prompts import PromptStream
+from common.prompts import LOOKED_AT, PromptStream, looked_at
+from common.tasks import Prompts
 from common.types import Prompt
 
 ROOT = Path(__file__).parent.parent
@@ -90,3 +92,52 @@ def test_another_task_or_seed_cannot_take_up_the_state(count, seed, named):
     state = PromptStream(prompts(5), 0).state()
     with pytest.raises(UserError, match=named):
         PromptStream(prompts(count), seed).restore(state)
+
+
+@given(count=st.integers(1, 20), seed=st.integers(0, 9), takes=st.lists(st.integers(0, 9), max_size=8), data=st.data())
+def test_what_does_not_fit_is_passed_over_and_counted(count, seed, takes, data):
+    unfit = data.draw(st.sets(st.integers(0, count - 1), max_size=count - 1))
+    stream = PromptStream(prompts(count), seed, lambda prompt: int(prompt.id[6:]) not in unfit)
+    plain = PromptStream(prompts(count), seed)
+    taken = [name for n in takes for name in ids(stream.take(n))]
+    shown = ids(plain.take(stream.state()["position"]))
+    assert taken == [name for name in shown if int(name[6:]) not in unfit]
+    assert stream.passed_over == len(shown) - len(taken)
+
+
+def test_a_prompt_that_cannot_be_taken_leaves_the_stream_where_it_was():
+    def fits(prompt):
+        if prompt.id == "train-3":
+            raise UserError("too long")
+        return True
+
+    stream = PromptStream(prompts(5), 0, fits)
+    place = ids(PromptStream(prompts(5), 0).take(5)).index("train-3")
+    stream.take(place)
+    before = stream.state()
+    for _ in range(2):
+        with pytest.raises(UserError, match="too long"):
+            stream.take(2)
+    assert stream.state() == before
+    with pytest.raises(UserError, match="none of the task's training prompts is short enough"):
+        PromptStream(prompts(5), 0, lambda prompt: False).take(1)
+
+
+def test_of_very_many_prompts_some_are_looked_at():
+    made = []
+
+    def make(place):
+        made.append(place)
+        return Prompt(f"train-{place}", ())
+
+    many = Prompts(10 * LOOKED_AT + 7, make)
+    state = PromptStream(many, 0).state()
+    assert made == list(looked_at(len(many)))
+    assert len(made) == LOOKED_AT
+    assert all(0 <= second - first - 10 <= 1 for first, second in itertools.pairwise(made))
+    PromptStream(many, 0).check(state)
+    with pytest.raises(UserError, match="are not those that the run was begun with"):
+        PromptStream(Prompts(len(many), lambda place: Prompt(f"other-{place}", ())), 0).check(state)
+    del state["hashed"]  # of a version that hashed them all
+    PromptStream(many, 0).check(state | {"sha256": "of all"})
+    assert list(looked_at(5)) == [0, 1, 2, 3, 4]

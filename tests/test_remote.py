@@ -507,6 +507,7 @@ def test_the_command_line():
     assert environment == {"VLLM_SERVER_DEV_MODE": "1"}
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_the_servers_command(folder):
     run = [sys.executable, "-m", "deploy.cli", "server", "deploy/configs/demo.toml", f"model.name={folder}"]
     words = ["sampler.name=remote", "sampler.options.url=http://127.0.0.1:8123", "task.name=warmup"]

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import files
 from common.config import Config, load
-from common.errors import RunFailure
+from common.errors import RunFailure, UserError
+from common.prompts import LOOKED_AT, PromptStream, looked_at
 from common.tracking import METRICS
+from common.types import Prompt
 from deploy import run as runs
 from tests.making import EVERYTHING, QUIET
 from tests.tiny import make_tiny
@@ -188,6 +190,7 @@ def assert_every_file_is_whole(folder):
             load(path)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_to_the_same_end(tiny, tmp_path):
     """SIGKILL again and again, each time at a random moment of real work, until the run is through."""
     values = words(tiny, "train.steps=8", "run.save_every=1", "eval.questions=2")
@@ -240,6 +243,30 @@ def test_dynamic_sampling_fills_the_batch_within_its_bound(tiny, tmp_path):
     assert max(row["zero_variance_fraction"] for row in plain) > 0
     assert sum(row["groups"] for row in filled) > sum(row["groups"] for row in plain)
     assert all(row["groups"] <= 3 and row["groups_sampled"] <= 12 for row in filled)
+
+
+def test_a_long_prompt_that_is_found_late_costs_no_step(tiny, tmp_path):
+    """It is one of very many, and was not looked at before the run."""
+    count = 2 * LOOKED_AT
+    drawn = PromptStream([Prompt(str(place), ()) for place in range(count)], 0).take(12)
+    late = next(int(prompt.id) for prompt in drawn[3:] if int(prompt.id) not in {*looked_at(count)})
+    (tmp_path / "many.py").write_text(
+        "from common.tasks import Prompts\nfrom common.types import Prompt\nfrom tests.toy import Toy\n"
+        "class Many(Toy):\n"
+        "    def prompts(self, split):\n"
+        f"        return Prompts({count} if split == 'train' else 1, lambda n: Prompt(f'{{split}}-{{n}}', "
+        f"({{'role': 'user', 'content': f'{{split}} {{n}} ' + 'a' * 90 * (n == {late})}},)))\n"
+    )
+    folder = tmp_path / "run"
+    with pytest.raises(
+        UserError, match=rf"'train-{late}' has \d+ tokens, more than the \d+ .*sampler.max_prompt_tokens"
+    ):
+        run(spec(tiny, f"task.name={tmp_path / 'many.py'}:Many", "eval.questions=0"), folder)
+    done = len(metrics(folder))
+    assert 1 <= done < 4
+    assert [path.name for path in (folder / "checkpoints").iterdir()][-1:] == [f"step-{done:06d}"]
+    assert run(runs.config_of(folder, ["sampler.max_prompt_tokens=150"]), folder, resume=True).finished
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
 
 
 def test_a_bad_reward_stops_or_skips_as_told(tiny, tmp_path):

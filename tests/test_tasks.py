@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.plugins import make_task
+from common.prompts import LOOKED_AT
 from common.protocols import Split
 from common.tasks import answer_in
 from common.tasks.gsm8k import Gsm8k
@@ -668,3 +669,19 @@ def test_reasoning_gym_generators_that_change_with_the_process(monkeypatch):
 def test_a_built_in_task_by_module_with_a_wrong_option():
     with pytest.raises(UserError, match=r"task\.options\.train_question=5 .* did you mean 'train_questions'"):
         make_task("common.tasks.warmup:Warmup", {"train_question": 5})
+
+
+def test_gsm8k_reads_very_many_rows_when_they_are_looked_at(tmp_path):
+    import datasets
+
+    answers = [{"question": f"How many are {n}?", "answer": n + 0.1} for n in range(LOOKED_AT + 2)]
+    table = datasets.Dataset.from_list(answers).cast_column("answer", datasets.Value("float32"))
+    table.to_parquet(str(tmp_path / "train.parquet"))
+    asked = [{"question": "  how many ARE 3? ", "answer": "1"}, {"question": "How many are 5? Or 6?", "answer": "1"}]
+    jsonl(tmp_path / "test.jsonl", asked)
+    (tmp_path / "test.jsonl").rename(tmp_path / "test.json")
+    many, few = (Gsm8k(str(tmp_path), max_train=most).prompts("train") for most in (0, 30))
+    assert len(many) == LOOKED_AT + 1, "without the one that is in the test"
+    assert [many[place] for place in range(30)] == list(few)
+    assert (many[3].id, many[3].data) == ("train-3", {"question": "How many are 4?", "answer": "4.1"})
+    assert many[-1].data["question"] == f"How many are {LOOKED_AT + 1}?"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from common.config import build, resolved_toml
 from common.errors import UserError
+from common.prompts import LOOKED_AT, looked_at
 from common.tokenizer import Renderer, decode, load_tokenizer, render
 from common.types import Prompt
 from deploy import local
@@ -511,3 +512,31 @@ def test_a_folder_that_could_not_be_written_is_found_out_without_writing_it(tiny
         learner._model.config.odd = object()
     with pytest.raises(UserError, match=r"a model trained from .* could not be written"):
         models.try_export(learner._model, tiny, Ranks())
+
+
+def test_long_prompts_are_refused_or_dropped(tiny, tmp_path, caplog):
+    contents = ["hi", "hi there " * 9, "oh"]
+    limit = {"sampler": {"max_prompt_tokens": 30}}
+    with pytest.raises(UserError, match=r"'train-1' has \d+ tokens, more than sampler.max_prompt_tokens=30; .*'drop'"):
+        prepared(tiny, tmp_path, *contents, **limit)
+    drop = limit | {"task": {"long_prompts": "drop"}}
+    ready = prepared(tiny, tmp_path, *contents, **drop)
+    assert "1 of 3 training prompts are longer than 30 tokens and left out" in caplog.text
+    assert ready.longest_prompt == max(len(prompt.token_ids) for prompt in ready.longest) <= 30
+    stream = ready.stream()
+    assert {prompt.id for prompt in stream.take(8)} == {"train-0", "train-2"}
+    assert stream.passed_over == 4
+    with pytest.raises(UserError, match="leaves none of the 3 training prompts looked at"):
+        prepared(tiny, tmp_path, *contents, **drop | {"sampler": {"max_prompt_tokens": 2}})
+
+
+def test_of_very_many_prompts_the_room_is_planned(tiny, tmp_path):
+    contents = ["hi"] * (LOOKED_AT + 1)
+    (unseen,) = {*range(len(contents))} - {*looked_at(len(contents))}
+    contents[unseen] = "there " * 40
+    ready = prepared(tiny, tmp_path, *contents, train={"prompts_per_step": 2})
+    seen = len(ready.train[0].token_ids)
+    assert ready.longest_prompt == ready.room.longest == -(-seen * 5 // 4 // 64) * 64
+    assert [len(prompt.token_ids) for prompt in ready.longest] == [ready.longest_prompt] * 2, "the rehearsal's"
+    with pytest.raises(UserError, match=r"more than the \d+ that this run has planned for.*max_prompt_tokens"):
+        ready.stream().take(len(contents))

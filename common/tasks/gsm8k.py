@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.prompts import LOOKED_AT
 from common.protocols import RewardFunction, Split
 from common.tasks import Prompts, answer_in
 from common.tasks.numbers import same_number, value_of
@@ -31,6 +32,7 @@ SYSTEM_PROMPT = (
 _TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
 _WHOLE = re.compile(r"\s*<thinking>(.*?)</thinking>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _HUB_TIMEOUT_S = 10.0
+_BEGINNING = 40
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Gsm8k:
                 raise UserError(f"task.options.{key}={column!r} must be the name of a column, and no other's")
         self._source, self._shots, self._columns = source, shots, (question, answer)
         self._most: dict[Split, int] = {"train": max_train, "test": max_test}
-        self._rows: dict[Split, list[_Row]] = {}
-        self._examples: list[_Row] = []
+        self._rows: dict[Split, Sequence[_Row]] = {}
+        self._examples: Sequence[_Row] = ()
         self.reward_weights: Mapping[str, float] = {"correct": 1.0, "tags": 0.2, "format": 0.2}
         self.rewards: Mapping[str, RewardFunction] = {
             "correct": self._correct,
@@ -104,19 +106,30 @@ class Gsm8k:
         return Prompt(id=f"{split}-{index}", messages=tuple(messages), data=data)
 
     def _load(self) -> None:
-        rows = {split: [_row(self._source, split, i, *row) for i, row in enumerate(_values(table, *self._columns))]
-                for split, table in _read(self._source, *self._columns).items()}  # fmt: skip
-        asked_in_test = {_key(row.question) for row in rows["test"]}
-        rows["train"] = [row for row in rows["train"] if _key(row.question) not in asked_in_test]
-        if self._shots >= len(rows["train"]):
+        tables = _read(self._source, *self._columns)
+        question = self._columns[0]
+        asked_in_test = {_key(text) for text in _texts(tables["test"], question)}
+        beginnings = {key[:_BEGINNING] for key in asked_in_test}  # to look at little of a long question
+        kept = [
+            index
+            for index, text in enumerate(_texts(tables["train"], question))
+            if _beginning(text) not in beginnings or _key(text) not in asked_in_test
+        ]
+        if self._shots >= len(kept):
             raise UserError(
-                f"task.options.shots={self._shots} leaves none of the {len(rows['train'])} training rows of "
+                f"task.options.shots={self._shots} leaves none of the {len(kept)} training rows of "
                 f"task.options.source={self._source!r} to ask; use fewer"
             )
-        self._examples, rows["train"] = rows["train"][: self._shots], rows["train"][self._shots :]
-        for split, most in self._most.items():
-            rows[split] = rows[split][: most or None]
-        self._rows = rows
+        train, most = _Rows(self._source, "train", tables["train"], self._columns, kept), self._most
+        self._examples = [train[index] for index in range(self._shots)]
+        test = _Rows(self._source, "test", tables["test"], self._columns, range(len(tables["test"])))
+        parts: dict[Split, _Rows] = {
+            "train": train.part(self._shots, most["train"]),
+            "test": test.part(0, most["test"]),
+        }
+        for split, rows in parts.items():
+            # A row that is wrong is found before the run, unless there are very many.
+            self._rows[split] = list(rows) if len(rows) <= LOOKED_AT else rows
 
 
 def _tags_reward(prompt: Prompt, completion: Completion) -> float:
@@ -141,17 +154,47 @@ def _key(question: str) -> str:
     return " ".join(question.split()).lower()
 
 
-def _values(table: Any, *columns: str) -> Iterator[tuple[Any, ...]]:
-    """The rows' values in these columns; what is held in few bits as its shortest decimal (0.1, not 0.10000000149)."""
-    import numpy as np
+def _beginning(question: str) -> str:
+    """Of ``_key(question)``."""
+    key = _key(question[: 4 * _BEGINNING])
+    return (key if len(key) > _BEGINNING else _key(question))[:_BEGINNING]
 
-    kinds = [getattr(table.features[column], "dtype", "") for column in columns]
-    short = {kind: getattr(np, kind) for kind in kinds if kind in ("float16", "float32")}
-    for row in zip(*(table[column] for column in columns), strict=True):
-        yield tuple(
-            str(short[kind](value)) if kind in short and value is not None else value
-            for kind, value in zip(kinds, row, strict=True)
-        )
+
+def _texts(table: Any, column: str) -> Iterator[str]:
+    """A column's values, some thousands at a time."""
+    for batch in table.select_columns([column]).iter(batch_size=4096):
+        yield from map(str, batch[column])
+
+
+class _Rows(Sequence[_Row]):
+    """Rows of a table, read from it when they are looked at: a million stay on the disk."""
+
+    def __init__(self, source: str, split: Split, table: Any, columns: tuple[str, str], places: Sequence[int]) -> None:
+        self._source, self._split, self._columns, self._places = source, split, columns, places
+        self._table = table.select_columns(list(columns))
+        # What is held in few bits is read as its shortest decimal: 0.1, not 0.10000000149.
+        kinds = [getattr(table.features[column], "dtype", "") for column in columns]
+        self._short = [kind if kind in ("float16", "float32") else "" for kind in kinds]
+
+    def part(self, start: int, most: int) -> _Rows:
+        places = self._places[start:][: most or None]
+        return _Rows(self._source, self._split, self._table, self._columns, places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = self._places[index]
+        row = self._table[place]
+        values = [row[column] for column in self._columns]
+        for position, kind in enumerate(self._short):
+            if kind and values[position] is not None:
+                import numpy as np
+
+                values[position] = str(getattr(np, kind)(values[position]))
+        return _row(self._source, self._split, place, *values)
 
 
 def _row(source: str, split: Split, index: int, question: Any, text: Any) -> _Row:
@@ -228,7 +271,8 @@ def _read_file(source: str, file: Path, question: str) -> dict[Split, Any]:
     if question not in rows.column_names:
         return {"train": rows}  # what is wrong with it is said in one place, by the caller
     # By the question, not by chance or place: it stays on its side when rows are added, and its copies go along.
-    held_out = [int(hashlib.sha256(_key(str(asked)).encode()).hexdigest(), 16) % 10 == 0 for asked in rows[question]]
+    digests = (hashlib.sha256(_key(asked).encode()).hexdigest() for asked in _texts(rows, question))
+    held_out = [int(digest, 16) % 10 == 0 for digest in digests]
     if len(set(held_out)) < 2:
         raise UserError(
             f"task.options.source={source!r} has too few rows ({len(rows)}) to hold a tenth out for the test; "

@@ -14,7 +14,6 @@ from typing import Any
 
 from common import device as devices
 from common.config import Config, load
-from common.prompts import PromptStream
 from common.rewards import Scorer
 from deploy import local
 from learner.checkpoint import Checkpoints
@@ -63,7 +62,7 @@ def made(config: Config) -> Iterator[Any]:
         rows = _Rows()
         loop = Loop(
             ready.config, parts.learner, parts.sampler, parts.placement, scorer,
-            PromptStream(ready.train, ready.config.train.seed), sync, rows,
+            ready.stream(), sync, rows,
             Checkpoints(place / "checkpoints", 1), memory_gib=parts.memory_gib, restarts=parts.restarts,
             answer_s=parts.answer_s,
         )  # fmt: skip
