@@ -339,6 +339,10 @@ class RunConfig(Section):
     """Checkpoints kept."""
     export_merged: bool = False
     """LoRA: write the merged model to ``final/merged`` too."""
+    rollouts_every: Whole = 1
+    """Steps between those whose completions are written to ``rollouts/``, the last step's too; 0 writes none."""
+    rollouts_gzip: bool = False
+    """Compress them (``step-000001.jsonl.gz``)."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     report: bool = True
@@ -449,6 +453,7 @@ def inert(config: Config) -> dict[str, str]:
     check(not learner.drop_zero_variance and config.train.dynamic_sampling_rounds > 0,
           "learner.drop_zero_variance is off, so no group is replaced", "train.dynamic_sampling_rounds")  # fmt: skip
     check(config.eval.every >= config.train.steps, "the end of the run is evaluated anyway", "eval.every")
+    check(config.run.rollouts_every == 0, "run.rollouts_every is 0, so no rollouts are written", "run.rollouts_gzip")
     alone = "cluster.mode is local: sampler and learner share this process"
     services = [f"cluster.{name}" for name in ClusterConfig.model_fields if name != "mode"]
     services += ["sampler.tensor_parallel", "sampler.in_flight_updates", "sync.transport", "sync.bucket_mib"]

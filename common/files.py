@@ -16,12 +16,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import gzip
 import json
 import math
 import os
 import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -120,11 +122,14 @@ def append_bytes(path: Path, data: bytes) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The whole lines of the file, without a torn last one; none if there is no file."""
+    """The whole lines of the file (``.gz``: compressed), without a torn last one; none if there is no file."""
     try:
         data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
     except FileNotFoundError:
         return []
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({_reason(error)}); check the path and its permissions") from error
     # Not str.splitlines: it also breaks at U+2028 and its like, which JSON text may hold as they are.

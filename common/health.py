@@ -97,7 +97,7 @@ def _flat_rewards(last: Collection[Row]) -> str:
         causes.insert(0, f"answers are cut before they end ({cut:.0%} at sampler.max_tokens)")
     return (
         f"the completions of each prompt all earned the same (mean reward {reward:.3g}): nothing is learned. Likely: "
-        f"{'; '.join(causes)}. Look at rollouts/"
+        f"{'; '.join(causes)}. Look at rollouts/ (run.rollouts_every)"
     )
 
 

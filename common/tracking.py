@@ -7,6 +7,7 @@ Used by the one training loop through ``common.protocols.Tracker``; who makes th
 
 from __future__ import annotations
 
+import gzip
 import io
 import logging
 import os
@@ -22,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from common import files, health
+from common.config import RunConfig
 from common.protocols import Tracker
 from common.types import Completion, Group
 from common.waits import result
@@ -68,10 +70,10 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "seconds_sample": "waiting for completions (seconds)",
         "seconds_score": "scoring them (seconds)",
         "seconds_learn": "forward, backward and optimizer (seconds)",
-        "seconds_sync": "handing the weights to the sampler, without the proof (seconds)",
+        "seconds_sync": "transferring the weights to the sampler, without the proof (seconds)",
         "seconds_proof": "proving that the sampler holds them (seconds)",
         "seconds_step": "the whole step, without evaluation and checkpoint (seconds)",
-        "sync_bytes": "weights handed over (bytes)",
+        "sync_bytes": "weights transferred (bytes)",
         "sync_transport": "how they travelled: 0 in the same process, 1 by shared memory, 2 by a collective broadcast, "
         "3 with the call (an adapter)",
         "probe_diff": "mean |sampler - learner| log-prob on the fixed probe after the sync, tokens weighted by "
@@ -127,6 +129,8 @@ ROLLOUT_COLUMNS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Every column of ``rollouts/``."""
+ROLLOUT_FILES = "step-*.jsonl*"
+"""Its files, one a step: ``.jsonl``, and ``.jsonl.gz`` where they are compressed. A folder may hold both."""
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:
@@ -146,20 +150,28 @@ def rewind(folder: Path, step: int) -> None:
     """Takes out of the run folder what was written after ``step``: a run resumed from there writes it again."""
     files.truncate_after(folder / "metrics.jsonl", "step", step)
     files.truncate_after(folder / "eval.jsonl", "step", step)
-    for path in (folder / "rollouts").glob("step-*.jsonl"):
-        if int(path.stem.removeprefix("step-")) > step:
+    for path in rollout_files(folder):
+        if int(path.name.removeprefix("step-").split(".")[0]) > step:
             path.unlink()
 
 
+def rollout_files(folder: Path) -> list[Path]:
+    """The files of the run's ``rollouts/`` in the order of their steps, compressed or not; none if there is none."""
+    return sorted((folder / "rollouts").glob(ROLLOUT_FILES))
+
+
 class JsonlTracker:
-    """``metrics.jsonl`` (one object a step), ``eval.jsonl`` (one an evaluation), ``rollouts/`` (one file a step).
+    """``metrics.jsonl`` (one object a step), ``eval.jsonl`` (one an evaluation), ``rollouts/`` (one file a step, or
+    one every ``run.rollouts_every`` steps).
 
     A step's rollouts appear whole, and a line is on the disk when the call returns. ``rollouts/README.md`` declares
     the columns, so ``datasets.load_dataset("RUN/rollouts")`` gives the same types whatever a step happens to hold.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, config: RunConfig | None = None, last_step: int = 0) -> None:
+        """``config`` says which rollouts are written, and how; those of ``last_step`` are among them."""
+        self._folder, self._last_step = folder, last_step
+        self._config = config or RunConfig()
         self._reward_names: set[str] = set()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -169,6 +181,9 @@ class JsonlTracker:
         files.append_line(self._folder / "metrics.jsonl", files.to_json(row))
 
     def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        every = self._config.rollouts_every
+        if not every or (step % every and step != self._last_step):
+            return
         names = {name for group in groups for completion in group.completions for name in completion.rewards}
         if not names <= self._reward_names or not (self._folder / "rollouts" / "README.md").exists():
             self._reward_names |= names
@@ -178,7 +193,11 @@ class JsonlTracker:
             for group in groups
             for completion in group.completions
         ]
-        files.write_text(self._folder / "rollouts" / f"step-{step:06d}.jsonl", "".join(lines))
+        path, text = self._folder / "rollouts" / f"step-{step:06d}.jsonl", "".join(lines)
+        if self._config.rollouts_gzip:  # without the time, which would make two equal runs differ
+            files.write_bytes(path.with_suffix(".jsonl.gz"), gzip.compress(text.encode("utf-8"), mtime=0))
+        else:
+            files.write_text(path, text)
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         files.append_line(self._folder / "eval.jsonl", files.to_json({"step": step, "time": time.time(), **result}))
@@ -383,7 +402,7 @@ def rollouts_card(reward_names: Sequence[str]) -> str:
     roles = [{"name": "role", "dtype": "string"}, {"name": "content", "dtype": "string"}]
     declared.append({"name": "messages", "list": roles})
     # JSON is YAML, and needs no library to write.
-    configs = [{"config_name": "default", "data_files": "step-*.jsonl"}]
+    configs = [{"config_name": "default", "data_files": ROLLOUT_FILES}]
     head = files.to_json({"configs": configs, "dataset_info": {"features": declared}})
     rows = "".join(f"| `{column}` | {meaning} |\n" for column, meaning in ROLLOUT_COLUMNS.items())
     return f"---\n{head}\n---\nOne file a step, one line a completion.\n\n| column | holds |\n|---|---|\n{rows}"

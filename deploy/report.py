@@ -26,7 +26,7 @@ from rich.text import Text
 
 from common import files, health
 from common.console import duration, printable
-from common.tracking import METRICS
+from common.tracking import METRICS, rollout_files
 
 Row = Mapping[str, Any]
 _INK, _GREY, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -64,6 +64,7 @@ def build(folder: Path) -> list[Path]:
         evaluations,
         picture.getvalue(),
         config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
+        rollouts=bool(rollout_files(folder)),
     )
     files.write_text(folder / "report.html", page)
     return [folder / "report.html", folder / "report.png"]
@@ -152,8 +153,10 @@ def _nothing(axes: Axes, why: str) -> None:
     axes.set_yticks([])
 
 
-def html(name: str, steps: Sequence[Row], evaluations: Sequence[Row], picture: bytes, config: str) -> str:
-    """The report as one page that needs nothing beside it."""
+def html(
+    name: str, steps: Sequence[Row], evaluations: Sequence[Row], picture: bytes, config: str, *, rollouts: bool = True
+) -> str:
+    """The report as one page that needs nothing beside it. ``rollouts``: whether the run kept any."""
     before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
     two = len(evaluations) > 1
     return _PAGE.render(
@@ -171,6 +174,7 @@ def html(name: str, steps: Sequence[Row], evaluations: Sequence[Row], picture: b
         findings=health.findings(steps, finished=True),
         metrics=_metric_rows(steps),
         config=config,
+        rollouts=rollouts,
     )
 
 
@@ -311,6 +315,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .25rem 0; font-siz
 <body><main>
 <h1>{{ name }}</h1>
 <p class="quiet">{% if steps %}step {{ last_step }}, {{ spent }} of steps{% else %}no step yet{% endif %}</p>
+{% if steps and not rollouts %}
+<p class="quiet">No completions of training were kept: rollouts/ holds none (run.rollouts_every).</p>
+{% endif %}
 {% if after %}
 <section>
 <h2>Held-out accuracy</h2>

@@ -136,7 +136,7 @@ def _train(
     probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
     sync = WeightSync(learner, sampler, placement, probe, config.sync, parts.sync_s, config.model.dtype)
     with contextlib.ExitStack() as stack:
-        trackers: list[Any] = [tracking.JsonlTracker(folder)]
+        trackers: list[Any] = [tracking.JsonlTracker(folder, config.run, config.train.steps)]
         if config.run.tensorboard:
             trackers.append(tracking.TensorBoardTracker(folder, learner.version))
         trackers += [_own_tracker(name, folder) for name in config.run.trackers]

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from common import files
+from common.config import RunConfig
 from common.tracking import METRICS, JsonlTracker
 from deploy import report
 
@@ -226,3 +227,10 @@ def test_what_went_wrong_stands_in_the_report(tmp_path: Path) -> None:
     assert "What to look at" in page
     assert "step 3, rewards all equal: the completions of each prompt all earned the same" in page
     assert "step 3, completions cut: 95% of the completions are cut at sampler.max_tokens" in page
+
+
+def test_it_says_where_no_rollouts_were_kept(tmp_path: Path) -> None:
+    said = "No completions of training were kept: rollouts/ holds none (run.rollouts_every)."
+    assert said in words(page_of(make_run(tmp_path, 1, {})))
+    JsonlTracker(tmp_path, RunConfig(rollouts_gzip=True)).rollouts(1, [])
+    assert said not in words(page_of(tmp_path))

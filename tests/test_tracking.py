@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -17,8 +18,9 @@ import pytest
 from rich.console import Console
 
 from common import files
+from common.config import RunConfig, build
 from common.console import ConsoleTracker, duration, evaluation_line, printable
-from common.errors import RunFailure
+from common.errors import RunFailure, UserError
 from common.tracking import (
     ABSENT_WHEN,
     METRICS,
@@ -27,6 +29,7 @@ from common.tracking import (
     TensorBoardTracker,
     Trackers,
     rewind,
+    rollout_files,
 )
 from common.types import Completion, Group, Prompt
 
@@ -180,6 +183,45 @@ def test_an_odd_value_of_a_task_does_not_cost_the_log(tmp_path: Path) -> None:
 def test_a_step_without_groups_leaves_an_empty_file(tmp_path: Path) -> None:
     JsonlTracker(tmp_path).rollouts(3, [])
     assert (tmp_path / "rollouts" / "step-000003.jsonl").read_text() == ""
+
+
+def test_rollouts_are_thinned_compressed_and_switched_off(tmp_path: Path) -> None:
+    """Steps 1 to 7: every third and the last, first plain, then (as when resumed) compressed; all load together."""
+    for run in ("run", "same"):
+        plain = JsonlTracker(tmp_path / run, RunConfig(rollouts_every=3), last_step=7)
+        packed = JsonlTracker(tmp_path / run, RunConfig(rollouts_every=3, rollouts_gzip=True), last_step=7)
+        for step in range(1, 8):
+            text = [completion(f"<answer>{step} \u2028</answer>")]
+            (plain if step < 4 else packed).rollouts(step, [group(*text)] if step != 6 else [])
+    kept = rollout_files(tmp_path / "run")
+    names = ["step-000003.jsonl", "step-000006.jsonl.gz", "step-000007.jsonl.gz"]
+    assert [path.name for path in kept] == names
+    assert sorted(path.name for path in (tmp_path / "run" / "rollouts").iterdir()) == ["README.md", *names]
+    assert [path.read_bytes() for path in kept] == [path.read_bytes() for path in rollout_files(tmp_path / "same")]
+    (row,) = files.read_json_lines(kept[2])
+    assert row == files.read_json_lines(kept[0])[0] | {"step": 7, "completion": "<answer>7 \u2028</answer>"}
+    assert json.loads(gzip.decompress(kept[2].read_bytes())) == row
+    rows = load_rollouts(path=str(tmp_path / "run" / "rollouts"), cache_dir=str(tmp_path / "cache"))
+    assert list(rows["step"]) == [3, 7]
+    assert rows[1] == {key: row[key] for key in rows[1]} | {"data": row["data"]}
+    rewind(tmp_path / "run", 6)
+    assert [path.name for path in rollout_files(tmp_path / "run")] == names[:2]
+    rewind(tmp_path / "run", 2)
+    assert rollout_files(tmp_path / "run") == []
+
+    off = JsonlTracker(tmp_path / "off", RunConfig(rollouts_every=0), last_step=1)
+    off.rollouts(1, [group(completion("a"))])
+    assert not (tmp_path / "off").exists()
+    with pytest.raises(UserError, match=r"run\.rollouts_gzip=True has no effect: run\.rollouts_every is 0"):
+        build({"run": {"rollouts_every": 0, "rollouts_gzip": True}})
+
+
+def test_a_damaged_compressed_file_is_one_sentence(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"step": 1}\n' * 50)
+    for bad in (whole[:-9], b"plain\n", whole[:12] + b"\xff\xff\xff" + whole[15:]):
+        (tmp_path / "step-000001.jsonl.gz").write_bytes(bad)
+        with pytest.raises(UserError, match=r"step-000001\.jsonl\.gz is damaged \(.*\); remove it"):
+            files.read_json_lines(tmp_path / "step-000001.jsonl.gz")
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
