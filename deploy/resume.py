@@ -71,6 +71,12 @@ def same_run(folder: Path, config: Config) -> Config:
                 f"train.steps={new} cannot change from {old} under optimizer.schedule={config.optimizer.schedule!r}, "
                 "whose rates it would stretch; leave it, or begin another run (a constant schedule can be extended)"
             )
+    done = max(checkpoints.steps(), default=0)
+    if done > config.train.steps:
+        raise UserError(
+            f"train.steps={config.train.steps} is less than the {done} steps this run has done; give more, or start "
+            "another run"
+        )
     return config
 
 

@@ -12,7 +12,7 @@ import datetime
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from common import files, plugins, tracking
 from common.config import Config, resolved_toml
 from common.console import ConsoleTracker
 from common.errors import LearnerLost, RunFailure, UserError
-from common.protocols import Learner
+from common.protocols import Learner, Tracker
 from common.rewards import Scorer
 from common.waits import bounded
 from deploy import disk, local, plan, report
@@ -72,8 +72,11 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         if resume:
             check_task(folder, config, ready.stream())
         scorer = stack.enter_context(Scorer(config.task))
-        if not resume:
-            files.write_text(folder / "config.toml", resolved_toml(config))
+        files.write_text(folder / "config.toml", resolved_toml(config))
+        own = []
+        for name in config.run.trackers:  # before the models: a login or a server may be missing
+            own.append(_own_tracker(name, folder))
+            stack.callback(own[-1].close)
         stopping = stack.enter_context(_stop_signals(console))
         console.print(
             f"model   {ready.folder}\n"
@@ -90,7 +93,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
                     parts.recover(lost)
                     files.remove_leftovers(folder)  # of a checkpoint that it was writing
                 begin = not resume and lost is None
-                return _train(config, folder, console, ready, scorer, parts, stopping, planned, begin=begin)
+                return _train(config, folder, console, ready, scorer, parts, own, stopping, planned, begin=begin)
             except LearnerLost as loss:
                 if parts.recover is None:
                     raise
@@ -112,9 +115,10 @@ def _tell(console: Console, text: str) -> None:
 
 def _train(
     config: Config, folder: Path, console: Console, ready: Prepared, scorer: Scorer, parts: Parts,
-    stopping: Callable[[], bool], planned: plan.Plan | None, *, begin: bool,
+    own: Sequence[Tracker], stopping: Callable[[], bool], planned: plan.Plan | None, *, begin: bool,
 ) -> Outcome:  # fmt: skip
-    """From the last checkpoint, or with ``begin`` from the start, to the end of the run or its stop."""
+    """From the last checkpoint, or with ``begin`` from the start, to the end of the run or its stop. ``own``: the
+    user's trackers, which outlive a lost learner and are closed by who made them."""
     learner, sampler, placement = parts.learner, parts.sampler, parts.placement
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last, kept(config))
     stream = ready.stream()
@@ -125,26 +129,20 @@ def _train(
     if not begin:
         if state is None:
             _tell(console, "there is no checkpoint yet: the run begins again from its start")
-        if learner.version > config.train.steps:
-            raise UserError(
-                f"train.steps={config.train.steps} is less than the {learner.version} steps this run has done; "
-                "give more, or start another run"
-            )
-        files.write_text(folder / "config.toml", resolved_toml(config))
         tracking.rewind(folder, learner.version)
 
     probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
     sync = WeightSync(learner, sampler, placement, probe, config.sync, parts.sync_s, config.model.dtype)
     with contextlib.ExitStack() as stack:
-        trackers: list[Any] = [tracking.JsonlTracker(folder, config.run, config.train.steps)]
+        trackers: list[Tracker] = [tracking.JsonlTracker(folder, config.run, config.train.steps)]
         if config.run.tensorboard:
             trackers.append(tracking.TensorBoardTracker(folder, learner.version))
-        trackers += [_own_tracker(name, folder) for name in config.run.trackers]
         shown = ConsoleTracker(config.run.console, config.train.steps, learner.version, console)
         done = files.read_json_lines(folder / "metrics.jsonl")
         watched = tracking.HealthTracker(done, lambda text: _tell(console, text))
-        tracker = tracking.Trackers([*trackers, shown, watched])
-        stack.callback(tracker.close)
+        trackers += [shown, watched]
+        stack.callback(tracking.Trackers(trackers).close)
+        tracker = tracking.Trackers([*trackers, *own])
         loop = Loop(
             config, learner, sampler, placement, scorer, stream, sync, tracker, checkpoints,
             memory_gib=parts.memory_gib, restarts=parts.restarts, answer_s=parts.answer_s,

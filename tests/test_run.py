@@ -355,3 +355,39 @@ def test_reward_rises(tiny, tmp_path):
     run(spec(tiny, *settings), tmp_path / "run")
     rows = [row["reward/short"] for row in metrics(tmp_path / "run")]
     assert sum(rows[-5:]) / 5 > 1.5 * sum(rows[:5]) / 5
+
+
+OWN = """
+import pathlib
+class Well:
+    def __init__(self, folder):
+        self.said = folder.parent / "said.txt"
+        self.say("made beside " + ("config.toml" if (folder / "config.toml").exists() else "nothing"))
+    def say(self, text): self.said.open("a").write(text + chr(10))
+    def log(self, step, metrics): self.say(f"step {step}")
+    def rollouts(self, step, groups): pass
+    def evaluation(self, step, result): pass
+    def close(self): self.say("closed")
+
+class NoLogin(Well):
+    def __init__(self, folder): raise ConnectionError("no login")
+
+def sampler(setup):
+    pathlib.Path(__file__).with_name("said.txt").open("a").write("sampler")
+    raise OSError("no sampler here")
+"""
+
+
+def test_trackers_are_made_before_the_models_and_closed_in_every_case(tiny, tmp_path):
+    """One that cannot log in ends the run before there is a sampler, and the one made before it is closed."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(OWN)
+    two = f"run.trackers=['{mine}:Well', '{mine}:NoLogin']"
+    with pytest.raises(UserError, match=r"^run\.trackers: '.*:NoLogin' raised ConnectionError: no login; fix it$"):
+        run(spec(tiny, two, f"sampler.name={mine}:sampler"), tmp_path / "run")
+    said = tmp_path / "said.txt"
+    assert said.read_text().splitlines() == ["made beside config.toml", "closed"]
+    said.unlink()
+    with pytest.raises(RunFailure, match="no sampler here"):  # the sampler would have been asked, and is after it
+        run(spec(tiny, f"run.trackers=['{mine}:Well']", f"sampler.name={mine}:sampler"), tmp_path / "other")
+    assert said.read_text().splitlines() == ["made beside config.toml", "samplerclosed"]
