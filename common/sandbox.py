@@ -66,9 +66,18 @@ def command(config: TaskConfig) -> tuple[str, ...]:
     """
     if config.sandbox == "none":
         return ()
-    walls = (*_NAMESPACES, *_file_system(config), "--chdir", os.getcwd(), "--")
+    walls = _walls(config)
     # Ignored, SIGTERM to a whole job does not take the walls from around a worker that is to finish its step.
     return "/bin/sh", "-c", 'trap "" TERM; exec "$@"', "sh", _bubblewrap(walls), *walls
+
+
+def bubblewrap(config: TaskConfig) -> str:
+    """The program that builds these walls here. Raises as ``command``."""
+    return _bubblewrap(_walls(config))
+
+
+def _walls(config: TaskConfig) -> tuple[str, ...]:
+    return (*_NAMESPACES, *_file_system(config), "--chdir", os.getcwd(), "--")
 
 
 def environment(config: TaskConfig) -> dict[str, str]:

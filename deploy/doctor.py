@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common import device
+from common import device, sandbox
+from common.config import TaskConfig
 from common.errors import UserError
 from common.waits import bounded
 
@@ -136,6 +137,7 @@ def this_machine(folder: str = "", needs_token: bool = False) -> list[Finding]:
         shared_memory(),
         disk("disk for runs", runs),
         disk("disk for models", caches),
+        walls(),
         loopback(),
         *(port(number, use) for number, use in RAY_PORTS.items()),
         token(needs_token),
@@ -289,6 +291,15 @@ def disk(what: str, folder: Path, need_gib: float = 10.0) -> Finding:
     if free < need_gib:
         return Finding(what, text, "warn", f"checkpoints hold 16 bytes a weight; make more room at {place}")
     return Finding(what, text)
+
+
+def walls() -> Finding:
+    """Whether reward workers can be walled in, as every run does that does not set ``task.sandbox="none"``."""
+    try:
+        found = sandbox.bubblewrap(TaskConfig())
+    except UserError as error:
+        return Finding("walls around rewards", "none", "warn", str(error))
+    return Finding("walls around rewards", f"bubblewrap ({found})")
 
 
 def loopback() -> Finding:

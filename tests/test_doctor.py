@@ -36,14 +36,31 @@ def test_a_finding_that_is_not_ok_says_what_to_do():
 
 def test_this_machine_from_end_to_end():
     findings = doctor.this_machine()
+    names = {finding.what for finding in findings}
     assert {"software", "vllm's needs", "devices", "cores", "memory", "shared memory", "loopback", "Ray token",
-            "disk for runs", "port 6379 (cluster)"} <= {finding.what for finding in findings}  # fmt: skip
+            "disk for runs", "port 6379 (cluster)", "walls around rewards"} <= names  # fmt: skip
     assert "python 3" in findings[0].found
     assert "\n" not in "".join(finding.cure for finding in findings)
     console = Console(file=open(os.devnull, "w"), record=True, width=120)  # noqa: SIM115
     assert doctor.show(console, "here", findings) == all(finding.verdict != "wrong" for finding in findings)
     text = console.export_text()
     assert all(finding.what in text and finding.cure in text for finding in findings)
+
+
+def test_walls_around_rewards():
+    """Here, and inside bubblewrap with user namespaces switched off, as in many containers."""
+    here = doctor.walls()
+    assert here.verdict == "ok" and here.found.startswith("bubblewrap (/"), here
+    own = here.found.removeprefix("bubblewrap (").removesuffix(")")
+    run = subprocess.run(
+        [own, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--unshare-user",
+         "--disable-userns", "--", sys.executable, "-c",
+         "from deploy import doctor; found = doctor.walls(); print(found.verdict, found.cure, sep=chr(10))"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    verdict, cure = run.stdout.splitlines()
+    assert verdict == "warn"
+    assert cure.startswith("task.sandbox='bubblewrap': this machine cannot wall reward workers in (")
 
 
 @pytest.mark.parametrize("verdict", ["ok", "warn", "wrong"])
