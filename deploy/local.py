@@ -224,6 +224,8 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     if len(kept) < len(test):
         log.warning("%d of %d test questions are too long and left out", len(test) - len(kept), len(test))
     most = max((len(prompt.token_ids) for prompt in longest + kept), default=0)
+    if need_train:
+        models.check_rope(folder, most, config.sampler.max_tokens)
     return Prepared(
         config, folder, tokenizer, renderer, end_tokens, asked, train, kept, room, longest, most, device
     )  # fmt: skip

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from common.errors import RunFailure
-from learner.model import causal_of, looks_both_ways
+from learner.model import causal_of, looks_both_ways, ropes
 from learner.packing import Pack, Row, plan
 from learner.parallel import is_lost
 
@@ -296,7 +296,7 @@ def kind_of_length(config: Any) -> Callable[[int], Hashable] | None:
     """A number of tokens to its kind, where rotary embeddings are chosen by the longest row of a pass (``dynamic`` and
     ``longrope``): rows of unlike kinds must not share a pass, or they would change each other. Else None."""
     bounds: list[tuple[bool, int]] = []
-    for rope in _ropes(getattr(config, "rope_parameters", None)):
+    for rope in ropes(getattr(config, "rope_parameters", None)):
         if rope.get("rope_type") == "longrope":  # one of two
             bounds.append((False, rope["original_max_position_embeddings"]))
         elif "dynamic" in str(rope.get("rope_type")):  # another for every length
@@ -317,14 +317,6 @@ def reset_rope(causal: Any) -> None:
                 prefix = name.removesuffix("original_inv_freq")
                 setattr(part, f"{prefix}inv_freq", original)
                 setattr(part, f"{prefix}max_seq_len_cached", part.original_max_seq_len)
-
-
-def _ropes(parameters: Any) -> Iterator[dict[str, Any]]:
-    """One, or one for each kind of layer."""
-    if isinstance(parameters, dict):
-        yield parameters
-        for value in parameters.values():
-            yield from _ropes(value)
 
 
 def _unknown(causal: Any) -> str:

@@ -214,6 +214,33 @@ def context_tokens(folder: Path) -> int:
     return int(found or 2**20)
 
 
+def check_rope(folder: Path, longest: int, max_tokens: int) -> None:
+    """Raises ``UserError`` where a LongRoPE model would see prompt and completion of more tokens than the length that
+    its factors change at. The learner goes by each sequence's own length, as transformers does; vLLM goes by the
+    longest it may be asked for (``max_model_len``), and the hf sampler by the longest of a batch. On the sequences
+    that they take for unlike kinds they are nats apart, so that no proof holds."""
+    config = _text_config(folder)
+    for rope in ropes(config.get("rope_parameters") or config.get("rope_scaling")):
+        if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):  # su: its older name
+            continue
+        bound = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        if isinstance(bound, int) and longest + max_tokens > bound:
+            raise UserError(
+                f"sampler.max_tokens={max_tokens} after prompts of up to {longest} tokens goes beyond the {bound} "
+                "tokens at which this LongRoPE model changes its factors, and samplers change them for other "
+                "sequences than the learner; lower sampler.max_tokens, or shorten prompts (task.long_prompts='drop' "
+                f"with sampler.max_prompt_tokens), to {bound} together"
+            )
+
+
+def ropes(parameters: Any) -> Iterator[dict[str, Any]]:
+    """The rotary embeddings of a config: one, or one for each kind of layer."""
+    if isinstance(parameters, dict):
+        yield parameters
+        for value in parameters.values():
+            yield from ropes(value)
+
+
 def _text_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json, with what it says of its text model laid over."""
     config = _config_json(folder)

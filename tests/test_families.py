@@ -1,6 +1,7 @@
 """Which models are packed: refused for what they are, and caught by the probe where they are not what they say."""
 
 import copy
+import json
 import logging
 import math
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from transformers import AttentionInterface, LlamaForCausalLM
 
 from common.errors import UserError
 from learner import attention, families
+from learner import model as models
 from learner.attention import packed_attention
 from learner.logprobs import from_logits, score
 from learner.packing import plan
@@ -171,6 +173,24 @@ def test_rows_of_unlike_length_do_not_change_each_other(moving, packed):
     with torch.no_grad():
         shared = score(model, pack)[0][mine][pack.column_K[mine].argsort()]
     assert (shared - naive_logprobs(make_model(family, **copy.deepcopy(settings)), rows[2])).abs().mean() > 0.02
+
+
+def test_longrope_beyond_its_first_length_is_refused(tmp_path):
+    """As saved today, as older configs have it, and in a text model of its own; what the learner says of lengths."""
+    family, settings = MOVING["longrope"]
+    config = make_model(family, **copy.deepcopy(settings)).config
+    assert families.kind_of_length(config)(16) != families.kind_of_length(config)(17)
+    old = {"original_max_position_embeddings": 16, "rope_scaling": {"type": "su", "short_factor": [1.0]}}
+    layered = {
+        "rope_parameters": {"full_attention": LONGROPE | {"original_max_position_embeddings": 16}, "other": None}
+    }
+    for values in (config.to_dict(), old, layered, {"text_config": old}):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        models.check_rope(tmp_path, 10, 6)
+        with pytest.raises(UserError, match=r"^sampler\.max_tokens=7 after prompts of up to 10 tokens .* the 16"):
+            models.check_rope(tmp_path, 10, 7)
+    (tmp_path / "config.json").write_text(json.dumps(make_model("llama").config.to_dict()))
+    models.check_rope(tmp_path, 100, 100)
 
 
 def test_other_rotary_embeddings_let_any_rows_share_a_pass():
