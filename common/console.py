@@ -21,6 +21,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from common.errors import printable
 from common.types import Completion, Group
 
 
@@ -154,11 +155,6 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def printable(text: str) -> str:
-    """The text with everything that could steer a terminal shown as U+FFFD."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text.expandtabs(4))
 
 
 def _headline(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:

@@ -25,3 +25,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     from another process is a ``RunFailure`` with its text."""
     said = re.search(r"out of memory|can't allocate memory|cannot allocate memory", str(error), re.IGNORECASE)
     return isinstance(error, MemoryError) or bool(said)
+
+
+def printable(text: str, one_line: bool = False) -> str:
+    """The text with everything that could steer a terminal shown as U+FFFD; with ``one_line`` the ends of lines too.
+    What is shown may be a model's, and a terminal obeys control characters."""
+    kept = "" if one_line else "\n"
+    return "".join(letter if letter.isprintable() or letter == kept else "\ufffd" for letter in text.expandtabs(4))

@@ -40,7 +40,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
 from common import child, sandbox
-from common.errors import RunFailure, UserError
+from common.errors import RunFailure, UserError, printable
 from common.plugins import make_task, where
 from common.types import LARGEST_REWARD, Completion, Group, Prompt
 
@@ -245,7 +245,7 @@ class _Worker:
                         reward = value
                     elif what == "failed":
                         brief, ran_over, whole = value
-                        return RewardError(group, index, reward, _printable(brief), ran_over, whole)
+                        return RewardError(group, index, reward, printable(brief, one_line=True), ran_over, whole)
                     elif isinstance(value, bool) != (job == "is_correct"):
                         raise OSError("no answer to this question")
                     else:
@@ -333,7 +333,7 @@ class _Worker:
             raise RunFailure(f"a reward worker died while making task {self._config.name!r} ({self._end()})") from None
         if failure is not None:
             self.kill()
-            raise RunFailure(f"a reward worker cannot make its task: {_printable(str(failure))}")
+            raise RunFailure(f"a reward worker cannot make its task: {printable(str(failure), one_line=True)}")
         self._ready = True
 
     def _end(self) -> str:
@@ -359,7 +359,7 @@ class _Worker:
         with process.stdout as lines:
             count = 0
             while line := lines.readline(_SHOWN_CHARACTERS):  # a piece of a longer one: it may be endless
-                self._said.append(_printable(line.rstrip()))
+                self._said.append(printable(line.rstrip(), one_line=True))
                 count += 1
                 if count <= _PRINTED_LINES:
                     self._log.info("a reward printed: %s", line.rstrip())
@@ -473,11 +473,6 @@ def _weights(task: Task, overrides: dict[str, float]) -> dict[str, float]:
             limits = f"-{LARGEST_REWARD:g} and {LARGEST_REWARD:g}"
             raise UserError(f"task.reward_weights.{name}={weight!r} is no number between {limits}; set it to one")
     return {name: float(weights[name]) for name in task.reward_weights}
-
-
-def _printable(text: str) -> str:
-    """The text on one line: an error's words may be a model's, and a terminal obeys control characters."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _shortened(text: str) -> str:

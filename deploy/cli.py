@@ -16,8 +16,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from common.console import printable, terminal
-from common.errors import RunFailure, UserError, is_out_of_memory
+from common.console import terminal
+from common.errors import RunFailure, UserError, is_out_of_memory, printable
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from common import files, health
-from common.console import duration, printable
+from common.console import duration
+from common.errors import printable
 from common.tracking import METRICS, rollout_files
 
 Row = Mapping[str, Any]

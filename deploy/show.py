@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from common.config import Config, build
-from common.console import printable
+from common.errors import printable
 from common.protocols import Sampler
 from common.rewards import Scorer
 from common.tokenizer import Room

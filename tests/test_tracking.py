@@ -19,8 +19,8 @@ from rich.console import Console
 
 from common import files
 from common.config import RunConfig, build
-from common.console import ConsoleTracker, duration, evaluation_line, printable
-from common.errors import RunFailure, UserError
+from common.console import ConsoleTracker, duration, evaluation_line
+from common.errors import RunFailure, UserError, printable
 from common.tracking import (
     ABSENT_WHEN,
     METRICS,
