@@ -539,7 +539,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if config.sampler.in_flight_updates and config.model.lora_rank and config.model.lora_variant != "dora":
         yield (
-            "sampler.in_flight_updates=true cannot be had with model.lora_rank above 0, because a completion in work "
+            "sampler.in_flight_updates=true cannot be had with model.lora_rank above 0, because a completion in flight "
             "keeps its adapter; set it to false"
         )
     if learner.loss in ("cispo", "sapo") and learner.ratio == "sequence":

@@ -76,7 +76,7 @@ def _keep_few_kernels() -> None:
 
 
 def _keep_large_blocks() -> None:
-    """Tells glibc to keep freed tensors for the next ones: by default every large one is mapped and zeroed anew by
+    """Tells glibc to keep freed tensors for the next ones: by default every large one is mapped and zeroed again by
     the kernel, which took a quarter of a training step on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: no harm, only slower
         libc = ctypes.CDLL("libc.so.6")

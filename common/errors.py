@@ -9,7 +9,7 @@ import re
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one sentence with the key, the value and the cure."""
+    """A mistake that the user can fix: one sentence with the key, the value and the cure."""
 
 
 class RunFailure(RuntimeError):

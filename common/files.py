@@ -332,7 +332,7 @@ def _in_words(path: Path) -> Iterator[None]:
             raise _no_space(path) from error
         if code in _NOT_ALLOWED:
             raise UserError(
-                f"{path} cannot be written ({_reason(error)}); choose another folder or mend its permissions"
+                f"{path} cannot be written ({_reason(error)}); choose another folder or fix its permissions"
             ) from error
         if code in _WRONG_KIND:
             where = f" at {error.filename}" if error.filename and str(error.filename) != str(path) else ""

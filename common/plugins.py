@@ -198,7 +198,7 @@ def _module(kind: Kind, name: str, module: str) -> Any:
             f"{_key(kind)}={name!r} needs the Python module {needed!r}, which is not installed; install it"
         ) from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"{_key(kind)}={name!r} does not import ({where(error)}): {_brief(error)}; mend it") from error
+        raise UserError(f"{_key(kind)}={name!r} does not import ({where(error)}): {_brief(error)}; fix it") from error
 
 
 def _file(kind: Kind, name: str, place: str) -> Any:
@@ -222,7 +222,7 @@ def _file(kind: Kind, name: str, place: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise UserError(f"{_key(kind)}={name!r} does not import ({where(error)}): {_brief(error)}; mend it") from error
+        raise UserError(f"{_key(kind)}={name!r} does not import ({where(error)}): {_brief(error)}; fix it") from error
     return module
 
 

@@ -2,7 +2,7 @@
 
 A little process group of its own, beside whatever group vLLM or FSDP has set up in the same process: a store and a
 backend made directly, torch's default group untouched. Weights pass in buckets, so that neither side holds the whole
-model, and every wait ends in a ``RunFailure``. Hand-overs that can be pickled are in common/weights.py; used by
+model, and every wait ends in a ``RunFailure``. Transfers that can be pickled are in common/weights.py; used by
 deploy/, which gives out the url and the ranks.
 """
 
@@ -35,7 +35,7 @@ class Broadcast:
     """One member of the group; rank 0 sends, all others receive, as often as they like.
 
     After a ``RunFailure`` of the transport itself the member is closed, which its peers notice at once: all of them
-    must join anew, at another url.
+    must join again, at another url.
     """
 
     def __init__(self, group: Any, store: Any, rank: int, size: int, device: str, timeout_s: float) -> None:
@@ -175,7 +175,7 @@ class Broadcast:
     def _start(self, tensor: torch.Tensor) -> Any:
         group = self._group
         if group is None:
-            raise RunFailure("the broadcast of the weights was used after it had been closed; join anew")
+            raise RunFailure("the broadcast of the weights was used after it had been closed; join again")
         try:
             return group.broadcast(tensor, 0)
         except RuntimeError as error:

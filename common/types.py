@@ -137,5 +137,5 @@ class SamplerSetup:
     """Tokens that end a completion besides those that the model folder names (its tokenizer's end-of-sequence token and
     generation_config.json's): the chat template's own end of a turn."""
     in_flight_updates: bool = False
-    """``load_weights`` does not wait for requests in work: they go on under the new weights, and each completion says
+    """``load_weights`` does not wait for requests in flight: they go on under the new weights, and each completion says
     which version wrote each token."""

@@ -1,4 +1,4 @@
-"""Hand-overs of weights from learner to sampler, and the fingerprint that proves what arrived.
+"""Transfers of weights from learner to sampler, and the fingerprint that proves what arrived.
 
 Within a process the learner's tensors are lent, never copied; a folder's are read as they are asked for; between
 processes of one host they lie in shared memory, and an adapter travels inside its handle. All but the first can be

@@ -2,7 +2,7 @@
 
 Everything that can be wrong with the cluster is said before a model is loaded: no cluster or token, too little of
 something (said with what is missing, and not an endless wait), nodes with other versions. Where the parts sit is one
-placement group, which Ray mends by itself when a node is lost and another has room.
+placement group, which Ray fixes by itself when a node is lost and another has room.
 """
 
 from __future__ import annotations

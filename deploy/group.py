@@ -220,7 +220,7 @@ class Offer:
         limit_s = group._config.timeouts.sync_s * _SHARE
         pulse_s = group._config.timeouts.pulse_s
         if not group._ranks:
-            raise LearnerLost("the learner is starting anew")
+            raise LearnerLost("the learner is starting again")
         self.transport = group.transport(self.kind, samplers)
         if self.transport != "collective" and self._handle is not None:
             calls = {m: m.actor.load_weights.remote(self._handle, version) for m in samplers}

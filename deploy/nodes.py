@@ -71,7 +71,7 @@ def members(nodes: Mapping[str, tuple[str, str]], resources: Mapping[str, float]
     text = f"{len(nodes)} ({', '.join(nodes)}), {offered}"
     loop = [name for name, (_, ip) in nodes.items() if ip.startswith("127.") or ip == "::1"]
     if loop and len(nodes) > len(loop):
-        cure = f"{loop[0]} is known by a loopback address; start it anew with ray start --node-ip-address=ITS_ADDRESS"
+        cure = f"{loop[0]} is known by a loopback address; start it again with ray start --node-ip-address=ITS_ADDRESS"
         return Finding("nodes", text, "wrong", cure)
     return Finding("nodes", text)
 
@@ -345,7 +345,7 @@ def _mute(name: str, why: str) -> Finding:
     if "No module named" in why:
         cure = "install nanogrpo there as here, or send it along: ray job submit --working-dir . -- ..."
     else:
-        cure = f"look into Ray's logs on that node (/tmp/ray/session_latest/logs), or start it anew: {name}"
+        cure = f"look into Ray's logs on that node (/tmp/ray/session_latest/logs), or start it again: {name}"
     return Finding(f"node {name}", why, "wrong", cure)
 
 

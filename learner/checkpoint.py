@@ -71,7 +71,7 @@ class Checkpoints:
             return dict(json.loads((path / "state.json").read_text()))
         if self._all():
             raise UserError(
-                f"every checkpoint in {str(self._folder)!r} is damaged; start the run anew in another folder"
+                f"every checkpoint in {str(self._folder)!r} is damaged; start the run again in another folder"
             )
         return None
 

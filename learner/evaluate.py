@@ -215,7 +215,7 @@ def _judge(correct: CorrectFunction, groups: Sequence[Group]) -> tuple[list[Grou
     judged = [(group, row) for group, row in zip(groups, rows, strict=True) if row]
     assert all(len(row) == len(group.completions) for group, row in judged), "not a verdict a completion"
     if not judged:
-        raise RunFailure("the task's is_correct failed on every test question; see the log, and mend it")
+        raise RunFailure("the task's is_correct failed on every test question; see the log, and fix it")
     return [group for group, _ in judged], [row for _, row in judged]
 
 

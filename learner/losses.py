@@ -175,7 +175,7 @@ def kl_term(kind: KLKind, logprobs_BT: Tensor, reference_logprobs_BT: Tensor, ra
     """The KL as a loss: ``ratio_BT x kl_BT``, whose gradient is that of the KL without bias (at token level).
 
     ``kl_BT`` alone has the right value and the wrong gradient: k1's is 0 in expectation, k3's is that of the opposite
-    KL, and all forget that the tokens came from the old policy. Multiplying by a differentiable ratio mends it:
+    KL, and all forget that the tokens came from the old policy. Multiplying by a differentiable ratio fixes it:
     DeepSeek-V3.2, arXiv 2512.02556, and TRL's default (``use_bias_correction_kl``). The gradient of k2 alone is
     already the right one, so its ratio only reweights the tokens.
     """

@@ -5,8 +5,8 @@ A name becomes a local Hugging Face folder once (``prepare``); both sides load f
 Under ``quantize="nf4"`` (QLoRA, arXiv 2305.14314) every linear layer but the output head is held as 4-bit codes, with
 an 8-bit scale for each 64 weights and a float32 one for each 256 of those (double quantization, as vLLM's bitsandbytes
 plug-in does it too): 4.13 bits a weight. Both sides must compute with the same rounded base, or the proof and the
-importance weights would carry the rounding. Codes made anew from dequantized weights are not the same codes (the scales
-are rounded once more), so both sides start from the original files; a sampler that holds no 4-bit weights loads the
+importance weights would carry the rounding. Codes made again from dequantized weights are other codes (the scales are
+rounded once more), so both sides start from the original files; a sampler that holds no 4-bit weights loads the
 folder that ``dequantized`` makes, which has exactly the numbers that the learner computes with.
 """
 
@@ -311,7 +311,7 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
         raise UserError(
             f"{label}: its files lack {len(absent)} weights or hold them in another shape "
             f"({', '.join(absent[:3])}...); "
-            "download or convert it anew"
+            "download or convert it again"
         )
     for name, parameter in model.named_parameters():
         intact.refuse_not_finite(name, parameter, label)
@@ -589,7 +589,7 @@ def _targets(config: ModelConfig, folder: Path) -> list[str]:
             if (re.fullmatch(pattern, name) if pattern else any(f".{name}".endswith(f".{one}") for one in asked))
         ]
     except re.error as error:
-        raise UserError(f"{label} is not a regular expression ({error}); mend it, or list module names") from None
+        raise UserError(f"{label} is not a regular expression ({error}); fix it, or list module names") from None
     for name in chosen:
         if names[name] is head or names[name] is embeddings:
             tied = " (which are one weight here)" if getattr(model.config, "tie_word_embeddings", False) else ""

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 
 class RankLost(RunFailure):
-    """Another rank of this learner is gone or silent: this one can do nothing more, and all must be started anew."""
+    """Another rank of this learner is gone or silent: this one can do nothing more, and all must be started again."""
 
 
 class Ranks:

@@ -102,7 +102,7 @@ class WeightSync:
         """Sends perturbed weights and checks that the sampler follows. The next sync must send the true ones."""
         if not (self._config.proof and self._config.challenge):
             return {}
-        # The hand-over and the probe have limits of their own; this one is for the noise.
+        # The transfer and the probe have limits of their own; this one is for the noise.
         limit_s = 4 * self._timeout_s
         with bounded("learner", "putting noise on its weights", limit_s, _SETTING), self._learner.perturbed(seed=7):
             return self._send("the challenge before the first step", IN_CHALLENGE * self._tolerance)

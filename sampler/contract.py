@@ -350,7 +350,7 @@ def _check_greedy(env: Env) -> None:
 
 @_check
 def _check_seed(env: Env) -> None:
-    """A seed fixes the request whatever came before it; another seed, or none, draws anew; rows draw separately."""
+    """A seed fixes the request whatever came before it; another seed, or none, draws others; rows draw separately."""
     prompts = [env.prompt(MIDDLE, "a"), env.prompt(LONG, "b"), env.prompt(MIDDLE, "c")]
     params = {"n": 4, "max_tokens": 12}
     first = env.generate(prompts, seed=11, **params)

@@ -121,7 +121,7 @@ class HfSampler:
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(setup.seed)
         self._asleep: set[str] = set()
-        self._arrived: Fingerprint | None = None  # of the last hand-over
+        self._arrived: Fingerprint | None = None  # of the last transfer
         self._check_context()
         # Before an adapter is attached, which renames modules but keeps these very tensors.
         self._targets: dict[str, torch.Tensor] = dict(self.model.state_dict(keep_vars=True))
@@ -182,7 +182,7 @@ class HfSampler:
         the configuration that came with it."""
         self._ready("check_weights", "weights")
         if self._arrived is None or self._arrived.digest() != fingerprint:
-            return ["the hand-over was not completed"]
+            return ["the transfer was not completed"]
         held: Mapping[str, torch.Tensor] = self._targets
         faults: list[str] = []
         if self._arrived.adapter_config is not None:
@@ -497,4 +497,4 @@ def _complain(what: str, missing: Sequence[str], unknown: Sequence[str]) -> None
     for names, trouble in ((missing, "misses"), (unknown, "holds names that the model does not have:")):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise RunFailure(f"the hf sampler was sent {what}, but the hand-over {trouble} {shown}")
+            raise RunFailure(f"the hf sampler was sent {what}, but the transfer {trouble} {shown}")

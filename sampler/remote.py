@@ -329,7 +329,7 @@ class RemoteSampler:
         """Nothing slept."""
 
     def close(self) -> None:
-        """Ends what is in work, and lets go of the server without stopping it."""
+        """Ends what is in flight, and lets go of the server without stopping it."""
         wire, self._wire = self._wire, None
         if wire is not None:
             if self._adapter is not None:

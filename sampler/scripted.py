@@ -44,7 +44,7 @@ class ScriptedSampler:
     ``logprobs``: one number for every token, a function of prompt and tokens, or ``"model"`` for those of the weights
     held. ``calls`` lists what it was asked, in order: ``("generate", prompt ids, params)``,
     ``("load_weights", kind, version)``, ``("logprobs", count)``, ``("sleep",)``, ``("wake", part)``, ``("close",)``.
-    ``received`` holds copies of the tensors of the last hand-over as they arrived.
+    ``received`` holds copies of the tensors of the last transfer as they arrived.
     """
 
     takes_adapters = True

@@ -60,7 +60,7 @@ def shell_line(environment: Mapping[str, str], words: Sequence[str]) -> str:
 
 def prepare_for_server(model_folder: str | Path, out_folder: str | Path) -> Path:
     """Writes a copy of the model whose output head is a weight of its own, for servers that keep a tied one at its old
-    values when weights are read anew. Returns the folder to serve: the model's own where nothing is tied.
+    values when weights are read again. Returns the folder to serve: the model's own where nothing is tied.
 
     Raises ``UserError`` for an ``out_folder`` that is not empty and for an embedding of an unknown name.
     """

@@ -47,7 +47,7 @@ class SharedPrompts(KVConnectorBase_V1, SupportsHMA):
         rest = self._end(request) - num_computed_tokens
         if not self._plain or rest <= 0 or request.skip_reading_prefix_cache:
             return 0, False
-        if request.num_tokens > request.num_prompt_tokens:  # it was interrupted, and begins anew with what it wrote
+        if request.num_tokens > request.num_prompt_tokens:  # it was interrupted, and begins again with what it wrote
             return 0, False
         first = self._first.get(self._key(request))
         if first is None or first is request or first.is_finished():

@@ -143,7 +143,7 @@ class StoredWeights:
             method.process_weights_after_loading = partial(self._pack, method.process_weights_after_loading)
 
     def arriving(self) -> Arrived:
-        """To watch the next hand-over with. The first is the engine's own folder: it shows whether there are other than
+        """To watch the next transfer with. The first is the engine's own folder: it shows whether there are other than
         plain layouts, but its names need not be those that the learner sends."""
         self._loads += 1
         layouts: dict[str, set[str]] | None = None

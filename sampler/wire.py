@@ -46,7 +46,7 @@ class Wire:
     def __init__(self, url: str, key_env: str | None, timeout_s: float, setup: SamplerSetup) -> None:
         self.url = url.rstrip("/")
         self.met = False
-        """Until the server was met, what goes wrong is the user's to mend."""
+        """Until the server was met, what goes wrong is the user's to fix."""
         where = urlsplit(self.url)
         environment, words = server_command(setup, host=where.hostname or "127.0.0.1", port=where.port or 8000)
         self.cure = f"the server for this run is started by `{shell_line(environment, words)}`"
@@ -172,7 +172,7 @@ def read_key(name: Any) -> str:
     if not key:
         raise UserError(f"sampler.options.api_key_env={name!r}: no such environment variable is set here; export it")
     if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise UserError(f"the environment variable {name} holds spaces or characters that no key has; set it anew")
+        raise UserError(f"the environment variable {name} holds spaces or characters that no key has; set it again")
     return key
 
 

@@ -1,4 +1,4 @@
-"""A sampler that misbehaves once, at a chosen moment, in a chosen way; made anew after that, it is well.
+"""A sampler that misbehaves once, at a chosen moment, in a chosen way; made again after that, it is well.
 
 Used as ``sampler.name = "tests/faulty.py:Faulty"``. ``marker`` is a file that says that it has happened.
 """

@@ -369,7 +369,7 @@ def test_missing_rights_are_the_users_to_mend() -> None:
         os.chmod(outside, 0o555)
         said = finish(start(FORBIDDEN, outside)).splitlines()
     assert [line.split()[0] for line in said] == [f"{outside}/{name}" for name in "aabc"]
-    assert all("permission denied); choose another folder or mend its permissions" in line for line in said)
+    assert all("permission denied); choose another folder or fix its permissions" in line for line in said)
 
 
 # --- SIGKILL ---

@@ -1,4 +1,4 @@
-"""What the hf sampler promises beyond the contract: transformers' own ``generate`` as a second opinion, hand-overs that
+"""What the hf sampler promises beyond the contract: transformers' own ``generate`` as a second opinion, transfers that
 do not fit, adapters as peft saves them, and clear refusals."""
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def test_no_draw_from_outside_the_cut(seed: int, uniform: float, top_p: float, t
         assert (rank_N < top_k).all()
 
 
-# -- hand-overs --------------------------------------------------------------------------------------------------------
+# -- transfers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_head", [False, True])

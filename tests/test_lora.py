@@ -190,7 +190,7 @@ def test_the_dequantized_folder_is_the_learners_base_to_the_bit(folder, cache, d
             changed.add(name.split(".")[-2])
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert (place / "tokenizer.json").exists()
-    # Made anew from dequantized weights the codes differ: both sides must start from the original.
+    # Made again from dequantized weights the codes differ: both sides must start from the original.
     again = dict(models.full_tensors(models.load(place, made, "cpu"), dtype_of(dtype)))
     if dtype == "bfloat16":
         assert any(not torch.equal(again[name], value) for name, value in dense.named_parameters())

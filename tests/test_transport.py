@@ -481,7 +481,7 @@ def test_a_receiver_that_ends_midway_ends_the_others_at_once(end, members):
     with pytest.raises(RunFailure, match=r"broke: rank 0 of 3 waited .* for its receivers to take bucket"):
         sender.send(source(), 1 << 20)
     assert "rank 2 of 3 waited" in str(two.recv())
-    with pytest.raises(RunFailure, match="join anew"):
+    with pytest.raises(RunFailure, match="join again"):
         sender.send(much(1), 1 << 20)
 
 

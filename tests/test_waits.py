@@ -114,7 +114,7 @@ WAITS = {
     "the challenge's noise": (
         lambda: sync().challenge(), "the learner was still putting noise on its weights", "timeouts.sync_s",
     ),
-    "a hand-over": (lambda: sync()(), "the sampler was still taking the weights of version 3", "timeouts.sync_s"),
+    "a weight transfer": (lambda: sync()(), "the sampler was still taking the weights of version 3", "timeouts.sync_s"),
     "the learner's sleep": (
         lambda: enter(SHARED.sampling()), "the learner was still giving its memory back", "timeouts.sync_s",
     ),

@@ -370,7 +370,7 @@ def _cell(value: Any) -> str:
 
 
 def write(out: Path, letter: str, part: Row) -> None:
-    """Puts this section in the results and writes both files anew."""
+    """Puts this section in the results and writes both files again."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}

@@ -74,6 +74,6 @@ def peak_gib() -> float:
 
 
 def reset_peak() -> float:
-    """Starts ``peak_gib`` anew from what is held now, and returns that."""
+    """Starts ``peak_gib`` again from what is held now, and returns that."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_gib()

@@ -60,7 +60,7 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
     set_threads(1)
     ones = torch.ones(64, 64, dtype=dtype_of(config.model.dtype))
     ones @ ones
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     before = _resident("VmRSS")
     learner = TorchLearner(config, folder, "cpu")
     groups = memory.longest_groups(config, prompt_tokens)

@@ -211,7 +211,7 @@ class Sums:
 class EndsAsLoad:
     """A sampler whose k-th completion of a prompt is asked to be as long as the load's k-th; the rest is the real one.
 
-    One request a completion, all in work at once: vLLM makes the same of a request for several.
+    One request a completion, all in flight at once: vLLM makes the same of a request for several.
     """
 
     def __init__(self, sampler: Any, groups: Sequence[Group]) -> None:
