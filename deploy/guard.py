@@ -2,7 +2,7 @@
 
 A run that ends by itself, well or badly, has said why and is left alone; one that was killed (no memory, a stray
 signal) or stopped and never continued goes on from its last checkpoint. It knows nothing of the run but its folder.
-What becomes of a submitted job whose whole node dies is up to who submitted it (``--auto-resume``; deploy/README.md).
+What becomes of a submitted job whose whole node dies is up to who submitted it (``--auto-resume``; docs/cluster.md).
 """
 
 from __future__ import annotations

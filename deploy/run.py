@@ -56,7 +56,7 @@ class Outcome:
 
 
 def run(config: Config, folder: Path, console: Console, *, resume: bool = False) -> Outcome:
-    """Trains, writing everything into ``folder``; see the README for what it will hold."""
+    """Trains, writing everything into ``folder``; see docs/runs.md for what it will hold."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_run_folder(folder, resume))
         stack.enter_context(_logging_to(folder / "run.log"))

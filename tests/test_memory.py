@@ -262,7 +262,7 @@ def test_copies_of_packed_keys_are_counted_as_the_kernel_makes_them(llama):
 
 
 def test_full_weights_of_llama_1b_do_not_fit_8_gib(llama):
-    """By the settings that the README names for full weights."""
+    """By the settings that docs/memory.md names for full weights."""
     config = load(None, [f"model.name={llama}", "model.dtype=bfloat16", "train.device=gpu", "sampler.max_tokens=300",
                          "learner.microbatch_tokens=512", "learner.head_tokens=128",
                          "learner.gradient_checkpointing=true", "memory.offload_while_sampling=true",

@@ -2,7 +2,7 @@
 
 ``rows()``: the learner's planned peak beside its measured one, over models, full weights and LoRA, and lengths. Each
 case is a process of its own, which learns two batches of the longest groups; its peak resident memory counts from
-after the imports. ``python -m tests.benchmarks.memory`` prints them, ``... table`` the README's table of models.
+after the imports. ``python -m tests.benchmarks.memory`` prints them, ``... table`` docs/memory.md's table of models.
 """
 
 from __future__ import annotations
