@@ -4,7 +4,7 @@ It begins from nothing, not as a copy of this process: a copy would hold the loc
 multiprocessing's ``spawn`` would run the user's ``__main__`` again. It has a session of its own, so that ``kill`` takes
 whatever it started along, and Ctrl-C in the terminal does not reach it.
 
-Left out: what travels through the pipe (``common/rewards.py``, ``learner/apart.py``).
+Left out: what travels through the pipe (``common/rewards.py``).
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ the loaded model can tell is left to the run.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from common.types import Completion, Group
 from deploy import local, plan
 from deploy import run as runs
 from deploy.resume import anchored, check_task
-from learner import memory
 
 log = logging.getLogger("nanogrpo")
 SAMPLE = "Let me think about it. <answer>42</answer>"
@@ -28,15 +26,13 @@ SAMPLE = "Let me think about it. <answer>42</answer>"
 def dry_run(config: Config, folder: Path, console: Console, *, resume: bool) -> None:
     """Raises what the run would raise; at the end prints what was found right."""
     runs.check_folder(folder, resume)
-    with contextlib.closing(memory.apart):
-        config = local.settled(anchored(config))
-        place = plan.warm_up(config)
-        ready = local.prepare(config)
-        local.warn_if_slow(ready.config, ready.device)
-        if resume:
-            check_task(folder, config, ready.stream())
-        rewards = _rewards(ready)
-        plan.before_run(ready, place, console, folder)
+    config = local.settled(anchored(config))
+    ready = local.prepare(config)
+    local.warn_if_slow(ready.config, ready.device)
+    if resume:
+        check_task(folder, config, ready.stream())
+    rewards = _rewards(ready)
+    plan.before_run(ready, console, folder)
     console.print(
         f"right: model {ready.folder}, {len(ready.train)} training and {len(ready.test)} test questions, longest "
         f"prompt {ready.longest_prompt} tokens, {ready.config.model.dtype}, "

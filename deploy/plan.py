@@ -6,7 +6,6 @@ they found. Used by ``deploy/cli.py`` and, for the verdict alone, by ``deploy/ru
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import Config
-from common.errors import RunFailure, UserError
+from common.errors import UserError
 from deploy import disk, local
-from deploy.planner import GIB, Place, Plan, Planner, place_of, planner_of
+from deploy.planner import GIB, Plan, Planner, place_of, planner_of
 from deploy.solver import Proposal, largest, solve
-from learner import memory
 from learner import model as models
 
 log = logging.getLogger("nanogrpo.plan")
@@ -68,23 +66,13 @@ def verdict(plan: Plan) -> str:
     return f"does not fit: {said}, {-plan.margin / GIB:.2f} GiB too much"
 
 
-def warm_up(config: Config) -> Place:
-    """The run's device; lets the plan's helper process, which is not the run's, import while the caller goes on."""
-    place = place_of(config)
-    if config.memory.plan != "off" and not place.gpu:
-        with contextlib.suppress(RunFailure):  # said where it is needed
-            memory.apart.start()
-    return place
-
-
-def before_run(ready: local.Prepared, place: Place, console: Console, folder: Path) -> Plan | None:
-    """The plan of a run about to begin on ``warm_up``'s device. Raises ``UserError`` when it cannot fit there, or on
+def before_run(ready: local.Prepared, console: Console, folder: Path) -> Plan | None:
+    """The plan of a run about to begin on its device. Raises ``UserError`` when it cannot fit there, or on
     the disk of its ``folder``, and ``memory.plan`` is ``refuse``."""
     config = ready.config
     if config.memory.plan == "off":
         return None
-    with contextlib.closing(memory.apart):  # a run needs it no more
-        plan = _before_run(ready, place, console)
+    plan = _before_run(ready, console)
     if plan is not None:
         check_disk(config, folder, plan.learner.state_bytes, disk.model_bytes(config, plan.learner))
     return plan
@@ -98,9 +86,9 @@ def check_disk(config: Config, folder: Path, checkpoint: int, model: int) -> Non
         log.warning("%s", sentence)
 
 
-def _before_run(ready: local.Prepared, place: Place, console: Console) -> Plan | None:
+def _before_run(ready: local.Prepared, console: Console) -> Plan | None:
     config = ready.config
-    planner = Planner(config, ready.folder, ready.longest_prompt, place)
+    planner = Planner(config, ready.folder, ready.longest_prompt, place_of(config))
     try:
         with console.status("plan    running the learner on shapes"):
             plan = planner.plan(config)
@@ -127,8 +115,7 @@ def cures(ready: local.Prepared, plan: Plan | None) -> str:
         return LESS
     planner = Planner(ready.config, ready.folder, ready.longest_prompt, place_of(ready.config))
     planner.place = dataclasses.replace(planner.place, bytes=int(0.8 * plan.peak), whole=None)
-    with contextlib.closing(memory.apart):
-        return _cheapest(planner, plan)
+    return _cheapest(planner, plan)
 
 
 LESS = "Less learner.microbatch_tokens, or learner.gradient_checkpointing=true, takes less"

@@ -32,7 +32,6 @@ from deploy.local import Parts, Prepared
 from deploy.resume import anchored, check_task, kept
 from deploy.resume import config_of as config_of
 from deploy.resume import same_run as same_run
-from learner import memory
 from learner.checkpoint import Checkpoints
 from learner.loop import Loop, rehearse, train
 from learner.sync import WeightSync, probe_of
@@ -61,13 +60,11 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         stack.enter_context(_run_folder(folder, resume))
         stack.enter_context(_logging_to(folder / "run.log"))
         files.remove_leftovers(folder)
-        stack.callback(memory.apart.close)
         if config.cluster.mode == "ray" and config.cluster.address != "private":
             from deploy import cluster
 
             stack.enter_context(cluster.joined(config))  # once, for all who ask it
         config = local.settled(anchored(config))
-        place = plan.warm_up(config)
         ready = local.prepare(config)
         if resume:
             check_task(folder, config, ready.stream())
@@ -82,7 +79,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
             f"model   {ready.folder}\n"
             f"task    {config.task.name}: {len(ready.train)} training and {len(ready.test)} test questions"
         )
-        planned = plan.before_run(ready, place, console, folder)
+        planned = plan.before_run(ready, console, folder)
         parts = stack.enter_context(_parts(ready, folder, lambda text: _tell(console, text)))
         console.print(parts.described, soft_wrap=True)
         lost: LearnerLost | None = None

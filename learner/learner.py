@@ -27,7 +27,7 @@ from common.device import dtype_of, release
 from common.errors import RunFailure, UserError
 from common.types import Group
 from common.weights import InProcessWeights
-from learner import attention, families, losses, memory
+from learner import attention, families, losses, rehearsal
 from learner import model as models
 from learner.logprobs import Drawn, from_logits, learn, score
 from learner.optim import MasterOptimizer, Parked, learning_rate
@@ -356,7 +356,7 @@ class TorchLearner:
         """The largest pack that groups of these prompts can make, every completion ``max_tokens`` long, through
         forward, backward and optimizer at rate 0. Weights, averages, version and random state are as before, bit for
         bit."""
-        memory.rehearse(self, groups)
+        rehearsal.rehearse(self, groups)
 
     # -- weights -----------------------------------------------------------------------------------------------------
 

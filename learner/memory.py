@@ -1,12 +1,11 @@
 """The learner's memory before the run: its own code on tensors that have a shape and no memory.
 
-The model is built on torch's meta device and goes through ``TorchLearner.rehearse``: the packing, forward pass, output
-head, loss, backward pass and optimizer of the run, on the largest pack that the run can make. A ``Ledger`` sees every
-operation and counts the storage alive, by part. On a CPU it also has the C library find a place for each
-(``learner/heap.py``), because freed blocks that fit no later request stay with the process.
+The model is built on torch's meta device and updated there: the packing, forward pass, output head, loss, backward pass
+and optimizer of the run, on the largest pack that the run can make (``learner/rehearsal.py``). A ``Ledger`` sees every
+operation and counts the storage alive, by part.
 
-Left out: the sampler and who is awake when (``deploy/planner.py``), and whatever lies outside torch's tensors. Also
-here: what ``rehearse`` learns from, in the plan and before the first step.
+Left out: the sampler, who is awake when and what a CPU's heap makes of it (``deploy/planner.py``), and whatever lies
+outside torch's tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,139 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from common.config import Config
-from common.device import KERNELS
-from common.errors import RunFailure
-from common.types import Completion, Group, Prompt
 from learner import families, logprobs, packing
 from learner import model as models
-from learner.apart import Apart
-from learner.heap import Heap
+from learner.learner import TorchLearner
 from learner.packing import Row
-
-if TYPE_CHECKING:
-    from learner.learner import TorchLearner
+from learner.rehearsal import largest_pack, longest_groups, repeated, untouched
 
 aten = torch.ops.aten
 SHAPE = "meta"
-LONGEST_S = 300  # seconds that a measurement may take; a 7B model takes some ten
-
-
-# -- the largest pack --------------------------------------------------------------------------------------------------
-
-
-def longest_groups(config: Config, prompt_tokens: int) -> list[Group]:
-    """A step's groups at their longest: every prompt ``prompt_tokens``, every completion ``max_tokens`` tokens, none
-    with a beginning that another has."""
-    length, size = config.sampler.max_tokens, config.train.group_size
-    return [
-        Group(
-            Prompt(f"longest-{number}", (), token_ids=(number, *(1,) * (prompt_tokens - 1))),
-            tuple(_made_up((place, *(1,) * (length - 1))) for place in range(size)),
-        )
-        for number in range(config.train.prompts_per_step)
-    ]
-
-
-def lengthened(groups: Iterable[Group], max_tokens: int) -> list[Group]:
-    """These groups with every completion at full length, its last token repeated, and an advantage to learn from."""
-    return [
-        Group(
-            group.prompt,
-            tuple(
-                _made_up((*one.token_ids, *(one.token_ids[-1:] or (1,)) * (max_tokens - len(one.token_ids))))
-                for one in group.completions
-            ),
-        )
-        for group in groups
-    ]
-
-
-def _made_up(token_ids: tuple[int, ...]) -> Completion:
-    # "stop" and not "length": learner.truncated may leave those out.
-    return Completion(token_ids, "", (0.0,) * len(token_ids), "stop", 0, {}, 1.0, 1.0)
-
-
-def largest_pack(
-    groups: Sequence[Group], budget_tokens: int, packed: bool, vocabulary: int
-) -> tuple[list[Group], bool]:
-    """What of ``groups`` fills one forward pass to ``budget_tokens`` (``learner/packing.py``), and whether anything may
-    be left over for another pass. The last completion is shortened to fit: a step whose other completions are shorter
-    fills a pack just so.
-
-    When packed, prompts may begin alike to any length, and the more they do the more of a pass are completions: so all
-    groups get the longest one's prompt, and as far as that leaves room prompts of their own. Completions have nothing
-    in common.
-    """
-    if not packed:
-        return _largest_padded(groups, budget_tokens)
-    base = (0, *max((group.prompt.token_ids for group in groups), key=len)[1:])
-    used, count = len(base), 0
-    taken: list[Group] = []
-    more = False
-    for group in groups:
-        kept: list[Completion] = []
-        for one in group.completions:
-            room = budget_tokens - used
-            more = more or len(one.token_ids) - 1 > room
-            if count and room < 1:
-                more = True
-                break
-            cut = one.token_ids[: room + 1] if count else one.token_ids
-            kept.append(_made_up((*_own(count, vocabulary), *cut[2:])[: len(cut)]))
-            used, count = used + len(cut) - 1, count + 1
-        taken = _closed(taken, group, kept)
-    alike = [dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, token_ids=base)) for one in taken]
-    for place in range(1, len(alike)):
-        wanted = len(taken[place].prompt.token_ids)
-        own = min(wanted, max(0, budget_tokens - used))
-        more = more or own < wanted
-        alike[place] = _branching(alike[place], len(base) - own, place, vocabulary)
-        used += own
-    return alike, more
-
-
-def _own(number: int, vocabulary: int) -> tuple[int, int]:
-    """Two tokens that no other number has."""
-    return number % vocabulary, number // vocabulary % vocabulary
-
-
-def _branching(group: Group, at: int, number: int, vocabulary: int) -> Group:
-    """With a prompt that leaves the others' after ``at`` tokens."""
-    prompt = group.prompt.token_ids
-    if at < len(prompt):
-        prompt = (*prompt[:at], (prompt[at] + number) % vocabulary, *prompt[at + 1 :])
-    return dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, token_ids=prompt))
-
-
-def repeated(pack: Sequence[Group], times: int, vocabulary: int) -> list[Group]:
-    """The pack so many times, no two with anything in common: the prompts of each begin with tokens of their own."""
-    return [_branching(group, 0, again * len(pack), vocabulary) for again in range(times) for group in pack]
-
-
-def _largest_padded(groups: Sequence[Group], budget_tokens: int) -> tuple[list[Group], bool]:
-    taken: list[Group] = []
-    rows = longest = 0
-    for group in groups:
-        kept: list[Completion] = []
-        for one in group.completions:
-            longest = max(longest, len(group.prompt.token_ids) + len(one.token_ids) - 1)
-            if rows and budget_tokens // longest - rows < 1:
-                return _closed(taken, group, kept), True
-            rows += 1
-            kept.append(one)
-        taken = _closed(taken, group, kept)
-    return taken, False
-
-
-def _closed(taken: list[Group], group: Group, kept: list[Completion]) -> list[Group]:
-    return [*taken, dataclasses.replace(group, completions=tuple(kept))] if kept else taken
-
-
-def at_rate_zero(config: Config) -> Config:
-    """The configuration of a rehearsal: nothing moves, and one update is as large as several."""
-    optimizer = config.optimizer.model_copy(update={"lr": 0.0})
-    learner = config.learner.model_copy(update={"inner_updates": 1})
-    return config.model_copy(update={"optimizer": optimizer, "learner": learner})
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------
@@ -180,20 +54,17 @@ class Ledger(TorchDispatchMode):
     that way, and no shape hangs on them.
     """
 
-    def __init__(self, vocabulary: int, offload: bool = False, heap: Heap | None = None) -> None:
+    def __init__(self, vocabulary: int, offload: bool = False) -> None:
         super().__init__()
         self.phase = "load"
         self.peaks: dict[str, Peak] = {}
-        self.grown: dict[str, int] = {}
-        """With a heap: its greatest growth in each phase."""
         self.trained: set[tuple[int, ...]] = set()
         self.rows = 1
         """Completions of the pack: how many different ones an index can name."""
-        self._vocabulary, self._offload, self._heap = vocabulary, offload, heap
+        self._vocabulary, self._offload = vocabulary, offload
         self._held: Counter[str] = Counter()
         self._total = 0
-        self._known: dict[int, tuple[int, str, int, Any]] = {}  # storage -> number, part, bytes, weak reference
-        self._number = 0
+        self._known: dict[int, tuple[str, int, Any]] = {}  # storage -> part, bytes, weak reference
 
     def watch(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
         """Counts these as ``part``, from now on."""
@@ -212,17 +83,15 @@ class Ledger(TorchDispatchMode):
             return rows, torch.empty_like(args[0]), torch.empty_like(rows)
         out = func(*args, **kwargs)
         extra = _scratch(func, args)
-        self._number += 1
-        inside = self._number
         if extra:
-            self._add("scratch", extra, inside)
+            self._add("scratch", extra)
         zeros = func is aten.zeros_like.default
         leaves = [out] if isinstance(out, torch.Tensor) else tree_flatten(out)[0]
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and leaf.device.type == SHAPE:
                 self._see(leaf, self._part_of(leaf, zeros))
         if extra:
-            self._take_off("scratch", extra, inside)
+            self._take_off("scratch", extra)
         return out
 
     def _see(self, tensor: torch.Tensor, part: str) -> None:
@@ -230,12 +99,10 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self._known or not (size := storage.nbytes()):
             return
-        self._number += 1
-        number = self._number
-        self._known[key] = (number, part, size, weakref.ref(storage, lambda _: self._gone(key)))
-        self._add(part, size, number)
+        self._known[key] = (part, size, weakref.ref(storage, lambda _: self._gone(key)))
+        self._add(part, size)
 
-    def _add(self, part: str, size: int, number: int) -> None:
+    def _add(self, part: str, size: int) -> None:
         if part.startswith("host"):
             return
         self._held[part] += size
@@ -243,21 +110,16 @@ class Ledger(TorchDispatchMode):
         before = self.peaks.get(self.phase)
         if before is None or self._total > before.bytes:
             self.peaks[self.phase] = Peak(self._total, dict(self._held))
-        if self._heap is not None:
-            self._heap.take(number, size)
-            self.grown[self.phase] = max(self.grown.get(self.phase, 0), self._heap.grown or 0)
 
     def _gone(self, key: int) -> None:
-        number, part, size, _ = self._known.pop(key)
-        self._take_off(part, size, number)
+        part, size, _ = self._known.pop(key)
+        self._take_off(part, size)
 
-    def _take_off(self, part: str, size: int, number: int) -> None:
+    def _take_off(self, part: str, size: int) -> None:
         if part.startswith("host"):
             return
         self._held[part] -= size
         self._total -= size
-        if self._heap is not None:
-            self._heap.free(number)
 
     def _part_of(self, tensor: torch.Tensor, zeros: bool) -> str:
         shape = tuple(tensor.shape)
@@ -326,8 +188,6 @@ class LearnerMemory:
     phases: Mapping[str, Peak]
     """``load`` (resident from then on), ``score`` (passes without gradient, where there are any), ``learn``, ``step``
     (the optimizer's). Parts named ``host ...`` are not on the device and not counted."""
-    heap: Mapping[str, int]
-    """On a CPU: the process's growth to that point, with the blocks that could not be used again. Else empty."""
     parameters_trained: int
     parameters_total: int
     pack_tokens: int
@@ -343,49 +203,22 @@ class LearnerMemory:
     """Of a checkpoint: what the optimizer keeps, and the weights that it steps."""
 
 
-HEAPS = 2
-KERNELS_BYTES = KERNELS * 640 << 10
-"""Of the compiled products that a CPU process keeps (``common.device``): measured, because none is made on shapes."""
-
-
-def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool, heaps: int = HEAPS) -> LearnerMemory:
-    """Runs the learner of ``config`` on shapes alone; ``folder`` needs only the model's ``config.json``.
-
-    For a CPU it does so in processes of their own, as many as ``heaps``, of which the largest counts: what the
-    learner's blocks have done to one heap is in the way of the next, and no heap crumbles quite like another.
-    """
-    if not on_cpu:
-        return _measure(config, folder, prompt_tokens, None)
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    modeling = f"transformers.models.{kind}.modeling_{kind}"
-    found: list[LearnerMemory] = []
+def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool) -> LearnerMemory:
+    """Runs the learner of ``config`` on shapes alone; ``folder`` needs only the model's ``config.json``."""
+    if on_cpu:
+        logprobs.IN_ROWS.add(SHAPE)  # the output head works as on a CPU
     try:
-        for _ in range(heaps):
-            one = apart.call(_measure_on_heap, config, folder, prompt_tokens, limit_s=LONGEST_S, imports=[modeling])
-            found.append(one)
-    except RunFailure as failure:
-        raise RunFailure(f"the learner's memory could not be worked out: {failure}; set memory.plan='off'") from None
-    heap = {name: max(one.heap[name] for one in found) + (name != "load") * KERNELS_BYTES for name in found[0].heap}
-    return dataclasses.replace(found[0], heap=heap)
+        return _measure(config, folder, prompt_tokens, on_cpu)
+    finally:
+        logprobs.IN_ROWS.discard(SHAPE)
 
 
-apart = Apart("learner.learner", "learner.memory", "transformers.models.auto.modeling_auto")
-"""Where CPU learners are measured. It starts at the first of them, or before; ``close`` ends it."""
-
-
-def _measure_on_heap(config: Config, folder: Path, prompt_tokens: int) -> LearnerMemory:
-    logprobs.IN_ROWS.add(SHAPE)  # in this process, which does nothing else
-    return _measure(config, folder, prompt_tokens, Heap())
-
-
-def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None) -> LearnerMemory:
-    from learner.learner import TorchLearner
-
+def _measure(config: Config, folder: Path, prompt_tokens: int, on_cpu: bool) -> LearnerMemory:
     offload = config.optimizer.offload
     learner = TorchLearner(_plain(config), folder, SHAPE, blank=True)
     model, optimizer = learner._model, learner._optimizer
     optimizer._stochastic = optimizer._compiled = False  # no random state here, and nothing to compile
-    ledger = Ledger(_vocabulary(model), offload, heap)
+    ledger = Ledger(_vocabulary(model), offload)
     ledger.trained = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
     ledger.watch("weights", [*models.stored(model), *model.buffers()])
     if learner._reference is not None:
@@ -393,7 +226,7 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None
     masters, averages = _optimizer_tensors(optimizer)
     ledger.watch("host masters" if offload else "float32 masters", masters)
     ledger.watch("host averages" if offload else "optimizer", averages)
-    _still_where_fused(optimizer, heap is not None)
+    _still_where_fused(optimizer, on_cpu)
     learner._optimizer = _Phased(optimizer, ledger)  # type: ignore[assignment]
     groups = longest_groups(config, prompt_tokens)
     pack, more = largest_pack(groups, config.learner.microbatch_tokens, learner.packed, _vocabulary(model))
@@ -408,13 +241,12 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, heap: Heap | None
     resident = ledger.peaks["load"].bytes
     trained = [p.nbytes for p in model.parameters() if p.requires_grad]
     probe = ledger.peaks.pop("probe").bytes - resident if config.sync.proof else 0
-    grown = ledger.grown if heap is not None and heap.grown is not None else {}
     rows = [Row(0, group.prompt.token_ids, one.token_ids) for group in pack for one in group.completions]
     tokens = packing.tokens(packing.stretches(rows), learner.packed)
     layouts = [one.layout for one in packing.plan(rows, config.learner.microbatch_tokens, learner.packed)]
     keys = max((len(layout.key_S) for layout in layouts if layout is not None), default=0)
     return LearnerMemory(
-        ledger.peaks, grown, learner.parameters_trained, learner.parameters_total, tokens, learner.packed, keys,
+        ledger.peaks, learner.parameters_trained, learner.parameters_total, tokens, learner.packed, keys,
         probe, sum(trained), max(trained), sum(t.nbytes for t in optimizer.state().values()),
     )  # fmt: skip
 
@@ -450,7 +282,7 @@ def measure_quickly(config: Config, folder: Path, prompt_tokens: int, *, on_cpu:
             (Path(place) / "config.json").write_text(json.dumps(_shallower(shape, layers, count)))
             for file in folder.glob("*.py"):  # a model with code of its own
                 (Path(place) / file.name).symlink_to(file.absolute())
-            found.append(measure(config, Path(place), prompt_tokens, on_cpu=on_cpu, heaps=1))
+            found.append(measure(config, Path(place), prompt_tokens, on_cpu=on_cpu))
     low, high = found
     times = (layers - SHALLOW[1]) / (SHALLOW[1] - SHALLOW[0])
 
@@ -464,7 +296,6 @@ def measure_quickly(config: Config, folder: Path, prompt_tokens: int, *, on_cpu:
         phases[name] = Peak(sum(parts.values()), parts)
     return LearnerMemory(
         phases,
-        {name: on(low.heap.get(name, size), size) for name, size in high.heap.items()},
         on(low.parameters_trained, high.parameters_trained),
         on(low.parameters_total, high.parameters_total),
         high.pack_tokens,
@@ -581,32 +412,3 @@ def _scratch(func: Any, args: Sequence[Any]) -> int:
     if func is aten.logsumexp.default:  # exp(input - max), before it is summed
         return int(args[0].numel() * args[0].element_size())
     return 0
-
-
-# -- the rehearsal -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def untouched(learner: TorchLearner) -> Iterator[None]:
-    """Inside, the learner works at rate 0; afterwards its weights, averages, version and random state are what they
-    were."""
-    config, version = learner._config, learner.version
-    learner._config = at_rate_zero(config)
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        learner._config, learner.version = config, version
-        learner._optimizer.reset()
-
-
-def rehearse(learner: TorchLearner, groups: Sequence[Group]) -> None:
-    """``TorchLearner.rehearse``."""
-    spec = learner._config
-    full = lengthened(groups, spec.sampler.max_tokens)
-    vocabulary = _vocabulary(learner._model)
-    pack, more = largest_pack(full, spec.learner.microbatch_tokens, learner.packed, vocabulary)
-    with untouched(learner):
-        if more:  # a later pack finds the gradients of those before it
-            learner._optimizer.blank_gradients()
-        learner.update(repeated(pack, learner._ranks.size, vocabulary))

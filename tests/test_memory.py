@@ -16,7 +16,7 @@ from deploy import solver
 from deploy.cli import app
 from deploy.local import settled
 from deploy.planner import GIB, Place, Planner
-from learner import logprobs, memory
+from learner import logprobs, memory, rehearsal
 from learner.learner import TorchLearner
 from sampler import vllm as vllm_sampler
 from tests.benchmarks import shapes
@@ -73,7 +73,7 @@ def test_shapes_alone_take_what_the_real_pass_takes(tiny, words, monkeypatch):
     monkeypatch.setattr(logprobs, "IN_ROWS", {"cpu", memory.SHAPE})  # the head as on this device
     planned = memory.measure(config, tiny, 40, on_cpu=False)
     learner = TorchLearner(config, tiny, "cpu")
-    pack, more = memory.largest_pack(memory.longest_groups(config, 40), 256, learner.packed, 384)
+    pack, more = rehearsal.largest_pack(rehearsal.longest_groups(config, 40), 256, learner.packed, 384)
     assert more
     ledger = Real(384)
     ledger.watch("weights", learner._model.parameters())
@@ -82,7 +82,7 @@ def test_shapes_alone_take_what_the_real_pass_takes(tiny, words, monkeypatch):
     ledger.watch("optimizer", [t for part in memory._optimizer_tensors(learner._optimizer) for t in part])
     ledger.phase = "learn"
     with ledger:
-        learner.update(memory.repeated(pack, 2, 384))
+        learner.update(rehearsal.repeated(pack, 2, 384))
     real = ledger.peaks["learn"].bytes
     both = max(peak.bytes for name, peak in planned.phases.items() if name in ("learn", "step"))
     assert both == pytest.approx(real, rel=0.1)

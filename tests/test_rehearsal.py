@@ -13,7 +13,7 @@ from common.errors import RunFailure
 from common.types import Completion, Group, Prompt
 from deploy import run as runs
 from learner import loop as loops
-from learner import memory
+from learner import rehearsal
 from learner.learner import TorchLearner
 from learner.packing import Row, plan
 from tests.test_run import final, metrics, rollouts, run, spec
@@ -94,7 +94,7 @@ def test_a_run_with_rehearsal_equals_one_without(tiny, tmp_path, caplog):
 def test_the_largest_pack_is_one_pass_and_as_full_as_it_can_be(packed, budget, size):
     """Fuller than any pass of the real step, whether its prompts have nothing in common or nearly everything."""
     every = groups(3, 20, [12] * size)
-    chosen, more = memory.largest_pack(every, budget, packed, 384)
+    chosen, more = rehearsal.largest_pack(every, budget, packed, 384)
     (pack,) = passes(chosen, budget, packed)
     single = 20 + 11
     assert pack.token_ids.numel() <= max(budget, single)
@@ -108,7 +108,7 @@ def test_the_largest_pack_is_one_pass_and_as_full_as_it_can_be(packed, budget, s
     if packed and more and budget > single and size > 1:
         assert pack.token_ids.numel() == budget
     if packed:
-        twice = passes(memory.repeated(chosen, 2, 384), budget, packed) if more else []
+        twice = passes(rehearsal.repeated(chosen, 2, 384), budget, packed) if more else []
         assert all(other.token_ids.numel() == pack.token_ids.numel() for other in twice) and len(twice) in (0, 2)
 
 

@@ -52,7 +52,7 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
 
     from common.config import load
     from common.device import dtype_of, release, set_threads
-    from learner import memory, model
+    from learner import model, rehearsal
     from learner.learner import TorchLearner
 
     config = load(None, words)
@@ -63,7 +63,7 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     before = _resident("VmRSS")
     learner = TorchLearner(config, folder, "cpu")
-    groups = memory.longest_groups(config, prompt_tokens)
+    groups = rehearsal.longest_groups(config, prompt_tokens)
     for _ in range(2):
         learner.update(groups)
         release("cpu")
@@ -73,11 +73,12 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
 def planned(words: Sequence[str], prompt_tokens: int) -> int:
     """Bytes of the learner's planned peak."""
     from common.config import load
+    from deploy.planner import parts_of
     from learner import memory, model
 
     config = load(None, words)
     plan = memory.measure(config, model.prepare(config.model), prompt_tokens, on_cpu=True)
-    return max([*plan.heap.values(), *(peak.bytes for peak in plan.phases.values())])
+    return max(sum(parts_of(plan, phase, gpu=False).values()) for phase in plan.phases)
 
 
 def case(model: str, folder: str, method: str, lengths: Sequence[int], prompts: int) -> dict[str, Any]:

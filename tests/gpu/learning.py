@@ -227,6 +227,7 @@ def memory(report: Report) -> None:
     """The learner's planned peak against what the card's allocator saw, full weights and LoRA, and tokens a second."""
     from learner import memory as memories
     from learner import model as models
+    from learner import rehearsal
     from tests.benchmarks.memory import GROUP_SIZE, LONG, METHODS, SHORT, random_model
 
     where = device()
@@ -249,7 +250,7 @@ def memory(report: Report) -> None:
                 held = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
                 learner = TorchLearner(spec, Path(folder), where)
-                groups = memories.longest_groups(spec, lengths[0])
+                groups = rehearsal.longest_groups(spec, lengths[0])
                 tokens = learner.update(groups)["tokens_computed"]
                 took = seconds(where, lambda learner=learner, groups=groups: learner.update(groups), times=2)
                 real = torch.cuda.max_memory_allocated() - held
