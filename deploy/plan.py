@@ -38,7 +38,8 @@ def answer(
         return plan, [], {}
     if not plan.fits:
         say("looking for the cheapest changes that make it fit")
-        return plan, solve(planner, plan, limit_s, say), {}
+        proposal = solve(planner, plan, limit_s, say)
+        return plan, [proposal] if proposal else [], {}
     limits: dict[str, int] = {}
     longest = models.context_tokens(planner.folder) - planner.prompt_tokens
     for key, most in (("sampler.max_tokens", longest), ("train.group_size", 1024)):
@@ -136,10 +137,10 @@ def _first_line(error: BaseException) -> str:
 
 def cheapest(planner: Planner, plan: Plan, limit_s: float = 12.0) -> str:
     """What would make it fit, in a sentence."""
-    found = solve(planner, plan, limit_s, lambda text: None, wanted=1)
-    if not found:
+    found = solve(planner, plan, limit_s, lambda text: None)
+    if found is None:
         return "No change of a setting that was tried makes it fit; `nanogrpo plan` shows what takes the memory"
-    return f"It fits with {', '.join(move.words() for move in found[0].moves)}"
+    return f"It fits with {', '.join(move.words() for move in found.moves)}"
 
 
 def as_dict(plan: Plan, proposals: Sequence[Proposal] = (), limits: Mapping[str, int] | None = None) -> dict[str, Any]:

@@ -6,17 +6,17 @@ Every proposal is a whole configuration, checked and planned like the first (``p
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import itertools
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.config import Config, changed
 from common.device import quick_dtype
 from common.errors import UserError
-from deploy.planner import Plan, Planner, batched_tokens, summed
+from deploy.planner import Plan, Planner, batched_tokens
 from learner import model as models
 from learner.optim import check as check_optimizer
 
@@ -25,9 +25,8 @@ Change = tuple[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """One step of one knob, and how dear it is."""
+    """One value of one setting, or of two that go together, and what it costs in words."""
 
-    cost: float
     changes: tuple[Change, ...]
     price: str
     turned: bool = False
@@ -38,80 +37,74 @@ class Move:
 
 
 OPTIONS = "sampler.options."
-FREE, SLOWER, NUMBERS, OTHER = 1.0, 4.0, 16.0, 64.0
 
 
 def moves(config: Config, gpu: bool, card: int | None = None) -> list[list[Move]]:
-    """Every knob's steps, each knob's cheapest first, on a card of so many bytes. What a step costs: nothing in the
-    results; time; other numbers for the same algorithm; another algorithm or shorter answers."""
+    """The settings that take memory, cheapest first, with their values, on a card of so many bytes: first what costs
+    nothing in the results, then time, then other numbers for the same algorithm, then another algorithm or shorter
+    answers."""
 
-    def halved(key: str, value: int, least: int, cost: float, price: str) -> list[Move]:
-        found: list[Move] = []
-        while value // 2 >= least:
-            value //= 2
-            found.append(Move(cost + 0.25 * cost * len(found), ((key, value),), price, turned=True))
-        return found
+    def halved(key: str, value: int, least: int, price: str) -> list[Move]:
+        steps = itertools.takewhile(lambda size: size >= least, (value >> turn for turn in itertools.count(1)))
+        return [Move(((key, size),), price, turned=True) for size in steps]
 
-    spec = config
-    lora = spec.model.lora_rank > 0
+    def one(price: str, *changes: Change) -> Move:
+        return Move(changes, price)
+
+    lora, vllm, options = config.model.lora_rank > 0, config.sampler.name == "vllm", config.sampler.options
+    optimizer = config.optimizer
     found = [
-        halved("learner.microbatch_tokens", spec.learner.microbatch_tokens, 128, FREE, "same result, smaller passes"),
-        halved("learner.head_tokens", spec.learner.head_tokens, 32, FREE, "same result up to rounding"),
+        halved("learner.microbatch_tokens", config.learner.microbatch_tokens, 128, "same result, smaller passes"),
+        halved("learner.head_tokens", config.learner.head_tokens, 32, "same result up to rounding"),
     ]
-    if gpu and spec.sampler.name == "vllm":
-        share = float(spec.sampler.options.get("gpu_memory_utilization", 0.5))
+    if gpu and vllm:
+        share = float(options.get("gpu_memory_utilization", 0.5))
+        shares = [round(share + 0.05 * step, 2) for step in (-1, 1, -2, 2, -3, 3, -4, 4, 5, 6)]
+        found.append([one("same result, another cache", (f"{OPTIONS}gpu_memory_utilization", value))
+                      for value in shares if 0.1 <= value <= 0.9])  # fmt: skip
+        cache = int(options.get("kv_cache_memory_bytes") or 0)
+        batched = int(options.get("max_num_batched_tokens") or batched_tokens(card))
+        found += [
+            halved(f"{OPTIONS}kv_cache_memory_bytes", cache, 64 << 20, "same result, smaller cache"),
+            halved(f"{OPTIONS}max_num_batched_tokens", batched, 512, "same result, prompts in smaller steps"),
+        ]
+    elif vllm:
+        found.append([one("same result, smaller cache", (f"{OPTIONS}kv_cache_memory_bytes", size << 20))
+                      for size in (1024, 512, 256)])  # fmt: skip
+    if gpu and vllm and config.cluster.mode == "local" and not config.memory.offload_while_sampling:
+        found.append([one("same result, copies each step", ("memory.offload_while_sampling", True))])
+    if not config.learner.gradient_checkpointing:
+        found.append([one("same result, a third more time", ("learner.gradient_checkpointing", True))])
+    if gpu and not lora and not optimizer.offload and optimizer.master == "float32":
+        found.append([one("same result, steps on the host", ("optimizer.offload", True))])
+    small = optimizer.name == "adamw" and not optimizer.offload
+    if small:
+        eight, four, none = (("optimizer.name", "adamw_8bit"), ("optimizer.name", "adamw_4bit"),
+                             ("optimizer.master", "stochastic"))  # fmt: skip
         found.append([
-            Move(FREE + 0.1 * abs(step), ((f"{OPTIONS}gpu_memory_utilization", round(share + 0.05 * step, 2)),),
-                 "same result, smaller cache" if step < 0 else "same result")
-            for step in (-1, 1, -2, 2, -3, 3, -4, 4, 5, 6) if 0.1 <= share + 0.05 * step <= 0.9
+            one("coarser moments", eight), one("coarser moments still", four),
+            one("no float32 masters", eight, none), one("no float32 masters", four, none),
         ])  # fmt: skip
-        for name, value, least, price in (
-            ("kv_cache_memory_bytes", int(spec.sampler.options.get("kv_cache_memory_bytes") or 0), 64 << 20,
-             "same result, smaller cache"),
-            ("max_num_batched_tokens",
-             int(spec.sampler.options.get("max_num_batched_tokens") or batched_tokens(card)), 512,
-             "same result, prompts in smaller steps"),
-        ):  # fmt: skip
-            found.append(halved(f"{OPTIONS}{name}", value, least, FREE, price))
-        if spec.cluster.mode == "local" and not spec.memory.offload_while_sampling:
-            found.append([Move(SLOWER, (("memory.offload_while_sampling", True),), "same result, copies each step")])
-    elif spec.sampler.name == "vllm":
-        found.append([
-            Move(FREE, ((f"{OPTIONS}kv_cache_memory_bytes", size << 20),),
-                 "same result, smaller cache") for size in (1024, 512, 256)
-        ])  # fmt: skip
-    if not spec.learner.gradient_checkpointing:
-        found.append([Move(SLOWER, (("learner.gradient_checkpointing", True),), "same result, a third more time")])
-    if gpu and not lora and not spec.optimizer.offload and spec.optimizer.master == "float32":
-        found.append([Move(2 * SLOWER, (("optimizer.offload", True),), "same result, steps on the host")])
-    if spec.optimizer.name == "adamw" and not spec.optimizer.offload:
-        found.append([
-            Move(NUMBERS, (("optimizer.name", "adamw_8bit"),), "coarser averages"),
-            Move(1.5 * NUMBERS, (("optimizer.name", "adamw_4bit"),), "coarser averages still"),
-            Move(2 * NUMBERS, (("optimizer.name", "adamw_8bit"), ("optimizer.master", "stochastic")),
-                 "no float32 masters"),
-            Move(2.5 * NUMBERS, (("optimizer.name", "adamw_4bit"), ("optimizer.master", "stochastic")),
-                 "no float32 masters"),
-            Move(OTHER, (("optimizer.name", "adafactor"),), "another optimizer"),
-        ])  # fmt: skip
-    if spec.model.dtype == "float32" and quick_dtype("gpu" if gpu else "cpu") == "bfloat16":
-        found.append([Move(NUMBERS, (("model.dtype", "bfloat16"),), "coarser numbers, faster")])
+    if config.model.dtype == "float32" and quick_dtype("gpu" if gpu else "cpu") == "bfloat16":
+        found.append([one("coarser numbers, faster", ("model.dtype", "bfloat16"))])
     if lora:
-        found.append(halved("model.lora_rank", spec.model.lora_rank, 4, NUMBERS, "a smaller adapter"))
-        if spec.model.quantize == "off":
-            found.append([Move(NUMBERS, (("model.quantize", "nf4"),), "the base in 4 bits, slower")])
+        found.append(halved("model.lora_rank", config.model.lora_rank, 4, "a smaller adapter"))
+        if config.model.quantize == "off":
+            found.append([one("the base in 4 bits, slower", ("model.quantize", "nf4"))])
     else:
+        rank = ("model.lora_rank", 16)
         found.append([
-            Move(OTHER, (("model.lora_rank", 16),), "an adapter instead of every weight"),
-            Move(OTHER + NUMBERS, (("model.lora_rank", 16), ("model.quantize", "nf4")),
-                 "an adapter on a base in 4 bits"),
+            one("an adapter instead of every weight", rank),
+            one("an adapter on a base in 4 bits", rank, ("model.quantize", "nf4")),
         ])  # fmt: skip
-    found += [
-        halved("sampler.max_tokens", spec.sampler.max_tokens, 16, OTHER, "shorter answers"),
-        halved("train.group_size", spec.train.group_size, 2, OTHER, "smaller groups"),
-        halved("train.prompts_per_step", spec.train.prompts_per_step, 1, OTHER, "smaller batches"),
-    ]
-    return [knob for knob in found if knob]
+    if small:
+        found.append([one("another optimizer", ("optimizer.name", "adafactor"))])
+    return [setting for setting in (
+        *found,
+        halved("sampler.max_tokens", config.sampler.max_tokens, 16, "shorter answers"),
+        halved("train.group_size", config.train.group_size, 2, "smaller groups"),
+        halved("train.prompts_per_step", config.train.prompts_per_step, 1, "smaller batches"),
+    ) if setting]  # fmt: skip
 
 
 def allowed(config: Config, changes: Sequence[Change]) -> Config | None:
@@ -138,94 +131,57 @@ class Proposal:
     """Bytes each takes off the peak, in their order."""
     margin: int
 
-    @property
-    def keys(self) -> set[str]:
-        return {key for move in self.moves for key, _ in move.changes}
 
+def solve(planner: Planner, first: Plan, limit_s: float, say: Callable[[str], None]) -> Proposal | None:
+    """Changes that make the run fit, or None where no such were found within ``limit_s`` seconds.
 
-def solve(planner: Planner, first: Plan, limit_s: float, say: Callable[[str], None], wanted: int = 3) -> list[Proposal]:
-    """The cheapest sets of changes that fit.
-
-    Each single step of each knob is planned first. Sets are then taken in the order of their cost, as if their savings
-    added up; those that would fit so are planned themselves, as shallow copies and then whole, and only that counts.
+    Goes through the settings in the order of what they cost, and keeps of each the value that helps most, until the
+    run fits; then leaves out again what it can do without, dearest first. Plans of shallow copies decide, and the
+    whole model's has the last word.
     """
     end = time.monotonic() + limit_s
-    base = _needs(planner.plan(first.config, quick=True))
-    singles: list[list[Tried]] = []
-    for knob in moves(first.config, planner.place.gpu, planner.place.card):
-        useful: list[Tried] = []
-        best = 0
-        for move in knob:
-            config = allowed(first.config, move.changes)
-            if config is None or time.monotonic() > end - limit_s / 3:  # the rest is for the sets
-                continue
+
+    def missing(moves_: Sequence[Move]) -> float:
+        """Bytes, over the phases of all devices; infinite for changes that are not allowed."""
+        config = allowed(first.config, [change for move in moves_ for change in move.changes])
+        return _missing(planner.plan(config, quick=True)) if config is not None else math.inf
+
+    chosen: list[Move] = []
+    lack = missing(chosen)
+    for setting in moves(first.config, planner.place.gpu, planner.place.card):
+        best = None
+        for move in setting:
+            if not lack or time.monotonic() > end:
+                break
             say(f"trying {move.words()}")
-            needs = _needs(planner.plan(config, quick=True))
-            saved = {phase: base[phase] - needs.get(phase, 0) for phase in base}
-            helps = sum(max(0, min(saved[phase], base[phase])) for phase in base)
-            if helps > 1.02 * best:
-                best = helps
-                useful.append((move, saved))
+            after = missing([*chosen, move])
+            if after < 0.98 * lack:
+                best, lack = move, after
             elif move.turned:  # further would be dearer and no better
                 break
-        if useful:
-            singles.append(useful)
-    found: list[Proposal] = []
-    for picked in _by_cost(singles):
-        if len(found) == wanted or time.monotonic() > end:
-            break
-        chosen = [move for move, _ in picked]
-        if any(one.keys <= {key for move in chosen for key, _ in move.changes} for one in found):
-            continue  # the same knobs turned further, or one more of them: dearer, and nothing new
-        saved = summed(*(one for _, one in picked))
-        config = allowed(first.config, [change for move in chosen for change in move.changes])
-        if config is None or any(base[phase] > saved[phase] for phase in base):
-            continue
-        say(f"trying {'; '.join(move.words() for move in chosen)}")
-        if planner.plan(config, quick=True).fits and (whole := planner.plan(config)).fits:
-            found.append(_priced(planner, first, chosen, whole))
-    return found
+        if best is not None:
+            chosen.append(best)
+    for move in reversed(chosen[:-1]):
+        if not lack and not missing(others := [one for one in chosen if one is not move]):
+            chosen = others
+    config = allowed(first.config, [change for move in chosen for change in move.changes])
+    if lack or config is None:
+        return None
+    plan = planner.plan(config)
+    if not plan.fits or plan.margin is None:
+        return None
+    configs = [allowed(first.config, [c for move in chosen[:count] for c in move.changes])
+               for count in range(len(chosen) + 1)]  # fmt: skip
+    peaks = [planner.plan(config or first.config, quick=True).peak for config in configs]
+    saved = tuple(before - after for before, after in itertools.pairwise(peaks))
+    return Proposal(tuple(chosen), saved, plan.margin)
 
 
-def _needs(plan: Plan) -> dict[str, int]:
-    """Bytes missing (or, negative, to spare) in each phase of each device."""
-    needs = {
-        f"{number} {phase}": peak - (one.place.bytes or peak)
-        for number, one in enumerate(plan.devices)
-        for phase, peak in one.peaks.items()
-    }
-    return needs | {f"{number} start": one.short for number, one in enumerate(plan.devices)}
-
-
-Tried = tuple[Move, dict[str, int]]
-
-
-def _by_cost(singles: list[list[Tried]], most: int = 5) -> Iterator[tuple[Tried, ...]]:
-    """Sets of at most one step a knob, the cheapest first."""
-    order = itertools.count()
-    queue: list[tuple[float, int, int, tuple[Tried, ...]]] = [(0.0, next(order), -1, ())]
-    for _ in range(50_000):
-        if not queue:
-            return
-        cost, _, last, picked = heapq.heappop(queue)
-        if picked:
-            yield picked
-        if len(picked) < most:
-            for knob in range(last + 1, len(singles)):
-                for one in singles[knob]:
-                    heapq.heappush(queue, (cost + one[0].cost, next(order), knob, (*picked, one)))
-
-
-def _priced(planner: Planner, first: Plan, picked: Sequence[Move], last: Plan) -> Proposal:
-    saved = []
-    before = planner.plan(first.config, quick=True).peak
-    for count in range(1, len(picked) + 1):
-        config = allowed(first.config, [change for move in picked[:count] for change in move.changes])
-        after = planner.plan(config, quick=True).peak if config is not None else before
-        saved.append(before - after)
-        before = after
-    assert last.margin is not None
-    return Proposal(tuple(picked), tuple(saved), last.margin)
+def _missing(plan: Plan) -> int:
+    return sum(
+        sum(max(0, peak - (device.place.bytes or peak)) for peak in device.peaks.values()) + device.short
+        for device in plan.devices
+    )
 
 
 def largest(planner: Planner, first: Plan, key: str, most: int, limit_s: float) -> int:
