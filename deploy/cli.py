@@ -301,7 +301,7 @@ def doctor(
     """Check versions, devices, memory, disk, ports and token, and say what to do."""
     with _in_sentences():
         _quiet_libraries()
-        from deploy.doctor import diagnose
+        from deploy.diagnose import diagnose
 
         if not diagnose(out, cluster, address, folder):
             raise typer.Exit(1)

@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
-import secrets
-import signal
 import socket
 import threading
 import time
@@ -21,21 +18,14 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any
 
-from common import device as devices
 from common.config import Config
 from common.errors import LearnerLost, RunFailure, UserError
-from common.waits import bounded
-from deploy import doctor
+from deploy import connection
+from deploy.connection import Need
 from deploy.local import Parts, Prepared, sampler_setup, warn_if_slow
 from learner import model as models
 
 log = logging.getLogger("nanogrpo.cluster")
-_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0 when ray is imported: a private cluster keeps to loopback
-_OTHER_TOKEN = (
-    "the cluster refused this process's token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (or ~/.ray/auth_token) "
-    "to the same token on every node"
-)
-Need = Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,88 +112,6 @@ def _side_by_side(*calls: Callable[[], None]) -> None:
         running = [threads.submit(call) for call in calls]
     for one in running:
         one.result()
-
-
-def connect(address: str) -> bool:
-    """Joins the cluster, if this process is in none yet; returns whether it now has one to leave. The cluster is the
-    one at this address: ``auto`` (the job's, or this machine's), ``HOST:PORT``, or ``private`` (one of this machine
-    alone, on loopback). Raises ``UserError`` when there is none, it cannot be reached, or the token is not right."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # answers that nobody waits for any more
-    if address == "private":
-        os.environ.setdefault(_LOOPBACK_ONLY, "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            f"cluster.mode='ray' but ray does not import ({error}); install it with `pip install nanogrpo[ray]`"
-        ) from None
-    if ray.is_initialized():
-        return False
-    label = f"cluster.address={address!r}"
-    if doctor.knock(address).verdict == "wrong":  # Ray itself would try for minutes
-        raise UserError(
-            f"{label}: nothing answers there; start the head (ray start --head) and give its address and port"
-        )
-    common: dict[str, Any] = {"namespace": "nanogrpo", "log_to_driver": False, "logging_level": "ERROR"}
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        if address == "private":
-            _make_token()
-            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **common)
-        else:
-            ray.init(address=address, **common)
-    except ConnectionError as error:
-        if _refused(error):
-            raise UserError(f"{label}: {_OTHER_TOKEN}") from None
-        if address == "auto":
-            raise UserError(
-                f"{label}: no Ray cluster runs on this machine; start one (ray start --head), submit the run to one "
-                "(ray job submit), or set cluster.address to HOST:PORT or private"
-            ) from None
-        raise UserError(f"{label}: no Ray cluster answers there; check the address (ray status on the head)") from None
-    except ValueError as error:
-        raise UserError(f"{label} is not the address of a cluster ({_brief(error)}); give HOST:PORT") from None
-    except Exception as error:
-        if _refused(error):
-            raise UserError(f"{label}: {_OTHER_TOKEN}") from None
-        raise UserError(f"{label}: cannot join the cluster ({_brief(error)})") from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            # Ray's own would end a run that means to save first.
-            signal.signal(signal.SIGTERM, on_terminate or signal.SIG_DFL)
-    return True
-
-
-@contextlib.contextmanager
-def joined(config: Config) -> Iterator[None]:
-    """In the run's cluster, and out of it again if this process was in none. Raises ``UserError`` as ``connect``."""
-    with bounded("cluster", "taking this process in", config.timeouts.start_s, "timeouts.start_s"):
-        mine = connect(config.cluster.address)
-    try:
-        yield
-    finally:
-        if mine:
-            import ray
-
-            ray.shutdown()
-
-
-def _make_token() -> None:
-    """A token for clusters of this user, where there is none: Ray would make one that everybody may read."""
-    place = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    if "RAY_AUTH_TOKEN" in os.environ or place.exists():
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-
-
-def _refused(error: BaseException) -> bool:
-    """Whether Ray failed for want of the right token. Ray 2.60 says so only in the text of what lies behind."""
-    return "token" in f"{error} {error.__cause__}".lower()
 
 
 def needs(config: Config, gpus: bool) -> list[dict[str, float]]:
@@ -305,16 +213,16 @@ class Cluster:
         """Connects and checks the room. Raises ``UserError`` for a cluster too small for the run: at once, or for a run
         that has been on it before after ``timeouts.start_s``, because a lost node may come back."""
         self._membership = contextlib.ExitStack()
-        self._membership.enter_context(joined(config))
+        self._membership.enter_context(connection.joined(config))
         self._config, self._say = config, say
-        has_gpus = _has_gpus()
+        has_gpus = connection.has_gpus()
         if config.train.device == "gpu" and not has_gpus:
             raise UserError("train.device='gpu' but no node of the cluster has a GPU; set train.device='cpu'")
         self._needs = needs(config, has_gpus and config.train.device != "cpu")
         self._lock = threading.Lock()
         until = time.monotonic() + (config.timeouts.start_s if resuming else 0.0)
         told = False
-        while lacking := missing_room(self._needs, _nodes()):
+        while lacking := missing_room(self._needs, connection.nodes()):
             if time.monotonic() >= until:
                 raise UserError(
                     f"cluster.samplers={config.cluster.samplers} and cluster.learner_ranks="
@@ -346,7 +254,8 @@ class Cluster:
             if waited > limit_s:
                 raise RunFailure(
                     f"the cluster had no room for the run within timeouts.start_s={limit_s:g}: it is large enough "
-                    f"({'; '.join(f'{n} has {_amounts(h)}' for n, h in _nodes().items())}), so other jobs hold it"
+                    f"({'; '.join(f'{node} has {_amounts(has)}' for node, has in connection.nodes().items())}), so "
+                    "other jobs hold it"
                 )
             if waited > 5 and not told:
                 self._say(f"waiting for room on the cluster, which others use (at most {limit_s:g} s)")
@@ -500,31 +409,6 @@ class Cluster:
             )
 
 
-def takes_gpus(config: Config) -> bool:
-    """Whether the run will compute on GPUs; the cluster is asked where the configuration leaves that open. Raises
-    ``UserError`` as ``connect`` does."""
-    if config.train.device != "auto" or config.cluster.address == "private":  # whose only node this machine is
-        return config.train.device == "gpu" or devices.pick(config.train.device) != "cpu"
-    with joined(config):
-        return _has_gpus()
-
-
-def _has_gpus() -> bool:
-    return any(node.get("GPU") for node in _nodes().values())
-
-
-def _nodes() -> dict[str, Need]:
-    import ray
-
-    return {
-        f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})": {
-            "CPU": node["Resources"].get("CPU", 0.0), "GPU": node["Resources"].get("GPU", 0.0)
-        }
-        for node in ray.nodes()
-        if node["Alive"]
-    }  # fmt: skip
-
-
 def _answers(node: Mapping[str, Any]) -> bool:
     """Whether a node is there. Ray takes one for alive until some 15 s after its end, and would start services on it
     that never come."""
@@ -542,7 +426,3 @@ def _amounts(resources: Need) -> str:
 def _kinds(wanted: Sequence[Need]) -> str:
     texts = [_amounts(need) for need in wanted]
     return ", ".join(f"{texts.count(text)} x {text}" for text in dict.fromkeys(texts))
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

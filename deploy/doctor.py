@@ -21,7 +21,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,13 +35,11 @@ from rich.text import Text
 from common import device, sandbox
 from common.config import TaskConfig
 from common.errors import UserError
-from common.waits import bounded
 
 PACKAGES = ("torch", "transformers", "vllm", "ray", "peft", "nanogrpo")
 RAY_PORTS = {6379: "cluster", 8265: "dashboard and jobs", 10001: "client"}
 GIB = 2**30
 _STYLE = {"ok": "green", "warn": "yellow", "wrong": "bold red"}
-_JOIN_S = 120  # seconds that joining a cluster may take, a private one's start included
 _IMPORT_S = 120  # seconds that importing a package may take, on a slow disk
 
 
@@ -57,55 +55,6 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert bool(self.cure) == (self.verdict != "ok"), self
-
-
-def diagnose(console: Console, cluster: bool, address: str, folder: str = "") -> bool:
-    """Prints one line a check, then what to do; False when anything is wrong.
-
-    ``cluster`` looks at every node of the Ray cluster at ``address`` (as ``cluster.address``) too. ``folder`` is a run
-    folder that all nodes must see; empty checks the current folder's disk only. Leaves the cluster at the end.
-    """
-    right = show(console, "this machine", this_machine(folder, needs_token=cluster and address != "private"))
-    if cluster:
-        for title, findings in _cluster(address, folder):
-            right = show(console, title, findings) and right
-    return right
-
-
-def _cluster(address: str, folder: str) -> Iterator[tuple[str, list[Finding]]]:
-    from deploy import cluster
-
-    door = knock(address)
-    if door.verdict != "ok":  # Ray itself would go on trying for minutes
-        yield "cluster", [door]
-        return
-    try:
-        with bounded("cluster", "taking this process in", _JOIN_S):
-            cluster.connect(address)  # before deploy.nodes imports Ray, which is told here what to listen on
-    except UserError as error:
-        yield "cluster", [Finding("connection", address, "wrong", str(error))]
-        return
-    import ray
-
-    from deploy.nodes import look
-
-    try:
-        yield from look(folder)
-    finally:
-        ray.shutdown()
-
-
-def knock(address: str) -> Finding:
-    """Whether anything listens at ``HOST:PORT``; the other addresses are Ray's to find."""
-    host, colon, number = address.rpartition(":")
-    if not colon or not number.isdigit():
-        return Finding("connection", address)
-    try:
-        socket.create_connection((host.strip("[]"), int(number)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        cure = "start the head (ray start --head) and give its address and port; a firewall must let them through"
-        return Finding("connection", f"{address}: {error}", "wrong", cure)
-    return Finding("connection", address)
 
 
 def show(console: Console, title: str, findings: Sequence[Finding]) -> bool:

@@ -26,6 +26,7 @@ from common.tokenizer import Renderer, Room, end_of_sequence_ids, load_tokenizer
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.waits import bounded
 from common.weights import FolderWeights
+from deploy import connection
 from learner import model as models
 from learner.evaluate import Evaluation, evaluate
 from learner.learner import TorchLearner
@@ -139,10 +140,8 @@ def settled(config: Config, device: str = "") -> Config:
     if config.model.dtype != "auto":
         return config
     if not device and config.cluster.mode == "ray":
-        from deploy import cluster  # ray is only needed here
-
         try:
-            found = devices.quick_dtype("gpu" if cluster.takes_gpus(config) else "cpu")
+            found = devices.quick_dtype("gpu" if connection.takes_gpus(config) else "cpu")
         except UserError as error:
             raise UserError(f"{error}; or set model.dtype, and the cluster need not be asked for GPUs") from None
     else:

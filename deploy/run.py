@@ -27,7 +27,7 @@ from common.errors import LearnerLost, RunFailure, UserError
 from common.protocols import Learner, Tracker
 from common.rewards import Scorer
 from common.waits import bounded
-from deploy import disk, local, plan, report
+from deploy import connection, disk, local, plan, report
 from deploy.local import Parts, Prepared
 from deploy.resume import anchored, check_task, kept
 from deploy.resume import config_of as config_of
@@ -61,9 +61,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         stack.enter_context(_logging_to(folder / "run.log"))
         files.remove_leftovers(folder)
         if config.cluster.mode == "ray" and config.cluster.address != "private":
-            from deploy import cluster
-
-            stack.enter_context(cluster.joined(config))  # once, for all who ask it
+            stack.enter_context(connection.joined(config))  # once, for all who ask it
         config = local.settled(anchored(config))
         ready = local.prepare(config)
         if resume:

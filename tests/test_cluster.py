@@ -25,7 +25,7 @@ from common.config import Config, load, resolved_toml
 from common.device import quick_dtype
 from common.errors import RunFailure, UserError
 from common.types import Completion, Group, Prompt
-from deploy import cluster, guard
+from deploy import cluster, connection, guard
 from deploy import run as runs
 from tests.cluster.disturb import CLUSTER, Run, numbers, same, weights, words
 from tests.making import EVERYTHING
@@ -45,7 +45,7 @@ def shared():
     """A cluster of this machine, on loopback, that the runs of this module join; its services serve all of them."""
     import ray
 
-    assert cluster.connect("private")
+    assert connection.connect("private")
     with cluster.services_kept():
         yield
     ray.shutdown()

@@ -12,7 +12,7 @@ from rich.console import Console
 from common import device
 from common.config import load
 from common.errors import UserError
-from deploy import cluster, local, planner
+from deploy import connection, local, planner
 from deploy import run as runs
 from tests.making import QUIET
 from tests.tiny import make_tiny
@@ -20,8 +20,8 @@ from tests.tiny import make_tiny
 ASKS = """
 import sys, ray
 from common.config import load
-from deploy import cluster
-print(cluster.takes_gpus(load(None, sys.argv[1:])), ray.is_initialized())
+from deploy import connection
+print(connection.takes_gpus(load(None, sys.argv[1:])), ray.is_initialized())
 """
 TOY = Path(__file__).parent / "toy.py"
 
@@ -98,16 +98,16 @@ def test_a_cluster_without_gpus_computes_as_this_cpu():
 
     private = load(None, ["cluster.mode=ray", "cluster.address=private"])
     assert not torch.cuda.is_available()
-    assert not cluster.takes_gpus(private)
+    assert not connection.takes_gpus(private)
     assert local.settled(private).model.dtype == device.quick_dtype("cpu")
     with_gpus = load(None, ["cluster.mode=ray", "train.device=gpu", "optimizer.master=stochastic"])
-    assert cluster.takes_gpus(with_gpus)
+    assert connection.takes_gpus(with_gpus)
     assert local.settled(with_gpus).model.dtype == "bfloat16"
     assert not ray.is_initialized()
-    assert cluster.connect("private")
+    assert connection.connect("private")
     try:
         words = ["cluster.mode=ray", f"cluster.address={ray.get_runtime_context().gcs_address}"]
-        assert not cluster.takes_gpus(load(None, words))
+        assert not connection.takes_gpus(load(None, words))
         assert ray.is_initialized()  # one that was joined before is not left
         ran = subprocess.run(
             [sys.executable, "-c", ASKS, *words], cwd=TOY.parent.parent, capture_output=True, text=True, timeout=120

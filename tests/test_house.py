@@ -1,6 +1,7 @@
 """The layout and who may import whom, held by the source itself."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,32 @@ def imports(path: Path) -> set[str]:
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+def dependencies() -> dict[str, set[str]]:
+    """Of each file of ours the others that it imports, inside functions too; not for types alone."""
+    names = {path: name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in SOURCES}
+    ours, found = set(names.values()), {}
+    for path, module in names.items():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+                node.body = []
+        wanted = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                wanted |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                wanted |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        found[module] = (wanted & ours) - {module} - ({module.rpartition(".")[0]} & {*PARTS})
+    return found
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    try:
+        graphlib.TopologicalSorter(dependencies()).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
 
 
 def test_top_level_is_the_design():
