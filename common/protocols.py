@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -16,6 +17,33 @@ if TYPE_CHECKING:
 Split = Literal["train", "test"]
 Transport = Literal["same process", "shared memory", "collective", "with the call"]
 RewardFunction = Callable[[Prompt, Completion], float]
+
+
+class GroupsFuture(Future[list[Group]]):
+    """A sampler's answer that also reports each group as soon as all of its completions are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._groups: dict[int, Group] = {}
+        self._listeners: list[Callable[[int, Group], None]] = []
+        self._reporting = threading.Lock()
+
+    def group_done(self, index: int, group: Group) -> None:
+        """For the back end, from any thread, before the future's result: ``group`` is the answer's entry ``index``."""
+        with self._reporting:
+            self._groups[index] = group
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener(index, group)
+
+    def on_group(self, listener: Callable[[int, Group], None]) -> None:
+        """Calls ``listener(index, group)`` once for each group: here for those already there, and for each later one on
+        the back end's thread, so it must neither wait nor raise."""
+        with self._reporting:
+            self._listeners.append(listener)
+            groups = list(self._groups.items())
+        for index, group in groups:
+            listener(index, group)
 
 
 class WeightHandle(Protocol):
@@ -79,6 +107,9 @@ class Sampler(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
         """One group of ``params.n`` completions for each prompt, in the order of ``prompts``.
+
+        A future that is a ``GroupsFuture`` reports each group once it is whole, in any order, and then answers with
+        the same groups; they are scored while the others are written. Any other future is scored at its end.
 
         Raises ``UserError`` at once for a prompt that leaves no room for ``params.max_tokens`` in the context.
         """

@@ -33,7 +33,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -98,21 +98,19 @@ class Scorer:
         """The weight of each named reward in this run."""
         self._workers = [_Worker(task_config, self.task, self._log) for _ in range(task_config.reward_workers)]
         self._threads = ThreadPoolExecutor(len(self._workers), thread_name_prefix="rewards")
-        self._lock = threading.Lock()  # a worker answers one caller at a time
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()  # never empty for a thread: one worker for each
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._lock = threading.Lock()  # who asks which worker, and the end
+        self._closed = False
+
+    def begin(self) -> Scoring:
+        """A request's groups to come, each scored from the moment it is added."""
+        return Scoring(self, "rewards")
 
     def score(self, groups: Sequence[Group]) -> tuple[list[Group], list[RewardError]]:
-        """The groups with every completion's ``rewards`` and weighted ``reward``, in order; and what failed.
-
-        A failure raises ``RunFailure`` or leaves its group out: ``task.on_reward_error``, ``task.on_reward_timeout``.
-        """
-        answers, errors = self._run("rewards", groups)
-        scored = []
-        for group, answer in zip(groups, answers, strict=True):
-            if answer is not None:
-                pairs = zip(group.completions, answer, strict=True)
-                completions = tuple(replace(c, rewards=values, reward=self._total(values)) for c, values in pairs)
-                scored.append(replace(group, completions=completions))
-        return scored, errors
+        """``Scoring.result`` of groups that are all there."""
+        return self.begin().result(groups)
 
     def correct(self, groups: Sequence[Group]) -> list[list[bool]]:
         """``task.is_correct`` of every completion, in order.
@@ -120,13 +118,15 @@ class Scorer:
         A failure raises ``RunFailure`` or leaves that group's list empty, by the same two settings: it was not judged,
         and must not be counted.
         """
-        answers, _ = self._run("is_correct", groups)
+        answers, _ = Scoring(self, "is_correct").answers(groups)
         return [[] if answer is None else answer for answer in answers]
 
     def close(self) -> None:
-        """Ends the workers. Closing twice is allowed."""
-        for worker in self._workers:
-            worker.interrupt()
+        """Ends the workers, and with them what is being scored. Closing twice is allowed."""
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.interrupt()
         self._threads.shutdown()
         for worker in self._workers:
             worker.kill()
@@ -143,67 +143,109 @@ class Scorer:
     def _total(self, rewards: dict[str, float]) -> float:
         return math.fsum(self.weights[name] * value for name, value in rewards.items())
 
-    def _run(self, job: Job, groups: Sequence[Group]) -> tuple[list[list[Any] | None], list[RewardError]]:
-        """Each group's answers, or None where one failed; the groups go to whichever worker is free."""
-        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for number in range(len(groups)):
-            waiting.put(number)
-        answers: list[list[Any] | None] = [None] * len(groups)
-        failed: dict[int, RewardError] = {}
-        stop = threading.Event()
 
-        def work(worker: _Worker) -> None:
-            try:
-                while not stop.is_set():
-                    try:
-                        number = waiting.get_nowait()
-                    except queue.Empty:
-                        return
-                    group = groups[number]
-                    # Beyond the limit of each completion: a worker that is stopped does not even read the question.
-                    limit_s = START_TIMEOUT_S + (len(group.completions) + 1) * self._config.reward_timeout_s
-                    limit = threading.Timer(limit_s, worker.interrupt)
-                    limit.daemon = True
-                    limit.start()
-                    try:
-                        answer = worker.ask(job, group)
-                    finally:
-                        limit.cancel()
-                    if isinstance(answer, RewardError):
-                        failed[number] = answer
-                        if self._stops(answer):
-                            stop.set()
-                    else:
-                        answers[number] = answer
-            except BaseException:
-                stop.set()
-                raise
+class Scoring:
+    """The scoring of one request's groups, which go to whichever worker is free, those added first first."""
 
-        with self._lock:
-            futures = [self._threads.submit(work, worker) for worker in self._workers[: len(groups)]]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:  # Ctrl-C here must not leave a thread waiting for a worker that hangs
-                stop.set()
-                for worker in self._workers:
-                    worker.interrupt()
-                wait(futures)
-                raise
-        errors = [failed[number] for number in sorted(failed)]
-        fatal = next((error for error in errors if self._stops(error)), None)
+    def __init__(self, scorer: Scorer, job: Job) -> None:
+        self._scorer, self._job = scorer, job
+        self._asked: dict[int, tuple[Group, Future[list[Any] | RewardError | None]]] = {}
+        self._busy: set[_Worker] = set()
+        self._stopped = False
+
+    def add(self, index: int, group: Group) -> None:
+        """From any thread: the request's group ``index`` is there. Neither waits nor raises."""
+        with self._scorer._lock:
+            if index not in self._asked and not self._scorer._closed:
+                self._asked[index] = group, self._scorer._threads.submit(self._ask, group)
+
+    def result(self, groups: Sequence[Group]) -> tuple[list[Group], list[RewardError]]:
+        """The groups with every completion's ``rewards`` and weighted ``reward``, in order; and what failed.
+
+        ``groups`` are the whole request's; those not added yet are added. A failure raises ``RunFailure`` or leaves its
+        group out: ``task.on_reward_error``, ``task.on_reward_timeout``.
+        """
+        answers, errors = self.answers(groups)
+        scored = []
+        for group, answer in zip(groups, answers, strict=True):
+            if answer is not None:
+                total = self._scorer._total
+                pairs = zip(group.completions, answer, strict=True)
+                completions = tuple(replace(c, rewards=values, reward=total(values)) for c, values in pairs)
+                scored.append(replace(group, completions=completions))
+        return scored, errors
+
+    def answers(self, groups: Sequence[Group]) -> tuple[list[list[Any] | None], list[RewardError]]:
+        """Each group's answers, or None where one failed."""
+        scorer = self._scorer
+        try:
+            for index, group in enumerate(groups):
+                self.add(index, group)
+            with scorer._lock:
+                asked = [self._asked[index] for index in range(len(groups)) if index in self._asked]
+            found = [answer.result() for _, answer in asked]
+        except BaseException:  # Ctrl-C here must not leave a thread waiting for a worker that hangs
+            wait(self._stop())
+            raise
+        if scorer._closed:  # whatever its workers still answered
+            raise RunFailure("the reward workers were ended before every completion was scored")
+        reported = [group for group, _ in asked]
+        if len(self._asked) > len(groups) or reported != list(groups):
+            raise RunFailure("the sampler reported other groups, while it was writing, than it then answered")
+        errors = [answer for answer in found if isinstance(answer, RewardError)]
+        fatal = next((error for error in errors if scorer._stops(error)), None)
         for error in errors:
             # One line for the terminal; the rest is for the log file, as is the one that is about to end the run.
-            self._log.log(logging.INFO if error is fatal else logging.WARNING, "%s", error)
+            scorer._log.log(logging.INFO if error is fatal else logging.WARNING, "%s", error)
             text = error.group.completions[error.index].text
-            self._log.info("the completion: %r\n%s", _shortened(text), error.traceback or "there is no traceback")
+            scorer._log.info("the completion: %r\n%s", _shortened(text), error.traceback or "there is no traceback")
         if fatal is not None:
             setting = "on_reward_timeout" if fatal.ran_over else "on_reward_error"
             raise RunFailure(
-                f"reward {fatal}; fix it in task {self._config.name!r}, or set task.{setting}=skip to leave such "
+                f"reward {fatal}; fix it in task {scorer._config.name!r}, or set task.{setting}=skip to leave such "
                 "groups out"
             )
-        return answers, errors
+        return [None if isinstance(answer, RewardError) else answer for answer in found], errors
+
+    def _ask(self, group: Group) -> list[Any] | RewardError | None:
+        """On a thread of the scorer's: a free worker's answer, or None once nobody wants it."""
+        scorer = self._scorer
+        if self._stopped or scorer._closed:
+            return None
+        worker = scorer._idle.get_nowait()
+        try:
+            worker.revive()
+            with scorer._lock:  # from here to its end this group alone may be interrupted with this worker
+                if self._stopped or scorer._closed:
+                    return None
+                self._busy.add(worker)
+            # Beyond the limit of each completion: a worker that is stopped does not even read the question.
+            limit_s = START_TIMEOUT_S + (len(group.completions) + 1) * scorer._config.reward_timeout_s
+            limit = threading.Timer(limit_s, worker.interrupt)
+            limit.daemon = True
+            limit.start()
+            try:
+                answer = worker.ask(self._job, group)
+            finally:
+                limit.cancel()
+                with scorer._lock:
+                    self._busy.discard(worker)
+            if isinstance(answer, RewardError) and scorer._stops(answer):
+                self._stopped = True
+            return answer
+        except BaseException:
+            self._stopped = True
+            raise
+        finally:
+            scorer._idle.put(worker)
+
+    def _stop(self) -> list[Future[list[Any] | RewardError | None]]:
+        """Ends what is being asked; returns what ends by it."""
+        with self._scorer._lock:
+            self._stopped = True
+            for worker in self._busy:
+                worker.interrupt()
+            return [answer for _, answer in self._asked.values()]
 
 
 class _Worker:
@@ -219,11 +261,14 @@ class _Worker:
         self._doomed = False  # told to die, though it may not have yet
         self._start()
 
-    def ask(self, job: Job, group: Group) -> list[Any] | RewardError:
-        """One answer for each completion of the group, or the first failure; at it, the rest is not asked."""
+    def revive(self) -> None:
+        """Before each question, outside the time in which the worker may be interrupted for it."""
         if self._doomed or self._process is None or self._process.poll() is not None:
             self.kill()  # interrupted, killed, or dead since the last question: nothing that this group did
             self._start()
+
+    def ask(self, job: Job, group: Group) -> list[Any] | RewardError:
+        """One answer for each completion of the group, or the first failure; at it, the rest is not asked."""
         if not self._ready:
             self._wait_until_ready()
         answers: list[Any] = []

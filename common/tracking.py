@@ -68,7 +68,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "tokens_learned": "completion tokens that count in the step's averages",
         "packed": "1 if each prompt was computed once for its completions, 0 if once for each",
         "seconds_sample": "waiting for completions (seconds)",
-        "seconds_score": "scoring them (seconds)",
+        "seconds_score": "waiting for their scores after the last completion (seconds)",
         "seconds_learn": "forward, backward and optimizer (seconds)",
         "seconds_sync": "transferring the weights to the sampler, without the proof (seconds)",
         "seconds_proof": "proving that the sampler holds them (seconds)",

@@ -25,7 +25,7 @@ import ray
 
 from common.config import Config
 from common.errors import LearnerLost, RunFailure, UserError
-from common.protocols import WeightHandle
+from common.protocols import GroupsFuture, WeightHandle
 from common.tokenizer import check_room
 from common.types import Group, Prompt, SamplerSetup, SamplingParams
 from common.waits import late
@@ -42,7 +42,7 @@ class _Request:
     """A request's groups as they come in."""
 
     number: int
-    future: Future[list[Group]]
+    future: GroupsFuture
     groups: list[Group | None]
 
 
@@ -143,7 +143,7 @@ class SamplerPool:
     # -- the contract ------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
-        future: Future[list[Group]] = Future()
+        future = GroupsFuture()
         check_room(prompts, params.max_tokens, self._setup.max_model_tokens)
         with self._lock:
             self._check()
@@ -329,8 +329,12 @@ class SamplerPool:
                     return
                 del replica.parts[number]
                 request = part.request
-                request.groups[part.first : part.first + len(groups)] = groups
-                if all(group is not None for group in request.groups) and request.number in self._requests:
+                if request.number not in self._requests:
+                    continue  # ended by a failure
+                for index, group in enumerate(groups, part.first):
+                    request.groups[index] = group
+                    request.future.group_done(index, group)
+                if all(group is not None for group in request.groups):
                     del self._requests[request.number]
                     request.future.set_result([group for group in request.groups if group is not None])
             self._lock.notify_all()

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from common.config import Config
 from common.errors import RunFailure, UserError, is_out_of_memory
 from common.prompts import PromptStream
-from common.protocols import Learner, Placement, Sampler
+from common.protocols import GroupsFuture, Learner, Placement, Sampler
 from common.rewards import RewardError
 from common.types import Completion, Group, Prompt, SamplingParams
 from common.waits import bounded, result
@@ -28,9 +28,17 @@ from learner.sync import WeightSync
 
 
 class Scores(Protocol):
+    """What the loop asks of ``common.rewards.Scoring``: one request's scores."""
+
+    def add(self, index: int, group: Group) -> None: ...
+
+    def result(self, groups: Sequence[Group]) -> tuple[list[Group], list[RewardError]]: ...
+
+
+class Scorer(Protocol):
     """What the loop asks of ``common.rewards.Scorer``."""
 
-    def score(self, groups: Sequence[Group]) -> tuple[list[Group], list[RewardError]]: ...
+    def begin(self) -> Scores: ...
 
 
 class Watches(Protocol):
@@ -52,6 +60,8 @@ class Request:
     """The prompt stream before its prompts were taken."""
     prompts: list[Prompt]
     future: Future[list[Group]]
+    scores: Scores
+    """Of the groups that the future has reported so far; the others are scored when it is done."""
 
 
 @dataclass
@@ -62,7 +72,7 @@ class Loop:
     learner: Learner
     sampler: Sampler
     placement: Placement
-    scorer: Scores
+    scorer: Scorer
     stream: PromptStream
     sync: WeightSync
     tracker: Watches
@@ -99,7 +109,7 @@ class Loop:
             future: Future[list[Group]] = Future()
             future.set_result(groups)
             prompts = [group.prompt for group in groups]
-            self.in_flight.append(Request(int(one["number"]), one["state"], prompts, future))
+            self.in_flight.append(Request(int(one["number"]), one["state"], prompts, future, self.scorer.begin()))
 
     def save(self) -> None:
         doing = f"writing checkpoint {self.learner.version}"
@@ -229,12 +239,13 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
         loop.tracker.phase(f"sampler: writing {wanted} x {config.train.group_size} completions for step {step}")
         with loop.placement.sampling():
             _fill(loop)
-            groups = _result(loop, loop.in_flight.popleft())
+            request = loop.in_flight.popleft()
+            groups = _result(loop, request)
         sample_s += time.perf_counter() - started
 
         started = time.perf_counter()
         loop.tracker.phase(f"task: scoring {sum(len(group.completions) for group in groups)} completions")
-        done, errors = loop.scorer.score(groups)
+        done, errors = request.scores.result(groups)
         score_s += time.perf_counter() - started
         skipped += len(errors)
         if config.learner.truncated == "penalize":
@@ -278,7 +289,10 @@ def _fill(loop: Loop) -> None:
         doing = f"writing request {loop.requests_made}"
         with bounded("sampler", doing, config.timeouts.generate_s, "timeouts.generate_s"):
             future = loop.sampler.generate(prompts, params)
-        loop.in_flight.append(Request(loop.requests_made, state, prompts, future))
+        scores = loop.scorer.begin()
+        if isinstance(future, GroupsFuture):
+            future.on_group(scores.add)
+        loop.in_flight.append(Request(loop.requests_made, state, prompts, future, scores))
         loop.requests_made += 1
 
 

@@ -38,7 +38,7 @@ import torch
 
 from common.device import dtype_of
 from common.errors import UserError
-from common.protocols import Sampler, WeightHandle
+from common.protocols import GroupsFuture, Sampler, WeightHandle
 from common.tokenizer import decode, end_of_sequence_ids, load_tokenizer
 from common.types import AdapterSpec, Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import fingerprint
@@ -317,7 +317,13 @@ def _check_groups(env: Env) -> None:
     texts = (LONG, SHORT, MIDDLE + LONG, UNICODE, MIDDLE)
     prompts = [env.prompt(text, name=f"p{index}") for index, text in enumerate(texts)]
     params = SamplingParams(n=6, max_tokens=10, seed=3)
-    groups = env.sampler.generate(prompts, params).result(timeout=WAIT_S)
+    future = env.sampler.generate(prompts, params)
+    reported: dict[int, Group] = {}
+    if isinstance(future, GroupsFuture):
+        future.on_group(reported.__setitem__)
+    groups = future.result(timeout=WAIT_S)
+    same = not isinstance(future, GroupsFuture) or reported == dict(enumerate(groups))
+    _expect(same, f"expected each group reported as it is answered, got reports of {sorted(reported)} or other groups")
     asked, got = [prompt.id for prompt in prompts], [group.prompt.id for group in groups]
     _expect(got == asked, f"expected one group for each prompt in the order {asked}, got {got}")
     for group, prompt in zip(groups, prompts, strict=True):

@@ -41,14 +41,14 @@ from urllib.parse import urlsplit
 import torch
 
 from common.errors import RunFailure, UserError
-from common.protocols import WeightHandle
+from common.protocols import GroupsFuture, WeightHandle
 from common.tokenizer import check_room, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights, InlineWeights, SharedMemoryWeights, fingerprint, shared_memory_folder
 from sampler.hf import is_tied
 from sampler.server import HEAD, lora_rank
 from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING, check_temperature, stop_string
-from sampler.wire import START_S, Wire, in_order, read_key
+from sampler.wire import START_S, Wire, follow, in_order, read_key
 
 T = TypeVar("T")
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -296,13 +296,19 @@ class RemoteSampler:
         check_room(prompts, params.max_tokens, self._setup.max_model_tokens)
         # The same blocks must be computed and not found, or rounding differs between two equal requests.
         salt = f"{self._run}-{next(self._calls)}" if params.seed is not None else None
-        work = [
-            self._group(prompt, params, self._body(prompt.token_ids, params, self._seed(params, index), salt))
-            for index, prompt in enumerate(prompts)
-        ]
-        future = wire.start(in_order(work))
-        self._pending.add(future)
-        future.add_done_callback(self._pending.discard)
+        future = GroupsFuture()
+
+        async def write(index: int, prompt: Prompt, body: dict[str, Any]) -> Group:
+            group = await self._group(prompt, params, body)
+            future.group_done(index, group)
+            return group
+
+        bodies = [self._body(p.token_ids, params, self._seed(params, i), salt) for i, p in enumerate(prompts)]
+        work = [write(index, prompt, bodies[index]) for index, prompt in enumerate(prompts)]
+        started = wire.start(in_order(work))
+        self._pending.add(started)
+        started.add_done_callback(self._pending.discard)
+        follow(future, started)
         return future
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

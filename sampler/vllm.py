@@ -46,7 +46,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import RunFailure, UserError
-from common.protocols import WeightHandle
+from common.protocols import GroupsFuture, WeightHandle
 from common.tokenizer import check_room
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights, SharedMemoryWeights, Sum, shared_memory_folder, weight_files
@@ -78,23 +78,24 @@ _ROWS = 4  # of logits turned into log-probs together on the CPU
 CPU_BLOCK = 32  # tokens of a block of the cache on the CPU
 
 
-class Answer(Future[Any]):
+class Answer(GroupsFuture):
     """What ``generate`` returns. Waiting for it does the engine's work, other requests' too, so only the thread that
     owns the sampler may wait, and only by ``result`` or ``exception``."""
 
-    def __init__(self, sampler: VllmSampler, size: int, finish: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, sampler: VllmSampler, size: int, finish: Callable[[int, Any], Any]) -> None:
         super().__init__()
         self._sampler, self._finish = sampler, finish
-        self._outputs: list[Any] = [None] * size
+        self._answers: list[Any] = [None] * size
         self._left = size
         self.set_running_or_notify_cancel()  # or it could be cancelled, and the engine would go on with it
 
     def take(self, place: int, output: Any) -> None:
         """The engine's output for one of the prompts; with the last of them the future is done."""
-        self._outputs[place] = output
+        self._answers[place] = self._finish(place, output)
+        self.group_done(place, self._answers[place])
         self._left -= 1
         if not self._left:
-            self.set_result(self._finish(self._outputs))
+            self.set_result(self._answers)
 
     def result(self, timeout: float | None = None) -> Any:
         """The groups. Raises ``concurrent.futures.TimeoutError`` once ``timeout`` seconds have passed (looked at after
@@ -257,7 +258,7 @@ class VllmSampler:
         return self._begin(
             [prompt.token_ids for prompt in prompts],
             requests,
-            lambda outputs: [_group(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)],
+            lambda place, output: _group(prompts[place], output),
         )
 
     def pump(self) -> bool:
@@ -289,7 +290,7 @@ class VllmSampler:
 
         self._ready()
         ask = VllmParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
-        outputs = self._begin(sequences, [ask] * len(sequences), list).result()
+        outputs = self._begin(sequences, [ask] * len(sequences), lambda place, output: output).result()
         return [
             [entry[token].logprob for entry, token in zip(out.prompt_logprobs[1:], sequence[1:], strict=True)]
             for out, sequence in zip(outputs, sequences, strict=True)
@@ -380,13 +381,13 @@ class VllmSampler:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _begin(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[Any], finish: Callable[[list[Any]], Any]
+        self, prompts: Sequence[Sequence[int]], params: Sequence[Any], finish: Callable[[int, Any], Any]
     ) -> Answer:
         from vllm.inputs import tokens_input
 
         answer = Answer(self, len(prompts), finish)
         if not prompts:
-            answer.set_result(finish([]))
+            answer.set_result([])
         added: list[str] = []
         try:
             with _refusals():

@@ -194,3 +194,19 @@ async def in_order(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         raise
+
+
+def follow(future: Future[T], work: Future[T]) -> None:
+    """``future``, which nobody else ends, ends as ``work`` does; cancelled, it cancels that."""
+
+    def end(work: Future[T]) -> None:
+        if work.cancelled():
+            future.cancel()
+        elif future.set_running_or_notify_cancel():
+            if error := work.exception():
+                future.set_exception(error)
+            else:
+                future.set_result(work.result())
+
+    future.add_done_callback(lambda future: future.cancelled() and work.cancel())
+    work.add_done_callback(end)

@@ -481,3 +481,27 @@ def test_a_resumed_run_may_change_where_it_runs(tiny, tmp_path):
     assert runs.config_of(folder, ["cluster.mode=local"]).cluster.samplers == 1
     with pytest.raises(UserError, match=r"cluster\.samplers=3 has no effect"):
         runs.config_of(folder, ["cluster.mode=local", "cluster.samplers=3"])
+
+
+def test_the_pool_reports_a_units_groups_in_their_places(shared, tiny, tmp_path):
+    """A request of three prompts in three units, answered from the last to the first."""
+    import ray
+
+    from common.types import SamplerSetup, SamplingParams
+    from deploy.actors import Member, Restarts
+    from deploy.pool import SamplerPool, _Replica
+
+    config = spec(tiny, tmp_path, *CLUSTER, *TWO)
+    setup = SamplerSetup(str(tiny), "float32", 64, 16)
+    pool = SamplerPool(config, lambda index: None, setup, 384, Restarts(0), print, lambda members, limit_s: None)
+    prompts = [Prompt(f"p{index}", (), token_ids=(1, 2)) for index in range(3)]
+    future = pool.generate(prompts, SamplingParams(n=1, max_tokens=2))
+    replica = _Replica(Member("sampler 0", None), 0)
+    replica.parts = {part.unit.id: part for part in pool._queue}
+    reported = []
+    future.on_group(lambda index, group: reported.append((index, group.prompt.id, future.done())))
+    for part in reversed(list(pool._queue)):
+        groups = [Group(prompt, (Completion((1, 2), "", (-1.0, -2.0), "stop", 0),)) for prompt in part.unit.prompts]
+        pool._take_in(replica, ray.put([(part.unit.id, groups)]))
+    assert reported == [(2, "p2", False), (1, "p1", False), (0, "p0", False)]
+    assert [group.prompt.id for group in future.result(0)] == ["p0", "p1", "p2"]

@@ -192,7 +192,8 @@ def test_a_step_of_the_loop_with_groups_without_signal_is_trls(folder, groups, s
     done.set_result(scored)
     rows: list[dict[str, float]] = []
     nothing = SimpleNamespace(
-        generate=lambda prompts, params: done, score=lambda groups: (groups, []), state=dict,
+        generate=lambda prompts, params: done, state=dict,
+        begin=lambda: SimpleNamespace(result=lambda groups: (groups, [])),
         take=lambda count: [one.prompt for one in scored], phase=lambda text: None, rollouts=lambda *step: None,
         log=lambda step, metrics: rows.append(metrics), save=lambda *state: None,
     )  # fmt: skip

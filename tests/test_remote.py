@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -548,3 +549,32 @@ def test_the_stop_string_belongs_to_the_text(folder, choice, text):
     assert [one.text for one in group.completions] == [text]
     (asked,) = [body for path, body in answers.asked if path == "/v1/completions" and body["stop"]]
     assert (asked["stop"], asked["stop_token_ids"], asked["skip_special_tokens"]) == (["</answer>"], [2], False)
+
+
+def test_a_prompts_group_is_reported_while_another_is_written(folder):
+    reported, held = [], threading.Event()
+
+    class Slow(Answers):
+        """The first prompt is answered once the second's group has been reported."""
+
+        def answer(self, path, body):
+            if path == "/v1/completions" and body["prompt"] == [5, 6]:
+                held.wait(60)
+            return super().answer(path, body)
+
+    with serving(Slow(folder)) as url:
+        sampler = RemoteSampler(setup_of(folder, adapter=None), url=url)
+        prompts = [Prompt("p", (), token_ids=(5, 6)), Prompt("q", (), token_ids=(7, 8))]
+        future = sampler.generate(prompts, SamplingParams(n=2, max_tokens=1))
+        future.on_group(lambda index, group: (reported.append((index, group, future.done())), held.set()))
+        groups = future.result(120)
+        assert reported == [(1, groups[1], False), (0, groups[0], False)]
+        held.clear()
+        given_up = sampler.generate(prompts[:1], SamplingParams(max_tokens=1))
+        assert given_up.cancel()
+        futures_of_work = set(sampler._pending)
+        for work in futures_of_work:
+            with pytest.raises(CancelledError):
+                work.result(60)
+        held.set()
+        sampler.close()

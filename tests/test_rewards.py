@@ -450,3 +450,84 @@ def test_workers_neither_run_the_main_script_again_nor_outlive_it(task, tmp_path
         process.wait()
         assert gone("613.5")
         assert lines.read() == ""
+
+
+# -- groups that come one by one ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (2, 0, 4)])
+def test_in_whatever_order_groups_arrive_the_results_are_those_of_each_scored_alone(skips, order):
+    """Those never added are scored at the end; adding one again changes nothing."""
+    texts = [("return 1/3", "word"), ("return 2", "raise hope"), ("count",), ("die", "return 1"), ("return 0.1 + 0.2",)]
+    groups = [group(*own, name=f"p{index}") for index, own in enumerate(texts)]
+    alone = [skips.score([one]) for one in groups]
+    scoring = skips.begin()
+    for index in (*order, order[0]):
+        scoring.add(index, groups[index])
+    scored, errors = scoring.result(groups)
+    assert scored == [one for found, _ in alone for one in found]
+    assert [(error.group, error.index, error.error) for error in errors] == [
+        (error.group, error.index, error.error) for _, found in alone for error in found
+    ]
+    assert [error.group.prompt.id for error in errors] == ["p1", "p3"]
+
+
+def test_a_failure_in_the_middle_stops_its_own_request_alone(stops):
+    failing, other = stops.begin(), stops.begin()
+    failing.add(1, group("hang", name="bad"))
+    other.add(0, group("return 1"))
+    with pytest.raises(RunFailure, match="completion 0 of prompt 'bad': ran past"):
+        failing.result([group("return 2"), group("hang", name="bad"), group("return 3")])
+    assert first(other.result([group("return 1")])[0]) == [[1.0]]
+
+
+def test_only_the_workers_of_the_request_that_is_given_up_are_interrupted(task):
+    with Scorer(config(task, reward_workers=2, reward_timeout_s=60)) as scorer:
+        scorer.score([group("return 1")] * 4)
+        given_up, other = scorer.begin(), scorer.begin()
+        given_up.add(0, group("child 615.5"))
+        other.add(0, group("sleep 1.5", "return 2"))
+        assert not gone_before_it_came("615.5")
+        for answer in given_up._stop():
+            answer.result(60)
+        assert gone("615.5")
+        assert first(other.result([group("sleep 1.5", "return 2")])[0]) == [[0.5, 2.0]]
+
+
+def gone_before_it_came(word: str) -> bool:
+    deadline = time.monotonic() + 60
+    while not sleeps(word) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not sleeps(word)
+
+
+def test_closing_with_work_pending_ends_it_and_leaves_no_group_out(task):
+    """A worker that ``close`` has ended is no reward's failure: with ``skip`` its group would go missing."""
+    scorer = Scorer(config(task, reward_timeout_s=600, on_reward_timeout="skip"))
+    scoring, said = scorer.begin(), []
+    groups = [group(f"child 616.{index}", name=f"p{index}") for index in range(4)]
+    scoring.add(0, groups[0])
+
+    def wait_for_it():
+        with pytest.raises(RunFailure, match="ended before every completion was scored") as caught:
+            scoring.result(groups)
+        said.append(caught.value)
+
+    waiting = threading.Thread(target=wait_for_it, daemon=True)
+    waiting.start()
+    assert not gone_before_it_came("616.0")
+    scorer.close()
+    waiting.join(60)
+    assert said
+    assert gone("616.0")
+    scoring.add(9, group("return 1"))  # a back end that is not closed yet may still report
+    with pytest.raises(RunFailure, match="ended before"):
+        scorer.score(groups)
+
+
+@pytest.mark.parametrize("added", [(0, "other"), (5, "late")])
+def test_a_group_reported_otherwise_than_answered_is_the_samplers_failure(stops, added):
+    scoring = stops.begin()
+    scoring.add(added[0], group("return 1", name=added[1]))
+    with pytest.raises(RunFailure, match="the sampler reported other groups"):
+        scoring.result([group("return 1")])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from common.errors import RunFailure, UserError
-from common.protocols import Sampler, WeightHandle
+from common.protocols import GroupsFuture, Sampler, WeightHandle
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from sampler.contract import CHECKS, ContractError, Env, check_sampler
 from sampler.hf import HfSampler
@@ -627,3 +627,34 @@ def test_every_check_has_a_sampler_that_fails_it() -> None:
 @pytest.mark.parametrize("make", [HfSampler, Pumped])
 def test_check_sampler_passes_a_good_one(make: Callable[[SamplerSetup], Sampler], tiny: Path) -> None:
     check_sampler(make, tiny)
+
+
+class ReportsInTheWrongPlace(HfSampler):
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
+        groups, future = super().generate(prompts, params).result(), GroupsFuture()
+        for index, group in enumerate(groups):
+            future.group_done(len(groups) - 1 - index, group)
+        future.set_result(groups)
+        return future
+
+
+def test_groups_reported_otherwise_than_answered_are_found(tiny: Path) -> None:
+    with Env(ReportsInTheWrongPlace, tiny) as env, pytest.raises(ContractError, match="reported as it is answered"):
+        CHECKS["groups"](env)
+
+
+def test_vllm_reports_a_group_before_the_others_are_written(env: Env) -> None:
+    """The first prompt's completions take every place in the engine, so that the second's can only end later."""
+    if not hasattr(env.sampler, "pump"):
+        pytest.skip("writes inside generate")
+    prompts = [env.prompt("a word"), env.prompt("and another")]
+    future = env.sampler.generate(prompts, SamplingParams(n=env.setup.max_sequences, max_tokens=6))
+    assert isinstance(future, GroupsFuture)
+    steps: list[int] = []
+    reported: list[tuple[int, Group, int]] = []
+    future.on_group(lambda index, group: reported.append((index, group, len(steps))))
+    while not future.done():
+        steps.append(env.sampler.pump())
+    assert [index for index, _, _ in reported] == [0, 1]
+    assert reported[0][2] < reported[1][2]
+    assert all(group is future.result()[index] for index, group, _ in reported)

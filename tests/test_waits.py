@@ -88,7 +88,7 @@ SHARED = SharedDevice(Stuck(), Stuck(), 0.2)
 AWAKE = SimpleNamespace(sleep=lambda *part: None, wake=lambda *part: None)
 WAITS = {
     "the loop's request": (
-        lambda: _result(loop(), Request(7, {}, [PROMPT], Stuck().generate([PROMPT], SamplingParams()))),
+        lambda: _result(loop(), Request(7, {}, [PROMPT], Stuck().generate([PROMPT], SamplingParams()), None)),
         "the sampler was still writing request 7", "timeouts.generate_s",
     ),
     "the rehearsal's request": (
