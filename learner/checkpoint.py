@@ -115,7 +115,8 @@ def export(checkpoint: Path, config: Config, base: Path, out: Path, merged: bool
     Raises ``UserError`` when the checkpoint is of another model.
     """
     adapter = config.model.lora_rank > 0
-    model = models.load(base, config.model, "meta", blank=True)
+    # A base in 4 bits on shapes alone cannot be asked for its state, and only a merge needs its numbers.
+    model = models.load(base, config.model.model_copy(update={"quantize": "off"}), "meta", blank=True)
     if merged or (not adapter and any(_kept_buffers(model))):
         model = models.load(base, config.model, "cpu")
     model.requires_grad_(not adapter)

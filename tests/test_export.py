@@ -25,6 +25,7 @@ KINDS = {
     "stochastic": ("model.dtype=bfloat16", "optimizer.name=adamw_8bit", "optimizer.master=stochastic"),
     "lora": ("model.lora_rank=4", "run.export_merged=true", "optimizer.lr=0.05"),
     "dora": ("model.lora_rank=4", "model.lora_variant=dora", "run.export_merged=true"),
+    "nf4": ("model.lora_rank=4", "model.quantize=nf4", "run.export_merged=true", "optimizer.lr=0.05"),
 }
 
 
@@ -42,7 +43,10 @@ def finished(tiny, tmp_path_factory):
         if kind not in made:
             folder = tmp_path_factory.mktemp("runs") / kind
             model = make_tiny(tmp_path_factory.mktemp("untied"), tied=False) if kind == "stochastic" else tiny
-            config = load(None, words(model, "eval.questions=2", "train.steps=2", "run.save_every=1", *KINDS[kind]))
+            more = [f"model.cache_folder={folder.parent}"] if kind == "nf4" else []
+            config = load(
+                None, words(model, "eval.questions=2", "train.steps=2", "run.save_every=1", *KINDS[kind], *more)
+            )
             with open(os.devnull, "w") as nowhere:
                 assert runs.run(config, folder, Console(file=nowhere)).finished
             made[kind] = folder
@@ -75,7 +79,7 @@ def test_the_last_checkpoint_exports_as_the_final_model_to_the_bit(finished, tmp
     path, step = export_checkpoint(run, None, False, tmp_path / "out")
     assert (path, step) == (tmp_path / "out", 2)
     folders_are_equal(path, run / "final")
-    if KINDS[kind][0].startswith("model.lora"):
+    if "run.export_merged=true" in KINDS[kind]:
         folders_are_equal(export_checkpoint(run, 2, True, tmp_path / "merged")[0], run / "final" / "merged")
 
 
@@ -121,6 +125,12 @@ def test_a_stopped_run_is_asked_at_its_newest_whole_checkpoint(finished, tmp_pat
     with pytest.raises(UserError, match="damaged"):
         export_checkpoint(run, 2, False, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_over_4_bits_is_asked_at_a_checkpoint(finished):
+    with open_model(str(finished("nf4")), [], 2) as (config, adapter, _):
+        assert config.model.quantize == "nf4"
+        folders_are_equal(adapter, finished("nf4") / "final")
 
 
 def test_a_dora_is_asked_merged(finished):
