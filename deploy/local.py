@@ -215,13 +215,19 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         drop=config.task.long_prompts == "drop",
     )  # fmt: skip
     train = Prompts(len(asked), training_prompt)
+    # All test questions are known, so that no plan limits them: the same ones are asked by a run and of its model.
+    kept = [prompt for prompt in test if room(prompt)]
+    if test and not kept:
+        raise UserError(
+            f"task.long_prompts='drop' leaves none of the {len(test)} test questions; the longest may have "
+            f"{room.longest} tokens; raise sampler.max_prompt_tokens, lower sampler.max_tokens or set eval.questions=0"
+        )
+    if len(kept) < len(test):
+        log.warning("%d of %d test questions are too long and left out", len(test) - len(kept), len(test))
     if need_train:
         room, longest = _look(train, room, config)
     else:
         longest = []
-    kept = [prompt for prompt in test if room(prompt)]
-    if len(kept) < len(test):
-        log.warning("%d of %d test questions are too long and left out", len(test) - len(kept), len(test))
     most = max((len(prompt.token_ids) for prompt in longest + kept), default=0)
     if need_train:
         models.check_rope(folder, most, config.sampler.max_tokens)

@@ -58,8 +58,10 @@ def same_run(folder: Path, config: Config) -> Config:
     moved = _moved(config, before, json.loads(checkpoints.text(_CONTENTS) or "{}"))
     for key, _ in fields():
         old, new = _compared(before, key), _compared(config, key)
-        chooses = key == "sampler.max_prompt_tokens" and config.task.long_prompts == "drop"  # prompts, by their length
+        chooses = key == "sampler.max_prompt_tokens" and before.task.long_prompts == "drop"  # prompts, by their length
         if old == new or (may_change(key) and not chooses) or key in moved:
+            continue
+        if (key, old, new) == ("task.long_prompts", "refuse", "drop"):  # none was too long until now
             continue
         if key != "train.steps":
             raise UserError(

@@ -364,3 +364,15 @@ def test_after_a_hangup_the_terminal_can_be_written_to():
     assert os.write(terminal, b"x") == 1
     assert stopping()
     os.close(terminal)
+
+
+def test_what_chooses_prompts_may_change_until_it_has_chosen(tiny, tmp_path):
+    """A run that a long prompt has ended may go on without such; one that has left some out keeps their length."""
+    folder = made(tmp_path / "refused", spec(tiny))
+    assert runs.config_of(folder, ["sampler.max_prompt_tokens=90"]).sampler.max_prompt_tokens == 90
+    going_on = runs.config_of(folder, ["task.long_prompts=drop", "sampler.max_prompt_tokens=90"])
+    assert (going_on.task.long_prompts, going_on.sampler.max_prompt_tokens) == ("drop", 90)
+    folder = made(tmp_path / "dropped", spec(tiny, "task.long_prompts=drop", "sampler.max_prompt_tokens=90"))
+    for word in ("task.long_prompts=refuse", "sampler.max_prompt_tokens=91"):
+        with pytest.raises(UserError, match=rf"{re.escape(word.split('=')[0])}=.* cannot change"):
+            runs.config_of(folder, [word])

@@ -540,3 +540,29 @@ def test_of_very_many_prompts_the_room_is_planned(tiny, tmp_path):
     assert [len(prompt.token_ids) for prompt in ready.longest] == [ready.longest_prompt] * 2, "the rehearsal's"
     with pytest.raises(UserError, match=r"more than the \d+ that this run has planned for.*max_prompt_tokens"):
         ready.stream().take(len(contents))
+
+
+def test_a_plan_for_very_many_prompts_does_not_choose_the_test_questions(tiny, tmp_path, caplog):
+    """A run asks the questions that ``nanogrpo eval`` asks of its model, however short the prompts it looked at are."""
+    (tmp_path / "lazy.py").write_text(
+        "from common.tasks import Prompts\n"
+        "from tests.toy import Toy\n"
+        "class Lazy(Toy):\n"
+        "    def prompts(self, split):\n"
+        "        words = 40 if split == 'test' else 3\n"
+        f"        size = {LOOKED_AT + 1} if split == 'train' else 4\n"
+        "        toy = Toy(size, words=words).prompts(split)\n"
+        "        return Prompts(size, toy.__getitem__)\n"
+    )
+    task = {"name": f"{tmp_path / 'lazy.py'}:Lazy", "long_prompts": "drop"}
+    made = build({
+        "model": {"name": str(tiny), "dtype": "float32"}, "task": task, "eval": {"questions": 4},
+        "sampler": {"name": "hf", "max_tokens": 8}, "train": {"device": "cpu", "prompts_per_step": 2},
+    })  # fmt: skip
+    ready, asked = local.prepare(made), local.prepare(made, need_train=False)
+    assert ready.test == asked.test
+    assert len(ready.test) == 4
+    assert ready.room.longest < ready.longest_prompt == max(len(prompt.token_ids) for prompt in ready.test)
+    short = made.model_copy(update={"sampler": made.sampler.model_copy(update={"max_prompt_tokens": 60})})
+    with pytest.raises(UserError, match=r"leaves none of the 4 test questions; .* 60 tokens; .*eval\.questions=0"):
+        local.prepare(short, need_train=False)

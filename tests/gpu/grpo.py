@@ -103,4 +103,4 @@ def trained(config: Config) -> dict[str, Any]:
 def rehearsed(config: Config) -> dict[str, Any]:
     """The rehearsal alone: the longest request, the largest pack, a sync."""
     with made(config) as (loop, _, ready, synced):
-        return {**rehearse(loop, ready.train), "challenge_diff": synced["challenge"].get("probe_diff")}
+        return {**rehearse(loop, ready.longest), "challenge_diff": synced["challenge"].get("probe_diff")}
