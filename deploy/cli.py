@@ -119,7 +119,7 @@ def train(
             if "{date}" in config.run.folder:
                 raise UserError(f"--auto-resume needs a fixed folder, and run.folder={config.run.folder!r} has a date")
             folder = runs.folder_of(config)
-            if (folder / "config.toml").is_file():
+            if runs.begun(folder):
                 resume = folder
                 config = runs.same_run(folder, config)
         elif resume is not None:

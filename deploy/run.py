@@ -37,6 +37,7 @@ from learner.loop import Loop, rehearse, train
 from learner.sync import WeightSync, probe_of
 
 log = logging.getLogger("nanogrpo")
+_CONFIG, _LOG = "config.toml", "run.log"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,11 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
     """Trains, writing everything into ``folder``; see docs/runs.md for what it will hold."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_run_folder(folder, resume))
-        stack.enter_context(_logging_to(folder / "run.log"))
+        stack.enter_context(_logging_to(folder / _LOG))
         files.remove_leftovers(folder)
+        if not resume:  # over what one that was ended before its first step has left, which a guard would go on with
+            files.write_text(folder / _CONFIG, resolved_toml(config))
+            tracking.rewind(folder, -1)
         if config.cluster.mode == "ray" and config.cluster.address != "private":
             stack.enter_context(connection.joined(config))  # once, for all who ask it
         config = local.settled(anchored(config))
@@ -67,7 +71,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         if resume:
             check_task(folder, config, ready.stream())
         scorer = stack.enter_context(Scorer(config.task))
-        files.write_text(folder / "config.toml", resolved_toml(config))
+        files.write_text(folder / _CONFIG, resolved_toml(config))
         own = []
         for name in config.run.trackers:  # before the models: a login or a server may be missing
             own.append(_own_tracker(name, folder))
@@ -243,15 +247,27 @@ def shared_folder(folder: Path) -> Path:
     return folder.absolute()
 
 
+def begun(folder: Path) -> bool:
+    """Whether the folder holds a run with a step to go on from or to look at. One that was refused or ended before,
+    by its plan or its rehearsal say, leaves the folder to the next with the settings that it was advised."""
+    if not (folder / _CONFIG).exists():
+        return False
+    kept_files = (folder / "final").exists() or any((folder / "checkpoints").glob("step-*"))
+    return kept_files or not (folder / _LOG).exists() or bool(files.read_json_lines(folder / "metrics.jsonl"))
+
+
 def check_folder(folder: Path, resume: bool) -> None:
     """Raises ``UserError`` for a folder that another run, or somebody's files, are in."""
-    if not resume and (folder / "config.toml").exists():
+    if resume:
+        return
+    if begun(folder):
         raise UserError(
             f"run.folder={str(folder)!r} is in use by an earlier run; go on with it by --resume {folder}, or choose "
             "another"
         )
-    # A start that failed leaves its lock and log; anything else is somebody's.
-    if not resume and folder.is_dir() and {path.name for path in folder.iterdir()} - {files.LOCK_NAME, "run.log"}:
+    # A start that failed leaves its lock and log; anything else without a configuration is somebody's.
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if _CONFIG not in there and there - {files.LOCK_NAME, _LOG}:
         raise UserError(f"run.folder={str(folder)!r} is not empty and holds no run; choose another")
 
 
@@ -263,6 +279,7 @@ def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"run.folder={str(folder)!r} cannot be made ({error.strerror}); choose another") from None
     with files.lock_folder(folder):
+        check_folder(folder, resume)  # again: until now another run may have gone on in it
         yield
 
 

@@ -61,6 +61,8 @@ def scorer(tmp_path_factory):
 class Stream:
     """Prompts numbered on; those of ``marks`` leave a file behind once they are scored."""
 
+    passed_over = 0
+
     def __init__(self, marks: Path | None = None) -> None:
         self.marks, self.taken = marks, 0
 

@@ -376,3 +376,25 @@ def test_what_chooses_prompts_may_change_until_it_has_chosen(tiny, tmp_path):
     for word in ("task.long_prompts=refuse", "sampler.max_prompt_tokens=91"):
         with pytest.raises(UserError, match=rf"{re.escape(word.split('=')[0])}=.* cannot change"):
             runs.config_of(folder, [word])
+
+
+def test_a_start_that_was_refused_leaves_its_folder_to_the_settings_it_was_advised(tiny, tmp_path):
+    """Also one that was ended after its first evaluation, whose numbers are the other settings'."""
+    folder = tmp_path / "run"
+    begun = spec(tiny, "train.steps=1", "memory.plan=refuse", "memory.device_gib=0.001")
+    with pytest.raises(UserError, match="does not fit"):
+        run(begun, folder)
+    assert (folder / "config.toml").exists()
+    files.append_line(folder / "eval.jsonl", '{"step": 0, "accuracy": 2.0}')
+    with pytest.raises(UserError, match=r"train\.group_size=2 cannot change"):
+        runs.config_of(folder, ["train.group_size=2"])
+    runs.check_folder(folder, resume=False)
+    assert run(spec(tiny, "train.steps=1", "train.group_size=2"), folder).finished
+    assert load(folder / "config.toml").train.group_size == 2
+    assert [row["accuracy"] <= 1 for row in files.read_json_lines(folder / "eval.jsonl")] == [True, True]
+    with pytest.raises(UserError, match="in use by an earlier run"):
+        run(begun, folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.toml").write_text("")
+    with pytest.raises(UserError, match="in use by an earlier run"):
+        runs.check_folder(tmp_path / "mine", resume=False)

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.plugins import make_task
 from common.prompts import LOOKED_AT
 from common.protocols import Split
-from common.tasks import answer_in
+from common.tasks import answer_in, gsm8k
 from common.tasks.gsm8k import Gsm8k
 from common.tasks.numbers import same_number, value_of
 from common.tasks.reasoning_gym import ReasoningGym
@@ -685,3 +685,19 @@ def test_gsm8k_reads_very_many_rows_when_they_are_looked_at(tmp_path):
     assert [many[place] for place in range(30)] == list(few)
     assert (many[3].id, many[3].data) == ("train-3", {"question": "How many are 4?", "answer": "4.1"})
     assert many[-1].data["question"] == f"How many are {LOOKED_AT + 1}?"
+
+
+def test_gsm8k_csv_goes_to_the_disk_in_parts(tmp_path):
+    """A row that is wrong is named by its number in the file, whichever part it is in."""
+    rows = [f'"How many are {n},\nin all?",{n}' for n in range(9000)]
+    file = tmp_path / "all.csv"
+    file.write_text("question,answer\n" + "\n".join(rows) + "\n")
+    prompts = [prompt for split in SPLITS for prompt in Gsm8k(str(file)).prompts(split)]
+    assert {(asked(p), p.data["answer"]) for p in prompts} == {(f"How many are {n},\nin all?", str(n)) for n in range(9000)}
+    assert gsm8k._csv_table(file).cache_files, "it is mapped from a file"
+    file.write_text("question,answer\n" + "\n".join([*rows[:5000], "a,1,2"]) + "\n")
+    with pytest.raises(UserError, match="row 5001 has 3 values, and the first line names 2 columns"):
+        Gsm8k(str(file)).prompts("train")
+    file.write_text("\n")
+    with pytest.raises(UserError, match="no line that names the columns"):
+        Gsm8k(str(file)).prompts("train")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -292,7 +294,7 @@ def _load_files(source: str, files: list[Path]) -> Any:
     datasets.disable_progress_bars()  # local files take a moment
     try:
         if kind == "csv":
-            return datasets.concatenate_datasets([datasets.Dataset.from_dict(_columns(file)) for file in files])
+            return datasets.concatenate_datasets([_csv_table(file) for file in files])
         return datasets.load_dataset(kind, data_files={"train": [str(file) for file in files]}, split="train")
     except Exception as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300]
@@ -303,14 +305,34 @@ def _load_files(source: str, files: list[Path]) -> Any:
             datasets.enable_progress_bars()
 
 
-def _columns(file: Path) -> dict[str, list[str]]:
-    """A CSV file's columns, all as text: pandas would make 18.0 of whole numbers beside a gap, and nan of "None"."""
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        names, *rows = (row for row in csv.reader(lines, strict=True) if row)
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(names):
-            raise ValueError(f"row {number} has {len(row)} values, and the first line names {len(names)} columns")
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+def _csv_table(file: Path) -> Any:
+    """A CSV file's columns, all as text: pandas would make 18.0 of whole numbers beside a gap, and nan of "None". They
+    go to the disk some thousands of rows at a time, as the other kinds' do, and stay there while the table is used."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with (
+        file.open(newline="", encoding="utf-8-sig") as lines,
+        tempfile.TemporaryDirectory(prefix="csv-", dir=cache) as folder,  # gone at once; what is mapped stays
+    ):
+        rows = (row for row in csv.reader(lines, strict=True) if row)
+        names = next(rows, None)
+        if names is None:
+            raise ValueError("it has no line that names the columns")
+        features = datasets.Features({name: datasets.Value("string") for name in names})
+        with ArrowWriter(path=f"{folder}/table.arrow", features=features) as writer:
+            number = 0
+            while batch := list(itertools.islice(rows, 4096)):
+                for number, row in enumerate(batch, number + 1):
+                    if len(row) != len(names):
+                        raise ValueError(
+                            f"row {number} has {len(row)} values, and the first line names {len(names)} columns"
+                        )
+                writer.write_batch({name: [row[i] for row in batch] for i, name in enumerate(names)})
+            writer.finalize()
+        return datasets.Dataset.from_file(f"{folder}/table.arrow")
 
 
 def _read_hub(source: str) -> dict[Split, Any]:
