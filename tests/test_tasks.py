@@ -693,7 +693,8 @@ def test_gsm8k_csv_goes_to_the_disk_in_parts(tmp_path):
     file = tmp_path / "all.csv"
     file.write_text("question,answer\n" + "\n".join(rows) + "\n")
     prompts = [prompt for split in SPLITS for prompt in Gsm8k(str(file)).prompts(split)]
-    assert {(asked(p), p.data["answer"]) for p in prompts} == {(f"How many are {n},\nin all?", str(n)) for n in range(9000)}
+    written = {(f"How many are {n},\nin all?", str(n)) for n in range(9000)}
+    assert {(asked(prompt), prompt.data["answer"]) for prompt in prompts} == written
     assert gsm8k._csv_table(file).cache_files, "it is mapped from a file"
     file.write_text("question,answer\n" + "\n".join([*rows[:5000], "a,1,2"]) + "\n")
     with pytest.raises(UserError, match="row 5001 has 3 values, and the first line names 2 columns"):

@@ -323,14 +323,15 @@ def _csv_table(file: Path) -> Any:
             raise ValueError("it has no line that names the columns")
         features = datasets.Features({name: datasets.Value("string") for name in names})
         with ArrowWriter(path=f"{folder}/table.arrow", features=features) as writer:
-            number = 0
+            done = 0
             while batch := list(itertools.islice(rows, 4096)):
-                for number, row in enumerate(batch, number + 1):
+                for number, row in enumerate(batch, done + 1):
                     if len(row) != len(names):
                         raise ValueError(
                             f"row {number} has {len(row)} values, and the first line names {len(names)} columns"
                         )
                 writer.write_batch({name: [row[i] for row in batch] for i, name in enumerate(names)})
+                done += len(batch)
             writer.finalize()
         return datasets.Dataset.from_file(f"{folder}/table.arrow")
 
