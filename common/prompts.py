@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from common.types import Prompt
 
 LOOKED_AT = 10_000
 """Prompts of a task that are looked at before a run: all, or of more so many, evenly spaced."""
+
+MOST_PROMPTS = 100_000_000
+"""Prompts of a task at most: their order takes 8 bytes each."""
 
 
 def looked_at(count: int) -> Sequence[int]:
@@ -47,7 +51,7 @@ class PromptStream:
         self.passed_over = 0
         """Prompts that did not fit, since the stream was made or restored."""
         self._epoch = -1
-        self._order: list[int] = []
+        self._order: Sequence[int] = ()
 
     def take(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts that fit; goes on into the next epoch where this one ends.
@@ -70,7 +74,7 @@ class PromptStream:
                     unfit = 0
                     continue
                 unfit += 1
-                if unfit >= len(self._prompts):
+                if unfit >= 2 * len(self._prompts) - 1:  # as many hold a whole epoch, wherever they begin
                     raise UserError(
                         "none of the task's training prompts is short enough (task.long_prompts='drop'); raise "
                         "sampler.max_prompt_tokens, lower sampler.max_tokens or shorten them"
@@ -121,8 +125,8 @@ class PromptStream:
             digest.update(text.encode("ascii") + b"\n")
         return digest.hexdigest()
 
-    def _permutation(self, epoch: int) -> list[int]:
-        order = list(range(len(self._prompts)))
+    def _permutation(self, epoch: int) -> Sequence[int]:
+        order = array("q", range(len(self._prompts)))
         # Seeding from text goes through SHA-512: the same order in every process, unlike Python's hash().
         random.Random(f"prompts {self._seed} {epoch}").shuffle(order)
         return order

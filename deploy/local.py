@@ -18,7 +18,7 @@ from common import device as devices
 from common import plugins, sandbox
 from common.config import Config, TimeoutConfig, changed
 from common.errors import LearnerLost, RunFailure, UserError, is_out_of_memory
-from common.prompts import PromptStream, looked_at
+from common.prompts import MOST_PROMPTS, PromptStream, looked_at
 from common.protocols import Learner, Placement, Sampler, Split, Task
 from common.rewards import Scorer
 from common.tasks import Prompts
@@ -242,6 +242,11 @@ def _look(train: Sequence[Prompt], room: Room, config: Config) -> tuple[Room, li
     places = looked_at(len(train))
     if not places:
         raise UserError(f"task.name={config.task.name!r} has no training questions")
+    if len(train) > MOST_PROMPTS:
+        raise UserError(
+            f"task.name={config.task.name!r} has {len(train)} training prompts, and an epoch's order is kept of "
+            f"{MOST_PROMPTS} at most; give fewer"
+        )
     lengths = {}
     for place in places:
         prompt = train[place]
@@ -320,10 +325,13 @@ def _made(prompts: Sequence[Prompt], config: Config, split: Split) -> Callable[[
     def make(place: int) -> Prompt:
         with _fault_of(config, split):
             prompt = prompts[place]
-        if not isinstance(prompt, Prompt) or not all(isinstance(m, Mapping) for m in prompt.messages or ()):
+        if (
+            not isinstance(prompt, Prompt) or not isinstance(prompt.id, str) or not isinstance(prompt.data, Mapping)
+            or not all(isinstance(m, Mapping) for m in prompt.messages or ())
+        ):  # fmt: skip
             raise UserError(
                 f"task.name={config.task.name!r}: prompts({split!r}) gave {str(prompt)[:80]!r}; give "
-                "common.types.Prompt with role and content messages"
+                "common.types.Prompt with a text as its id, role and content messages, and data by names"
             )
         return prompt
 

@@ -14,7 +14,7 @@ from common.config import Config, build
 from common.errors import printable
 from common.protocols import Sampler
 from common.rewards import Scorer
-from common.tokenizer import Room
+from common.tokenizer import check_room
 from common.types import Group, Prompt
 from common.waits import bounded, result
 from deploy import local
@@ -55,8 +55,8 @@ def completions(
     if texts:
         own = [Prompt(f"prompt-{i}", ({"role": "user", "content": text},)) for i, text in enumerate(texts, 1)]
         prompts = [ready.renderer(prompt) for prompt in own]
-        room = Room(config.sampler.max_tokens, context_tokens(ready.folder))
-        longest = max(len(prompt.token_ids) for prompt in prompts if room(prompt))
+        check_room(prompts, config.sampler.max_tokens, context_tokens(ready.folder))
+        longest = max(len(prompt.token_ids) for prompt in prompts)
         ready = dataclasses.replace(ready, test=prompts, longest_prompt=max(longest, ready.longest_prompt))
     with local.closing(local.make_sampler(ready, shares_device=False, adapter_folder=adapter), config) as sampler:
         groups = sample(ready, sampler, prompts, n, greedy)

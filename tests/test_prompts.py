@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,17 @@ def test_of_very_many_prompts_some_are_looked_at():
     del state["hashed"]  # of a version that hashed them all
     PromptStream(many, 0).check(state | {"sha256": "of all"})
     assert list(looked_at(5)) == [0, 1, 2, 3, 4]
+
+
+def test_one_prompt_that_fits_is_found_in_every_epoch():
+    """It may be the first of one epoch and the last of the next."""
+    for seed in range(10):
+        stream = PromptStream(prompts(2), seed, lambda prompt: prompt.id == "train-1")
+        assert ids(stream.take(20)) == ["train-1"] * 20
+
+
+def test_the_order_is_that_of_a_list():
+    """It is kept in 8 bytes a prompt; a run begun when it was a list goes on."""
+    order = list(range(1000))
+    random.Random("prompts 7 0").shuffle(order)
+    assert ids(PromptStream(prompts(1000), 7).take(1000)) == [f"train-{place}" for place in order]

@@ -566,3 +566,26 @@ def test_a_plan_for_very_many_prompts_does_not_choose_the_test_questions(tiny, t
     short = made.model_copy(update={"sampler": made.sampler.model_copy(update={"max_prompt_tokens": 60})})
     with pytest.raises(UserError, match=r"leaves none of the 4 test questions; .* 60 tokens; .*eval\.questions=0"):
         local.prepare(short, need_train=False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ("[Prompt(3, (asked,))]", r"gave \"Prompt\(id=3,.* give common.types.Prompt with a text as its id"),
+        ("[Prompt('a', (asked,), None)]", "gave .*data by names"),
+        ("[Prompt('a', None)]", "prompt 'a' has no messages"),
+        ("{'a': Prompt('a', (asked,))}", "raised KeyError"),
+        ("Prompts(3, [Prompt('a', (asked,))].__getitem__)", "raised IndexError"),
+        ("Prompts(10**12, lambda place: Prompt(str(place), (asked,)))", "1000000000000 training prompts, and an epoch"),
+    ],
+)
+def test_prompts_that_are_none_are_one_sentence(tiny, tmp_path, prompts, said):
+    """Whatever is looked at first finds it: before the run, not at the first draw."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from common.tasks import Prompts\nfrom common.types import Prompt\nfrom tests.toy import Toy\n"
+        "class Mine(Toy):\n    def prompts(self, split):\n        asked = {'role': 'user', 'content': split}\n"
+        f"        return {prompts} if split == 'train' else []\n"
+    )
+    with pytest.raises(UserError, match=said):
+        local.prepare(config(model={"name": str(tiny), "dtype": "float32"}, task={"name": f"{file}:Mine"}))
