@@ -23,13 +23,14 @@ from common.protocols import Learner, Placement, Sampler, Split, Task
 from common.rewards import Scorer
 from common.tasks import Prompts
 from common.tokenizer import Renderer, Room, end_of_sequence_ids, load_tokenizer
-from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
+from common.types import AdapterSpec, Prompt, SamplerSetup
 from common.waits import bounded
 from common.weights import FolderWeights
 from deploy import connection
 from learner import model as models
 from learner.evaluate import Evaluation, evaluate
 from learner.learner import TorchLearner
+from learner.loop import sampling_params
 from learner.optim import check as check_optimizer
 
 log = logging.getLogger("nanogrpo")
@@ -183,7 +184,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     models.check(config.model, config.cluster.learner_ranks)
     back_end = plugins.check("sampler", config.sampler.name, config.sampler.options, 1)
     if hasattr(back_end, "check_sampling"):
-        back_end.check_sampling(training_params(config))
+        back_end.check_sampling(sampling_params(config))
     for name in config.run.trackers if need_train else ():
         plugins.check("tracker", name, {}, 1)
     task = plugins.find_task(config.task)
@@ -427,30 +428,13 @@ def load_sampler(config: Config, setup: SamplerSetup, adapter_folder: Path | Non
     return sampler
 
 
-def training_params(config: Config) -> SamplingParams:
-    """How a training step draws its completions, but for the seed."""
-    return SamplingParams(
-        n=config.train.group_size,
-        max_tokens=config.sampler.max_tokens,
-        temperature=config.sampler.temperature,
-        top_p=config.sampler.top_p,
-        top_k=config.sampler.top_k,
-        stop=config.sampler.stop,
-    )
-
-
 def ask_test_questions(ready: Prepared, sampler: Sampler, scorer: Scorer, answer_s: float) -> Evaluation:
     """Greedy accuracy on the test questions, and pass@k where asked for. ``answer_s`` limits each request."""
     config = ready.config
-    greedy = SamplingParams(max_tokens=config.sampler.max_tokens, temperature=0.0, stop=config.sampler.stop, seed=0)
-    sampled = None
-    if config.eval.samples:
-        sampled = dataclasses.replace(
-            greedy, n=config.eval.samples, temperature=config.sampler.temperature,
-            top_p=config.sampler.top_p, top_k=config.sampler.top_k,
-        )  # fmt: skip
+    drawn = dataclasses.replace(sampling_params(config), n=config.eval.samples, seed=0)
+    greedy = dataclasses.replace(drawn, n=1, temperature=0.0, top_p=1.0, top_k=0)
     return evaluate(
-        sampler, ready.test, scorer.correct, greedy, sampled, config.eval.k if sampled else (),
+        sampler, ready.test, scorer.correct, greedy, drawn if drawn.n else None, config.eval.k if drawn.n else (),
         timeout_s=answer_s, completions_at_once=at_once(config),
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ SmolLM2-135M. While it loads it holds as much as its weights once more for a mom
 HEAP_GAPS = 0.5
 """On a CPU, of the bytes of activations, gradients and the output head alive at once: what the process holds beyond
 them, as freed blocks that no later tensor fits and as compiled products. Fitted to the measured peaks of benchmark d
-(glibc, torch 2.13+cpu, eight cases): 0.43 to 0.56."""
+(glibc, torch 2.13+cpu, eight cases): 0.43 to 0.66."""
 PROCESS_GPU = 3 * GIB
 """The same process on a GPU, in host memory, vLLM included: stated, 2 to 4 GiB by torch's build and driver."""
 CONTEXT = int(0.5 * GIB)

@@ -18,14 +18,14 @@ from common.tokenizer import check_room
 from common.types import Group, Prompt
 from common.waits import bounded, result
 from deploy import local
+from learner.loop import sampling_params
 from learner.model import context_tokens
 
 
 def sample(ready: local.Prepared, sampler: Sampler, prompts: Sequence[Prompt], n: int, greedy: bool) -> list[Group]:
     """``n`` completions of each prompt, as a training step would draw them, or one greedily."""
     config = ready.config
-    drawn = local.training_params(config)
-    params = dataclasses.replace(drawn, n=1 if greedy else n, seed=config.train.seed)
+    params = dataclasses.replace(sampling_params(config), n=1 if greedy else n, seed=config.train.seed)
     if greedy:
         params = dataclasses.replace(params, temperature=0.0)
     doing, limit_s = f"answering {len(prompts)} prompts", config.timeouts.generate_s

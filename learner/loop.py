@@ -157,6 +157,15 @@ def train(loop: Loop, evaluate: Callable[[int], object], stopping: Callable[[], 
     return False
 
 
+def sampling_params(config: Config) -> SamplingParams:
+    """How a training step draws its completions, but for the seed."""
+    sampler = config.sampler
+    return SamplingParams(
+        config.train.group_size, sampler.max_tokens, temperature=sampler.temperature, top_p=sampler.top_p,
+        top_k=sampler.top_k, stop=sampler.stop,
+    )  # fmt: skip
+
+
 def batch_of(scored: Sequence[Group], size: int) -> list[Group]:
     """The groups that a step learns from, ``size`` where there are as many: first those with signal.
 
@@ -178,10 +187,8 @@ def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
     size, length = config.train.prompts_per_step, config.sampler.max_tokens
     longest = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))[:size]
     asked = [longest[number % len(longest)] for number in range(size)]
-    params = SamplingParams(
-        n=config.train.group_size, max_tokens=length, min_tokens=length, temperature=config.sampler.temperature,
-        top_p=config.sampler.top_p, top_k=config.sampler.top_k, seed=config.train.seed % 2**31,
-    )  # fmt: skip
+    seed = config.train.seed % 2**31
+    params = dataclasses.replace(sampling_params(config), min_tokens=length, stop=(), seed=seed)
     loop.tracker.phase(f"rehearsal: {size} x {config.train.group_size} completions of {length} tokens")
     with loop.placement.sampling(), _memory_of("sampler"):
         doing = "writing the rehearsal's request"
@@ -276,16 +283,9 @@ def _fill(loop: Loop) -> None:
                 with loop.placement.learning():
                     loop.save()
             raise
-        params = SamplingParams(
-            n=config.train.group_size,
-            max_tokens=config.sampler.max_tokens,
-            temperature=config.sampler.temperature,
-            top_p=config.sampler.top_p,
-            top_k=config.sampler.top_k,
-            stop=config.sampler.stop,
-            # A number of its own for every request, so that no two draw alike and a resumed run draws the same.
-            seed=(config.train.seed * 1_000_003 + loop.requests_made) % 2**31,
-        )
+        # A number of its own for every request, so that no two draw alike and a resumed run draws the same.
+        seed = (config.train.seed * 1_000_003 + loop.requests_made) % 2**31
+        params = dataclasses.replace(sampling_params(config), seed=seed)
         doing = f"writing request {loop.requests_made}"
         with bounded("sampler", doing, config.timeouts.generate_s, "timeouts.generate_s"):
             future = loop.sampler.generate(prompts, params)
