@@ -16,6 +16,10 @@ class RunFailure(RuntimeError):
     """Something broke while running: one sentence naming the side that failed and what it was doing."""
 
 
+class OutOfMemory(RunFailure):
+    """Host or device memory ran out where less can be asked for."""
+
+
 class LearnerLost(RunFailure):
     """The learner is gone, and what it knew with it: its last checkpoint brings it back."""
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from common import files, plugins, tracking
 from common.config import Config, resolved_toml
 from common.console import ConsoleTracker
-from common.errors import LearnerLost, RunFailure, UserError
+from common.errors import LearnerLost, OutOfMemory, RunFailure, UserError
 from common.protocols import Learner, Tracker
 from common.rewards import Scorer
 from common.waits import bounded
@@ -182,9 +182,7 @@ def _train(
 def _rehearse(loop: Loop, ready: Prepared, planned: plan.Plan | None, console: Console, folder: Path) -> None:
     try:
         took = rehearse(loop, ready.longest)
-    except RunFailure as failure:
-        if "ran out of memory" not in str(failure):
-            raise
+    except OutOfMemory as failure:
         raise RunFailure(f"{failure}. {plan.cures(ready, planned)}") from failure
     said = ", ".join(f"{side} {took[side]:.1f} s" for side in ("sample", "learn", "sync", "save"))
     compared = f" (planned {planned.peak / plan.GIB:.2f})" if planned is not None else ""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from common.config import Config
-from common.errors import RunFailure, UserError, is_out_of_memory
+from common.errors import OutOfMemory, RunFailure, UserError, is_out_of_memory
 from common.prompts import PromptStream
 from common.protocols import GroupsFuture, Learner, Placement, Sampler
 from common.rewards import RewardError
@@ -181,7 +181,7 @@ def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
 
     Nothing is kept: weights, averages, version, data stream and requests are those of a run without it, bit for bit.
     ``prompts`` are the run's; the longest are taken. Returns seconds, the checkpoint's bytes, and the peak in GiB.
-    Raises ``RunFailure`` when memory or the disk runs out.
+    Raises ``OutOfMemory``, and ``RunFailure`` when the disk is full.
     """
     config, started = loop.config, time.perf_counter()
     size, length = config.train.prompts_per_step, config.sampler.max_tokens
@@ -231,7 +231,7 @@ def _memory_of(side: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         said = " ".join(str(error).split())[:200]
-        raise RunFailure(f"the {side} ran out of memory in the rehearsal of the longest batch ({said})") from error
+        raise OutOfMemory(f"the {side} ran out of memory in the rehearsal of the longest batch ({said})") from error
 
 
 def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:

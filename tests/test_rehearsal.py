@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.config import load
-from common.errors import RunFailure
+from common.errors import OutOfMemory
 from common.types import Completion, Group, Prompt
 from deploy import run as runs
 from learner import loop as loops
@@ -121,7 +121,7 @@ def test_running_out_of_memory_in_the_rehearsal_is_one_sentence_that_names_the_s
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
                   MemoryError()):  # fmt: skip
-        with pytest.raises(RunFailure, match="the learner ran out of memory") as caught, loops._memory_of("learner"):
+        with pytest.raises(OutOfMemory, match="the learner ran out of memory") as caught, loops._memory_of("learner"):
             raise error
         assert "\n" not in str(caught.value)
     with pytest.raises(RuntimeError, match="shape"), loops._memory_of("learner"):
