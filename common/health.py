@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 Row = Mapping[str, Any]
 LOOKED_AT = 3
 """Steps that a sign must last."""
+EQUAL_GROUPS = 128
+"""Groups in a row without signal that say that a run learns no more, once it has learned: late in a run that does well
+nine in ten agree, and with few prompts a step whole steps of them do."""
 MANY = 0.9
 """The share of completions cut at the limit that is too many."""
 FAILED = 0.25
@@ -53,11 +56,15 @@ class Watch:
         self._first_update: Row = {}
         self._last_updates: deque[Row] = deque(maxlen=LOOKED_AT)
         self._found: set[str] = set()
+        self._equal_groups, self._had_signal = 0.0, False
 
     def add(self, row: Row) -> list[Finding]:
         """What is to be seen from this step on."""
         self._steps += 1
         self._last.append(row)
+        equal = row.get("zero_variance_fraction") == 1
+        self._equal_groups = self._equal_groups + (row.get("groups_sampled") or 0) if equal else 0.0
+        self._had_signal |= not equal
         if row.get("entropy") is not None:
             self._first_update = self._first_update or row
             self._updates += 1
@@ -69,6 +76,8 @@ class Watch:
 
     def _look(self) -> list[Finding]:
         signs = {kind: sign(self._last) for kind, sign in _OF_STEPS.items()}
+        if self._had_signal and self._equal_groups < EQUAL_GROUPS:
+            signs["rewards all equal"] = ""
         if self._updates > min(LOOKED_AT, self._steps - 1):  # the first is what the others are compared with
             signs |= {kind: sign(self._first_update, self._last_updates) for kind, sign in _OF_UPDATES.items()}
         new = [Finding(kind, int(self._last[-1]["step"]), text) for kind, text in signs.items() if text]

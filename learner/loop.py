@@ -83,13 +83,15 @@ class Loop:
     """Seconds that a request to the sampler may take, with the replacement of what is lost meanwhile."""
     requests_made: int = 0
     in_flight: deque[Request] = field(default_factory=deque)
+    in_hand: list[Request] = field(default_factory=list)
+    """Answered, for the step that is being sampled: what a run that ends there asks no more."""
 
     def state(self) -> dict[str, Any]:
         """Where the data stand: the answers already there (after a sync, all, unless weights are swapped in flight),
-        and the first request that a resumed run must make anew."""
+        and the first request that a resumed run must make again."""
         answered = []
         unanswered = None
-        for request in self.in_flight:
+        for request in [*self.in_hand, *self.in_flight]:
             if not request.future.done() or request.future.exception() is not None:
                 unanswered = request
                 break
@@ -248,6 +250,7 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
             _fill(loop)
             request = loop.in_flight.popleft()
             groups = _result(loop, request)
+        loop.in_hand.append(request)
         sample_s += time.perf_counter() - started
 
         started = time.perf_counter()
@@ -262,6 +265,7 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
         useful = sum(advantages.has_signal(group) for group in scored)
         if useful >= wanted or round_ == rounds:
             break
+    loop.in_hand.clear()
     return advantages.assign(scored, config.learner.advantage), {
         "seconds_sample": sample_s,
         "seconds_score": score_s,
@@ -277,7 +281,8 @@ def _fill(loop: Loop) -> None:
     while len(loop.in_flight) < min(config.train.max_staleness + 1, steps_left):
         state = loop.stream.state()
         try:
-            prompts = loop.stream.take(config.train.prompts_per_step)
+            with bounded("task", "making its prompts", config.timeouts.load_s, "timeouts.load_s"):
+                prompts = loop.stream.take(config.train.prompts_per_step)
         except UserError:  # of very many prompts only some were looked at before the run
             if loop.learner.version:
                 with loop.placement.learning():
@@ -335,7 +340,7 @@ def _batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
     ones = [one for group in groups for one in group.completions]
     if not ones:
         raise RunFailure(
-            "no group of this step could be scored: every one had a reward that failed; see the log, and mend the "
+            "no group of this step could be scored: every one had a reward that failed; see the log, and fix the "
             "task's rewards"
         )
     rewards = [one.reward for one in ones if one.reward is not None]

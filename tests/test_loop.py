@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import textwrap
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.config import TaskConfig
-from common.errors import RunFailure
+from common.errors import RunFailure, UserError
 from common.protocols import GroupsFuture
 from common.rewards import Scorer
 from common.types import Completion, Group, Prompt
@@ -199,3 +201,39 @@ def test_every_listener_hears_of_every_group_once_whenever_it_begins_to_listen()
         thread.join()
     for own in heard:
         assert sorted(own) == [(number, f"p{number}") for number in range(count)]
+
+
+def test_a_step_that_ends_at_a_prompt_keeps_the_answers_it_had(scorer):
+    """The second round of a step's sampling draws a prompt that is too long: a run resumed without it samples as one
+    that never met it."""
+
+    class Ends(Stream):
+        def take(self, count):
+            if self.taken >= 6:
+                raise UserError("too long")
+            return super().take(count)
+
+    class After(Whole):
+        def generate(self, prompts, params):
+            groups = super().generate(prompts, params).result()
+            future: Future = Future()
+            future.set_result(
+                [Group(g.prompt, tuple(replace(one, policy_version=1) for one in g.completions)) for g in groups]
+            )
+            return future
+
+    def begun(stream):
+        loop = make(scorer, After(), stream, rounds=1)
+        loop.learner.version = 1
+        return loop
+
+    saved = []
+    ended = begun(Ends())
+    ended.checkpoints = SimpleNamespace(save=lambda version, learner, state: saved.append(json.dumps(state)))
+    with pytest.raises(UserError, match="too long"):
+        sampled(ended, 1)
+    resumed, never = begun(Stream()), begun(Stream())
+    resumed.restore(json.loads(saved[0]))
+    for (groups, _), (others, _) in zip(sampled(resumed), sampled(never), strict=True):
+        assert groups == others
+    assert resumed.state() == never.state()

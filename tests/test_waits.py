@@ -17,7 +17,7 @@ from common.waits import bounded, result
 from deploy.local import SharedDevice, closing
 from deploy.show import sample
 from learner.evaluate import evaluate
-from learner.loop import Loop, Request, _result, rehearse
+from learner.loop import Loop, Request, _fill, _result, rehearse
 from learner.sync import WeightSync
 from sampler.vllm import Answer
 from tests.making import config
@@ -63,7 +63,7 @@ def loop(**changed):
     limits = dict.fromkeys(("generate_s", "update_s", "sync_s", "load_s"), 0.2)
     values = {field.name: None for field in dataclasses.fields(Loop)} | {
         "config": config(timeouts=limits), "sampler": Stuck(), "learner": Stuck(), "placement": FREE,
-        "tracker": SimpleNamespace(phase=lambda text: None), "answer_s": 0.2, "in_flight": [], "requests_made": 0,
+        "tracker": SimpleNamespace(phase=lambda text: None), "answer_s": 0.2, "in_flight": [], "in_hand": [], "requests_made": 0,
         "stream": SimpleNamespace(state=dict), "checkpoints": SimpleNamespace(save=Stuck().hang),
     }  # fmt: skip
     return Loop(**values | changed)
@@ -90,6 +90,10 @@ WAITS = {
     "the loop's request": (
         lambda: _result(loop(), Request(7, {}, [PROMPT], Stuck().generate([PROMPT], SamplingParams()), None)),
         "the sampler was still writing request 7", "timeouts.generate_s",
+    ),
+    "the task's prompts": (
+        lambda: _fill(loop(learner=SimpleNamespace(version=0), stream=SimpleNamespace(state=dict, take=Stuck().hang))),
+        "the task was still making its prompts", "timeouts.load_s",
     ),
     "the rehearsal's request": (
         lambda: rehearse(loop(), [PROMPT]), "the sampler was still writing the rehearsal's request",
