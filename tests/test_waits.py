@@ -63,7 +63,8 @@ def loop(**changed):
     limits = dict.fromkeys(("generate_s", "update_s", "sync_s", "load_s"), 0.2)
     values = {field.name: None for field in dataclasses.fields(Loop)} | {
         "config": config(timeouts=limits), "sampler": Stuck(), "learner": Stuck(), "placement": FREE,
-        "tracker": SimpleNamespace(phase=lambda text: None), "answer_s": 0.2, "in_flight": [], "in_hand": [], "requests_made": 0,
+        "tracker": SimpleNamespace(phase=lambda text: None), "answer_s": 0.2, "in_flight": [], "in_hand": [],
+        "requests_made": 0,
         "stream": SimpleNamespace(state=dict), "checkpoints": SimpleNamespace(save=Stuck().hang),
     }  # fmt: skip
     return Loop(**values | changed)
