@@ -18,7 +18,7 @@ help:  ## this list
 
 setup: $(STAMP)  ## install everything into .venv (about 3 minutes)
 
-# Done anew only when pyproject.toml or this file has changed. The CPU build of torch comes first, by its exact
+# Done again only when pyproject.toml or this file has changed. The CPU build of torch comes first, by its exact
 # version: vLLM's CPU build asks for it, and it lies on PyTorch's CPU index where the usual index has it not.
 # torchvision and its kin come along as CUDA builds that break transformers beside a CPU torch; text needs none.
 $(STAMP): pyproject.toml Makefile
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 		|| { echo "setup: Python 3.11 to 3.13 is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@if ls .venv/.setup-* >/dev/null 2>&1 && ! test -e $@; then \
-		echo "setup: .venv holds the other build; it is made anew"; rm -rf .venv; fi
+		echo "setup: .venv holds the other build; it is made again"; rm -rf .venv; fi
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 ifeq ($(ACCEL),cpu)
 	@echo "setup: torch for the CPU"
@@ -57,10 +57,15 @@ test-fast: $(STAMP)  ## what needs neither vLLM nor Ray, but for some slow ones
 test-full: $(STAMP)  ## what test leaves out: two nodes (as root), every stop point, long searches for counterexamples
 	@NANOGRPO_TESTS=full $(TEST) -m "full or property" --durations=25 $(ARGS)
 
-lint: $(STAMP)  ## ruff and mypy
+# Words that had crept in for terms of the field: again, fix, transfer, fragment, share a prefix.
+WORDS := anew|mend|mends|mended|hand-overs?|crumbles?|strewn|slivers?|begins? alike|requests in work
+
+lint: $(STAMP)  ## ruff, mypy and a short list of words
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@! git grep -nwiE '$(WORDS)' -- '*.py' '*.md' '*.toml' ':!CHANGELOG.md' \
+		|| { echo "lint: these words have plainer ones (see Makefile)"; exit 1; }
 
 bench: $(STAMP)  ## the benchmarks in tests/benchmarks, side by side (ARGS="a b --quick": some of them, or a quick look)
 	@$(BIN)/python -m tests.benchmarks $(ARGS)

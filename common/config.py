@@ -212,8 +212,8 @@ class LearnerConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "adamw_8bit", "adamw_4bit", "adafactor", "muon"] = "adamw"
-    """adamw: two float32 averages a weight; adamw_8bit and adamw_4bit: the same in 8 or 4 bits (torchao); adafactor:
-    one average a row and a column (arXiv 1804.04235); muon: one average a weight, its update orthogonalised, for
+    """adamw: two float32 moments a weight; adamw_8bit and adamw_4bit: the same in 8 or 4 bits (torchao); adafactor:
+    one moment a row and a column (arXiv 1804.04235); muon: one moment a weight, its update orthogonalised, for
     matrices inside the layers, AdamW for the rest (arXiv 2502.16982)."""
     master: Literal["float32", "stochastic"] = "float32"
     """float32: the optimizer steps a float32 copy of bfloat16 weights; stochastic: it steps the bfloat16 weights
@@ -222,13 +222,13 @@ class OptimizerConfig(Section):
     lr: Positive = 1e-6
     """Peak learning rate."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    """Decay of the averages of the gradient and of its square."""
+    """Decay of the moments of the gradient and of its square."""
     eps: Positive = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay; not on biases and norms."""
     offload: Free[bool] = False
-    """GPU only: keep the float32 masters, gradients and AdamW's averages (16 bytes a weight) in host memory and step
+    """GPU only: keep the float32 masters, gradients and AdamW's moments (16 bytes a weight) in host memory and step
     there; the card then holds little more than the weights and the activations."""
     max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this global norm. 0 is off."""
@@ -290,7 +290,7 @@ class MemoryConfig(Section):
     """Before the first step the longest possible completions and the largest pack go through sampler, learner and sync,
     with nothing kept, so that memory runs out in the first minute or never."""
     offload_while_sampling: bool = False
-    """One GPU for both sides: the learner's weights, masters and averages wait in host memory while the sampler
+    """One GPU for both sides: the learner's weights, masters and moments wait in host memory while the sampler
     works."""
 
 

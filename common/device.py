@@ -68,7 +68,7 @@ def set_threads(threads: int) -> int:
 
 
 def _keep_few_kernels() -> None:
-    """By default torch and oneDNN keep 1024 compiled products each, about 0.6 GiB, and they are strewn over the heap:
+    """By default torch and oneDNN keep 1024 compiled products each, about 0.6 GiB, and they fragment the heap:
     a learner of SmolLM2-135M grew by 30 MiB a step for it, and its peak from 4.1 to 5.0 GiB within 16 steps. A pass
     needs some hundred, each once a layer, and making one takes a millisecond. What the user has set stays."""
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
@@ -95,7 +95,7 @@ def release(device: str) -> None:
     """Hands cached, unused memory back: to the driver on a GPU; on a CPU to the system, once the process has grown.
 
     Freed blocks are kept there (``set_threads``) and the next step uses them again: handing them back after every step
-    cost up to a third of it. But they crumble, and the process would grow by a little with each step.
+    cost up to a third of it. But the heap fragments, and the process would grow a little with each step.
     """
     if device != "cpu":
         torch.cuda.empty_cache()

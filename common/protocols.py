@@ -90,7 +90,7 @@ class Sampler(Protocol):
     for many machines:
 
     - ``free_options: frozenset[str]``: its options that only move memory or time; a resumed run may have others.
-    - ``check_weights(fingerprint: str) -> list[str]``: one sentence for each tensor of the last hand-over, whose
+    - ``check_weights(fingerprint: str) -> list[str]``: one sentence for each tensor of the last transfer, whose
       fingerprint is given, that is not stored as it arrived, and for each that changed without being sent. It compares
       what the engine computes with now, and not what passed by on its way in: the probe cannot see a small part that
       stayed old.
@@ -172,7 +172,7 @@ class Learner(Protocol):
     def perturbed(self, seed: int) -> AbstractContextManager[None]:
         """Inside, every published weight carries seeded noise large enough to move the log-probs; outside, none does.
 
-        The challenge of the sync's proof: a sampler that drops any part of a hand-over cannot follow it.
+        The challenge of the sync's proof: a sampler that drops any part of a transfer cannot follow it.
         """
         ...
 

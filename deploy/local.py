@@ -38,7 +38,7 @@ AT_ONCE = 256  # completions in flight at most, for a sampler back end that does
 
 
 class Sleeps(Protocol):
-    def sleep(self, part: Literal["averages", "all"] = "all") -> None: ...
+    def sleep(self, part: Literal["moments", "all"] = "all") -> None: ...
 
     def wake(self, part: Literal["weights", "all"] = "all") -> None: ...
 
@@ -72,7 +72,7 @@ class SharedDevice:
     @contextlib.contextmanager
     def syncing(self) -> Iterator[None]:
         with self._limit("learner", "making room for a sync"):
-            self.learner.sleep("averages")
+            self.learner.sleep("moments")
             self.learner.wake("weights")
         with self._limit("sampler", "taking its memory"):
             self.sampler.wake("weights")

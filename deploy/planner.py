@@ -344,7 +344,7 @@ class Planner:
         shape, parts = self._shape_of(config), parts_of(learner, "load", True)
         base = {"process and libraries": PROCESS_GPU}
         if config.optimizer.offload:
-            trained = learner.parameters_trained  # a master, a gradient and two averages, float32 each
+            trained = learner.parameters_trained  # a master, a gradient and two moments, float32 each
             base |= {"float32 masters": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
         parked = {}
         if config.memory.offload_while_sampling:  # the copies are kept from one time to the next
@@ -387,7 +387,7 @@ class Planner:
         return DevicePlan(place, phases, (*notes, *more), sampler.get("KV cache", 0), token, short)
 
     def _learner_alone(self, config: Config, learner: LearnerMemory) -> DevicePlan:
-        """One rank. Ranks divide weights, masters, gradients and averages; a layer at a time is whole."""
+        """One rank. Ranks divide weights, masters, gradients and moments; a layer at a time is whole."""
         ranks, gpu = config.cluster.learner_ranks, self.place.gpu
         base = {"CUDA context": CONTEXT} if gpu else {"process and libraries": PROCESS_CPU}
 

@@ -89,7 +89,7 @@ class SamplerPool:
         self._config, self._start, self._say, self._end = config, start, say, end
         self._setup, self._vocabulary, self._restarts = setup, vocabulary, restarts
         self._lock = threading.Condition(threading.RLock())
-        self._weights = threading.Lock()  # one hand-over at a time
+        self._weights = threading.Lock()  # one transfer at a time
         self._replicas: list[_Replica] = []
         self._starting: set[int] = set()
         self._resting: set[int] = set()  # places without room, tried again at each sync
@@ -239,7 +239,7 @@ class SamplerPool:
         """Nothing; see ``sleep``."""
 
     def forget(self) -> None:
-        """Drops every request in work, and the weights offered: the learner goes back to a checkpoint."""
+        """Drops every request in flight, and the weights offered: the learner goes back to a checkpoint."""
         with self._weights, self._lock:
             self._offer = self._lost_learner = None
             self._queue.clear()
@@ -349,7 +349,7 @@ class SamplerPool:
                     self._lose(replica, f"{replica.member.place} was still writing after {limit_s:g} s")
 
     def _drain(self) -> None:
-        """Until nothing is in work: weights never touch an earlier request. Units that no replica can work on, all
+        """Until nothing is in flight: weights never touch an earlier request. Units that no replica can work on, all
         being without weights, wait for the new ones instead."""
         timeouts = self._config.timeouts
         # Every loss, and every unit, has a limit of its own; this is their sum.

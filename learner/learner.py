@@ -354,7 +354,7 @@ class TorchLearner:
 
     def rehearse(self, groups: Sequence[Group]) -> None:
         """The largest pack that groups of these prompts can make, every completion ``max_tokens`` long, through
-        forward, backward and optimizer at rate 0. Weights, averages, version and random state are as before, bit for
+        forward, backward and optimizer at rate 0. Weights, moments, version and random state are as before, bit for
         bit."""
         rehearsal.rehearse(self, groups)
 
@@ -440,12 +440,12 @@ class TorchLearner:
         if not self._config.memory.offload_while_sampling or self._blank:
             return Parked(()), Parked(())
         weights = Parked(t for model in (self._model, self._reference) if model for t in models.stored(model))
-        averages = (t for t in self._optimizer.state().values() if t.device.type == torch.device(self._device).type)
-        return weights, Parked(averages, besides=weights)
+        moments = (t for t in self._optimizer.state().values() if t.device.type == torch.device(self._device).type)
+        return weights, Parked(moments, besides=weights)
 
-    def sleep(self, part: Literal["averages", "all"] = "all") -> None:
+    def sleep(self, part: Literal["moments", "all"] = "all") -> None:
         """Gives unused device memory back while the sampler works; with memory.offload_while_sampling the optimizer's
-        averages and masters, or all that is held, wait on the host until ``wake``."""
+        moments and masters, or all that is held, wait on the host until ``wake``."""
         self._averages.park()
         if part == "all":
             self._weights.park()
@@ -461,7 +461,7 @@ class TorchLearner:
 
     @collective("saving")
     def save(self, folder: Path) -> None:
-        """Masters (or weights) and averages in ``folder``: ``state.safetensors``, or each rank's slices in a file
+        """Masters (or weights) and moments in ``folder``: ``state.safetensors``, or each rank's slices in a file
         of its own; the version in ``learner.json``. Any number of ranks can read them."""
         state = {name: self._weights.held(self._averages.held(t)) for name, t in self._optimizer.state().items()}
         try:

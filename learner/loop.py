@@ -181,7 +181,7 @@ def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Before the first step: the longest request through the sampler, the largest pack through the learner, a sync, and
     a checkpoint to the disk.
 
-    Nothing is kept: weights, averages, version, data stream and requests are those of a run without it, bit for bit.
+    Nothing is kept: weights, moments, version, data stream and requests are those of a run without it, bit for bit.
     ``prompts`` are the run's; the longest are taken. Returns seconds, the checkpoint's bytes, and the peak in GiB.
     Raises ``OutOfMemory``, and ``RunFailure`` when the disk is full.
     """

@@ -223,9 +223,9 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, on_cpu: bool) -> 
     ledger.watch("weights", [*models.stored(model), *model.buffers()])
     if learner._reference is not None:
         ledger.watch("reference", models.stored(learner._reference))
-    masters, averages = _optimizer_tensors(optimizer)
+    masters, moments = _optimizer_tensors(optimizer)
     ledger.watch("host masters" if offload else "float32 masters", masters)
-    ledger.watch("host averages" if offload else "optimizer", averages)
+    ledger.watch("host moments" if offload else "optimizer", moments)
     _still_where_fused(optimizer, on_cpu)
     learner._optimizer = _Phased(optimizer, ledger)  # type: ignore[assignment]
     groups = longest_groups(config, prompt_tokens)
@@ -401,7 +401,7 @@ def _vocabulary(model: Any) -> int:
 
 
 def _optimizer_tensors(optimizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The float32 copies that the optimizer steps, and its averages: what its ``state`` names."""
+    """The float32 copies that the optimizer steps, and its moments: what its ``state`` names."""
     state = optimizer.state()
     masters = [value for name, value in state.items() if name.endswith("/master")]
     return masters, [value for name, value in state.items() if not name.endswith(("/master", "/weight"))]

@@ -71,13 +71,13 @@ class MasterOptimizer:
     """``config.name`` over named parameters. float32 ones are their own masters, as bfloat16 ones are with
     ``config.master == "stochastic"``.
 
-    - adamw: arXiv 1711.05101, torch's fused one; adamw_8bit and adamw_4bit: its averages in blocks of 256 (arXiv
+    - adamw: arXiv 1711.05101, torch's fused one; adamw_8bit and adamw_4bit: its moments in blocks of 256 (arXiv
       2110.02861) or 128 (arXiv 2309.01507) values with a scale each, by torchao;
     - adafactor: arXiv 1804.04235 as torch has it: its step is ``lr`` times the weight's own root mean square;
     - muon: arXiv 2502.16982 for the parameters named in ``matrices``, its step scaled to AdamW's so that ``lr`` fits
       both, and AdamW for the rest.
 
-    A parameter that is sliced over ranks (a DTensor; adamw only) stays so, with its averages and in ``state``; ``clip``
+    A parameter that is sliced over ranks (a DTensor; adamw only) stays so, with its moments and in ``state``; ``clip``
     is then a collective. What rounds at random is seeded by ``seed`` and the number of steps done, so that a restored
     optimizer goes on as if it had never stopped.
     """
@@ -178,7 +178,7 @@ class MasterOptimizer:
                     parameter.copy_(master)
 
     def reset(self) -> None:
-        """Averages and the count of steps as before the first step; masters and weights stay."""
+        """Moments and the count of steps as before the first step; masters and weights stay."""
         self.zero_grad()
         self._steps = 0
         with torch.no_grad():
@@ -188,7 +188,7 @@ class MasterOptimizer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Of each parameter ``NAME/master`` (``NAME/weight`` where the model's own bfloat16 weight is stepped), its
-        averages and its count of steps, as flat named tensors, lent; an average held in few bits is its codes and its
+        moments and its count of steps, as flat named tensors, lent; a moment held in few bits is its codes and its
         scales (``NAME/exp_avg.codes``, ``.scale``)."""
         tensors: dict[str, torch.Tensor] = {}
         for name, (_, master) in self._pairs.items():
@@ -203,7 +203,7 @@ class MasterOptimizer:
         return {key: own[key] for key in names if key in own}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Undo of ``state``; asserts that every parameter is there. What has no averages there gets blank ones."""
+        """Undo of ``state``; asserts that every parameter is there. What has no moments there gets blank ones."""
         own = self.state()
         with torch.no_grad():
             for name, (_, master) in self._pairs.items():

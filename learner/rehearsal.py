@@ -58,9 +58,9 @@ def largest_pack(
     be left over for another pass. The last completion is shortened to fit: a step whose other completions are shorter
     fills a pack just so.
 
-    When packed, prompts may begin alike to any length, and the more they do the more of a pass are completions: so all
-    groups get the longest one's prompt, and as far as that leaves room prompts of their own. Completions have nothing
-    in common.
+    When packed, prompts may share a prefix of any length, and the longer it is the more of a pass are completions: so
+    all groups get the longest one's prompt, and as far as that leaves room prompts of their own. Completions share
+    nothing.
     """
     if not packed:
         return _largest_padded(groups, budget_tokens)
@@ -136,7 +136,7 @@ def at_rate_zero(config: Config) -> Config:
 
 @contextlib.contextmanager
 def untouched(learner: TorchLearner) -> Iterator[None]:
-    """Inside, the learner works at rate 0; afterwards its weights, averages, version and random state are what they
+    """Inside, the learner works at rate 0; afterwards its weights, moments, version and random state are what they
     were."""
     config, version = learner._config, learner.version
     learner._config = at_rate_zero(config)

@@ -10,10 +10,10 @@ Everything that depends on vLLM's ways is in this file:
 - over several devices the shards live in worker processes, which take the weights from a folder in shared memory;
 - a tied output head is untied and sent explicitly: ``reload_weights`` leaves a tied head at its old values;
 - on the CPU a request cannot carry a seed, so the generator that all draw from is seeded before the request: there
-  a seed fixes a request only while no other is in work;
+  a seed fixes a request only while no other is in flight;
 - on the CPU the cache's block is 32 tokens, the least it takes, so that short prompts are shared in a group (the
   default of 128 shares only longer ones), and what a prompt has beyond its last whole block is copied
-  (``shared_prompts.py``) where vLLM would compute it for each completion anew;
+  (``shared_prompts.py``) where vLLM would compute it for each completion again;
 - on the CPU vLLM would spend a twelfth of its time on log-probs of the whole vocabulary and on the rank of the token
   drawn; it is made to compute the one log-prob that is asked for;
 - on the CPU experts are packed when their kernel is made, so that each reload has to make it again
@@ -161,7 +161,7 @@ class VllmSampler:
         self.check_options(options)
         if setup.in_flight_updates and setup.adapter is not None:
             raise UserError(
-                "sampler.in_flight_updates=true cannot be had with an adapter, because a completion in work keeps its "
+                "sampler.in_flight_updates=true cannot be had with an adapter: a completion in flight keeps its "
                 "own; set it to false, or model.lora_rank to 0"
             )
         import vllm
@@ -171,10 +171,10 @@ class VllmSampler:
         self.seeds_prompts = not self._on_cpu
         self._asleep = False
         self._broken = ""  # what went wrong in a step, after which the engine is not to be trusted
-        self._torn = ""  # says that a hand-over of weights stopped half-way; the next one mends it
+        self._torn = ""  # says that a transfer of weights stopped half-way; the next one fixes it
         self._adapter: Any = None  # the LoRARequest served now
         self._adapter_count = 0
-        self._arrived = Arrived()  # in the last hand-over
+        self._arrived = Arrived()  # in the last transfer
         self._numbers = itertools.count()
         self._open: dict[str, tuple[Answer, int]] = {}  # by the engine's request id: whose, and which of its prompts
         self._model: dict[str, Any] = json.loads((Path(setup.model_folder) / "config.json").read_text())
@@ -262,9 +262,9 @@ class VllmSampler:
         )
 
     def pump(self) -> bool:
-        """One step of the engine for every request in work; says whether any is left.
+        """One step of the engine for every request in flight; says whether any is left.
 
-        Raises nothing: if the step fails, the future of every request in work holds a ``RunFailure``.
+        Raises nothing: if the step fails, the future of every request in flight holds a ``RunFailure``.
         """
         if not self._open:
             return False
@@ -326,7 +326,7 @@ class VllmSampler:
         finally:
             if swapping:
                 self._llm.wake_up(tags=["scheduling"])
-        # What requests in work have cached is dropped too: they compute all their tokens anew, with these weights.
+        # What requests in flight have cached is dropped too: they compute all their tokens again, with these weights.
         self._forget(swapping)
         self._llm.llm_engine.set_weight_version(str(version))
         self._torn, self._arrived = "", arrived
@@ -337,7 +337,7 @@ class VllmSampler:
         self._alive()
         arrived = self._arrived
         if arrived.digest() != fingerprint:
-            return ["the hand-over was not completed"]
+            return ["the transfer was not completed"]
         if arrived.adapter_config is not None:
             served = 0 if self._adapter is None else self._adapter.lora_int_id
             found = self._llm.collective_rpc(_adapter_faults, args=(served, arrived))
@@ -423,7 +423,7 @@ class VllmSampler:
         raise RunFailure("the vLLM sampler cannot empty its prefix cache: some of its blocks stay in use")
 
     def _drop(self, why: str, error: BaseException) -> None:
-        """Ends every request in work with a ``RunFailure``."""
+        """Ends every request in flight with a ``RunFailure``."""
         open_, self._open = self._open, {}
         for answer in {answer for answer, _ in open_.values()}:
             failure = RunFailure(why)
@@ -656,7 +656,7 @@ def _chosen_only(logits_NV: torch.Tensor, num_logprobs: int, token_ids: torch.Te
 
 def _embed_only(worker: Any) -> None:
     """On the CPU, where the output head is a layer of its own: vLLM packs the input embedding for products, too, and
-    does so anew at every reload. It is only looked up in, and as large as the head."""
+    does so again at every reload. It is only looked up in, and as large as the head."""
     from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 
     class LookUp(vocabulary.UnquantizedEmbeddingMethod):

@@ -18,7 +18,7 @@ MIXED = [(5, [3, 1, 7]), (30, [20, 2]), (1, [4]), (12, [1, 1])]
 
 
 def make_rows(sizes, seed=0, alphabet=VOCAB_SIZE):
-    """``sizes``: for each group (prompt length, completion lengths). Of a small alphabet many begin alike."""
+    """``sizes``: for each group (prompt length, completion lengths). Of a small alphabet many share a prefix."""
     draw = random.Random(seed)
     rows = []
     for prompt_length, lengths in sizes:

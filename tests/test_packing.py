@@ -98,7 +98,7 @@ SIZES = st.lists(
 @example([(9, [0, 0]), (4, [0, 5]), (3, [0])], 200, "llama", VOCAB_SIZE)  # empty completions; groups of nothing else
 @example([(9, [0, 0])], 200, "llama", VOCAB_SIZE)
 @example([(30, [4] * 32)], 4096, "llama", VOCAB_SIZE)  # a large group
-@example([(30, [4] * 32)], 4096, "gemma2", 2)  # many the same, and many that begin alike
+@example([(30, [4] * 32)], 4096, "gemma2", 2)  # many the same, and many that share a prefix
 @example([(9, [5, 5, 5])], 4096, "llama", 1)  # all the same
 @example([(9, [5, 7]), (12, [3]), (10, [1, 9])], 4096, "mistral", 1)  # completions that go on like other prompts
 @example([(500, [3, 0, 9]), (2, [4]), (499, [1])], 4096, "llama", VOCAB_SIZE)  # a long and a short prompt in a pack

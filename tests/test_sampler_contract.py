@@ -123,7 +123,7 @@ class IgnoresWeights(HfSampler):
 
 
 class DropsNorms(HfSampler):
-    """Loses a few small tensors of each hand-over."""
+    """Loses a few small tensors of each transfer."""
 
     def _load_full(self, tensors: Any) -> None:
         held = {name: tensor.clone() for name, tensor in self._parameters.items() if "layernorm" in name}
@@ -534,7 +534,7 @@ class FirstAdapterOnly(HfSampler):
 
 
 class ChecksWithTheFirst(HfSampler):
-    """Takes the weights, and goes on comparing them with those of its first hand-over."""
+    """Takes the weights, and goes on comparing them with those of its first transfer."""
 
     first: Any = None
 

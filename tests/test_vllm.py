@@ -1,4 +1,4 @@
-"""Real vLLM: the whole path of the weights and the defects of it that the proof must catch, several requests in work at
+"""Real vLLM: the whole path of the weights and its defects that the proof must catch, several requests in flight at
 once, weights swapped under them, and what happens when the engine fails."""
 
 import gc
@@ -185,7 +185,7 @@ def test_the_log_prob_of_the_token_drawn_is_bit_for_bit_that_of_the_whole_vocabu
     assert got.logprob_token_ids[:, 0].tolist() == token_ids.tolist()
 
 
-# -- requests in work --------------------------------------------------------------------------------------------------
+# -- requests in flight ------------------------------------------------------------------------------------------------
 
 # Longer than a block of the cache, so that its beginning is found there again.
 PROMPTS = [Prompt(f"p{index}", (), token_ids=tuple(range(20 + index, 70 + 9 * index))) for index in range(3)]
@@ -246,8 +246,8 @@ def check_against_computed_anew(sampler, groups):
     """The engine's own log-probs of the same tokens, each sequence read at once."""
     for group in groups:
         asked = [(*group.prompt.token_ids, *one.token_ids) for one in group.completions]
-        for one, anew in zip(group.completions, sampler.logprobs(asked), strict=True):
-            assert one.logprobs == pytest.approx(anew[-len(one.token_ids) :], abs=1e-4)
+        for one, again in zip(group.completions, sampler.logprobs(asked), strict=True):
+            assert one.logprobs == pytest.approx(again[-len(one.token_ids) :], abs=1e-4)
 
 
 def random_prompts(seed, lengths):
@@ -257,7 +257,7 @@ def random_prompts(seed, lengths):
 
 @pytest.mark.parametrize("lora", [0, 4])
 def test_a_prompt_is_computed_once_for_its_group(folder, closing, lora):
-    """Whatever its length against a block of the cache; and a copy is as good as what is computed anew."""
+    """Whatever its length against a block of the cache; and a copy is as good as what is computed again."""
     _, sampler, sync = make(folder, lora=lora)
     closing(sampler)
     sync()
@@ -284,7 +284,7 @@ def test_a_prompt_is_computed_once_for_its_group(folder, closing, lora):
 
 
 def test_sequences_put_off_for_want_of_cache_are_written_as_well(folder, closing):
-    """vLLM takes the blocks of some away and begins them anew when there is room."""
+    """vLLM takes the blocks of some away and begins them again when there is room."""
     per_token = cache_bytes_per_token(json.loads((folder / "config.json").read_text()), "float32")
     _, sampler, sync = make(folder, kv_cache_memory_bytes=9 * CPU_BLOCK * per_token)
     closing(sampler)
@@ -367,7 +367,7 @@ def lose_model(worker):
 
 
 def test_failures_reach_every_request_in_work(folder, closing):
-    """A hand-over cut off half-way, which the next one mends; a step that fails, which nothing mends; closing."""
+    """A transfer cut off half-way, which the next one fixes; a step that fails, which nothing fixes; closing."""
     sampler, truth, base = serve(folder, closing, in_flight_updates=True)
     params = SamplingParams(n=2, max_tokens=30, seed=1)
     ids = PROMPTS[0].token_ids

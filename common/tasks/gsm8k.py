@@ -299,7 +299,7 @@ def _load_files(source: str, files: list[Path]) -> Any:
     except Exception as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         listed = ", ".join(str(file) for file in files)
-        raise UserError(f"task.options.source={source!r}: {listed} cannot be read ({cause}); mend the file") from error
+        raise UserError(f"task.options.source={source!r}: {listed} cannot be read ({cause}); fix the file") from error
     finally:
         if not bars:
             datasets.enable_progress_bars()
