@@ -33,7 +33,7 @@ ifeq ($(ACCEL),cpu)
 	@$(PIP) install --quiet torch==2.13.0+cpu 2>/dev/null || $(PIP) install --quiet torch==2.13.0+cpu --index-url $(TORCH_CPU)
 endif
 	@echo "setup: vLLM, transformers and the rest"
-	@$(PIP) install --quiet --editable '.[$(ACCEL),ray,dev]'
+	@$(PIP) install --quiet --editable '.[$(ACCEL),all,ray,dev]'
 ifeq ($(ACCEL),cpu)
 	@$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 endif

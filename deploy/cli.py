@@ -284,8 +284,10 @@ def export(
 def report(run: RunDir) -> None:
     """Write report.html and report.png of a run: finished, stopped, killed or running."""
     with _in_sentences():
+        from deploy import extras
         from deploy import report as reports
 
+        extras.need("matplotlib", "report", "nanogrpo report", "read metrics.jsonl, which has the same numbers")
         if not (run / "config.toml").is_file():
             raise UserError(f"{str(run)!r} is no run folder (no config.toml in it); name one")
         for path in reports.build(run):

@@ -113,7 +113,9 @@ def software(found: dict[str, str]) -> Finding:
         return Finding("software", text, "wrong", f"install {', '.join(missing)}: make setup, or pip install '.[cpu]'")
     absent = [name for name in ("vllm", "ray") if not found[name]]
     if absent:
-        cure = f"for {' and '.join(absent)} run make setup, or pip install '.[cpu,ray]' ('.[gpu,ray]' with a GPU)"
+        cure = (
+            f"for {' and '.join(absent)} run make setup, or pip install '.[cpu,all,ray]' ('.[gpu,all,ray]' with a GPU)"
+        )
         return Finding("software", text, "warn", cure)
     return Finding("software", text)
 

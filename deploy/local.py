@@ -26,7 +26,7 @@ from common.tokenizer import Renderer, Room, end_of_sequence_ids, load_tokenizer
 from common.types import AdapterSpec, Prompt, SamplerSetup
 from common.waits import bounded
 from common.weights import FolderWeights
-from deploy import connection
+from deploy import connection, extras
 from learner import model as models
 from learner.evaluate import Evaluation, evaluate
 from learner.learner import TorchLearner
@@ -168,6 +168,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     # For a run on a cluster this process computes nothing; a model that is only asked is asked here.
     device = devices.pick(config.train.device if alone or not need_train else "cpu")
     config = settled(config)
+    extras.check(config, training=need_train)
     if config.train.max_staleness and alone:
         raise UserError(
             f"train.max_staleness={config.train.max_staleness} has no use here: sampler and learner share this process "

