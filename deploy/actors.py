@@ -35,8 +35,8 @@ from common.transport import Broadcast, CollectiveWeights
 from common.types import Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import InlineWeights, SharedMemoryWeights, shared_memory_folder
 from deploy import local
-from learner import model as models
 from learner.learner import TorchLearner
+from learner.model import for_sampler, resolve
 from learner.parallel import RankLost, Ranks
 
 log = logging.getLogger("nanogrpo.cluster")
@@ -117,8 +117,8 @@ class SamplerService:
         """Finds the model on this node and loads the back end."""
         self._open: dict[int, Any] = {}
         device = devices.pick(config.train.device)
-        folder = models.prepare(config.model)
-        base = models.sampler_base(folder, config.model, config.sampler.name, device)
+        folder = resolve.prepare(config.model)
+        base = for_sampler.sampler_base(folder, config.model, config.sampler.name, device)
         setup = dataclasses.replace(setup, **base, device=device, shares_device=False)
         self._device = device
         self._sampler = local.load_sampler(config, setup)
@@ -218,7 +218,7 @@ class LearnerService:
         _bind()
         device = devices.pick(config.train.device)
         devices.set_threads(config.train.threads or max(1, int(config.cluster.learner_cpus)))
-        folder = models.prepare(config.model)
+        folder = resolve.prepare(config.model)
         self._config, self._device = config, device
         self._stack = contextlib.ExitStack()
         self._ranks = Ranks.join(rank, size, url, device, timeout_s) if size > 1 else Ranks()

@@ -23,7 +23,7 @@ from common.errors import LearnerLost, RunFailure, UserError
 from deploy import connection
 from deploy.connection import Need
 from deploy.local import Parts, Prepared, sampler_setup, warn_if_slow
-from learner import model as models
+from learner.model import resolve
 
 log = logging.getLogger("nanogrpo.cluster")
 
@@ -56,7 +56,7 @@ def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator
 
     restarts = Restarts(config.cluster.max_restarts)
     setup = sampler_setup(ready, shares_device=False, threads=max(1, int(config.cluster.sampler_cpus)), base=False)
-    vocabulary = max(len(ready.tokenizer), models.vocabulary(ready.folder))
+    vocabulary = max(len(ready.tokenizer), resolve.vocabulary(ready.folder))
     pool = SamplerPool(
         config, lambda index: cluster.start_sampler(index, setup), setup, vocabulary, restarts, say, cluster.end
     )

@@ -18,8 +18,8 @@ from common.config import Config, build, load, reread
 from common.errors import UserError
 from common.weights import FolderWeights
 from learner import checkpoint
-from learner import model as models
 from learner.checkpoint import Checkpoints
+from learner.model import resolve
 
 
 def export_checkpoint(run: Path, step: int | None, merged: bool, out: Path | None) -> tuple[Path, int]:
@@ -97,7 +97,7 @@ def _config_at(run: Path, place: Path) -> Config:
 
 
 def _write(place: Path, config: Config, folder: Path, merged: bool) -> None:
-    base = models.prepare(config.model)
+    base = resolve.prepare(config.model)
     try:
         checkpoint.export(place, config, base, folder, merged)
     except FileNotFoundError:

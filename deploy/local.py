@@ -27,10 +27,10 @@ from common.types import AdapterSpec, Prompt, SamplerSetup
 from common.waits import bounded
 from common.weights import FolderWeights
 from deploy import connection, extras
-from learner import model as models
 from learner.evaluate import Evaluation, evaluate
 from learner.learner import TorchLearner
 from learner.loop import sampling_params
+from learner.model import adapters, for_sampler, loading, resolve
 from learner.optim import check as check_optimizer
 
 log = logging.getLogger("nanogrpo")
@@ -182,7 +182,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         )
     check_optimizer(config, config.cluster.learner_ranks)
     sandbox.command(config.task)
-    models.check(config.model, config.cluster.learner_ranks)
+    loading.check(config.model, config.cluster.learner_ranks)
     back_end = plugins.check("sampler", config.sampler.name, config.sampler.options, 1)
     if hasattr(back_end, "check_sampling"):
         back_end.check_sampling(sampling_params(config))
@@ -191,10 +191,10 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     task = plugins.find_task(config.task)
     if need_train and not any({**task.reward_weights, **config.task.reward_weights}.values()):
         raise UserError("task.reward_weights: every reward has weight 0, so there is nothing to learn; raise one")
-    folder = models.prepare(config.model)
-    models.check_files(folder, config.model)
+    folder = resolve.prepare(config.model)
+    loading.check_files(folder, config.model)
     tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
-    rows = models.vocabulary(folder)
+    rows = resolve.vocabulary(folder)
     shown = config.task
     renderer = Renderer(tokenizer, shown.prompt_format, shown.system_prompt, shown.template_options, rows)
     end_tokens = _end_tokens(folder, tokenizer, renderer, rows)
@@ -213,7 +213,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         return prompt
 
     room = Room(
-        config.sampler.max_tokens, models.context_tokens(folder), config.sampler.max_prompt_tokens,
+        config.sampler.max_tokens, resolve.context_tokens(folder), config.sampler.max_prompt_tokens,
         drop=config.task.long_prompts == "drop",
     )  # fmt: skip
     train = Prompts(len(asked), training_prompt)
@@ -232,7 +232,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         longest = []
     most = max((len(prompt.token_ids) for prompt in longest + kept), default=0)
     if need_train:
-        models.check_rope(folder, most, config.sampler.max_tokens)
+        resolve.check_rope(folder, most, config.sampler.max_tokens)
     return Prepared(
         config, folder, tokenizer, renderer, end_tokens, asked, train, kept, room, longest, most, device
     )  # fmt: skip
@@ -367,7 +367,7 @@ def sampler_setup(
     config = ready.config
     found = {"model_folder": str(ready.folder)}
     if base:
-        found = models.sampler_base(ready.folder, config.model, config.sampler.name, ready.device)
+        found = for_sampler.sampler_base(ready.folder, config.model, config.sampler.name, ready.device)
     adapter = None
     if adapter_folder is not None:
         described = dict(FolderWeights(str(adapter_folder)).adapter_config or {})
@@ -377,8 +377,8 @@ def sampler_setup(
                 "(final/merged, written with run.export_merged=true)"
             )
         adapter = AdapterSpec(int(described["r"]), described)
-    elif models.sends_adapter(config.model):
-        described = models.adapter_config(config.model, ready.folder).to_dict()
+    elif adapters.sends_adapter(config.model):
+        described = adapters.adapter_config(config.model, ready.folder).to_dict()
         adapter = AdapterSpec(config.model.lora_rank, described)
     wanted = max(
         config.train.prompts_per_step * config.train.group_size,

@@ -20,7 +20,7 @@ from common.errors import UserError
 from deploy import disk, local
 from deploy.planner import GIB, Plan, Planner, place_of, planner_of
 from deploy.solver import Proposal, largest, solve
-from learner import model as models
+from learner.model import resolve
 
 log = logging.getLogger("nanogrpo.plan")
 
@@ -41,7 +41,7 @@ def answer(
         proposal = solve(planner, plan, limit_s, say)
         return plan, [proposal] if proposal else [], {}
     limits: dict[str, int] = {}
-    longest = models.context_tokens(planner.folder) - planner.prompt_tokens
+    longest = resolve.context_tokens(planner.folder) - planner.prompt_tokens
     for key, most in (("sampler.max_tokens", longest), ("train.group_size", 1024)):
         say(f"looking for the largest {key}")
         limits[key] = largest(planner, plan, key, most, limit_s / 2)

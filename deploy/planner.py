@@ -26,8 +26,8 @@ from common.errors import UserError
 from common.types import AdapterSpec, SamplerSetup
 from deploy import local
 from learner import flex, memory
-from learner import model as models
 from learner.memory import LearnerMemory
+from learner.model import adapters, for_sampler, resolve
 from sampler import vllm as vllm_sampler
 
 GIB = 2**30
@@ -183,14 +183,14 @@ class Planner:
         return self._shape[key]
 
     def setup(self, config: Config) -> SamplerSetup:
-        adapter = AdapterSpec(config.model.lora_rank, {}) if models.sends_adapter(config.model) else None
+        adapter = AdapterSpec(config.model.lora_rank, {}) if adapters.sends_adapter(config.model) else None
         return SamplerSetup(
             model_folder=str(self.folder), dtype=config.model.dtype,
             max_model_tokens=self.prompt_tokens + config.sampler.max_tokens,
             max_sequences=min(local.at_once(config), config.train.prompts_per_step * config.train.group_size),
             device="gpu" if self.place.gpu else "cpu", shares_device=config.cluster.mode == "local", adapter=adapter,
             tensor_parallel=config.sampler.tensor_parallel,
-            quantize=models.sampler_quantize(
+            quantize=for_sampler.sampler_quantize(
                 self.folder, config.model, config.sampler.name, "gpu" if self.place.gpu else "cpu"
             ),
         )  # fmt: skip
@@ -483,7 +483,7 @@ def available() -> int:
 def model_folder(config: Config) -> Path:
     """A folder with the model's config.json; its weights need not be there."""
     folder = Path(config.model.name).expanduser()
-    return folder if (folder / "config.json").is_file() else models.prepare(config.model)
+    return folder if (folder / "config.json").is_file() else resolve.prepare(config.model)
 
 
 def longest_prompt(config: Config) -> int:

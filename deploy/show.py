@@ -19,7 +19,7 @@ from common.types import Group, Prompt
 from common.waits import bounded, result
 from deploy import local
 from learner.loop import sampling_params
-from learner.model import context_tokens
+from learner.model.resolve import context_tokens
 
 
 def sample(ready: local.Prepared, sampler: Sampler, prompts: Sequence[Prompt], n: int, greedy: bool) -> list[Group]:

@@ -17,7 +17,7 @@ from common.config import Config, changed
 from common.device import quick_dtype
 from common.errors import UserError
 from deploy.planner import Plan, Planner, batched_tokens
-from learner import model as models
+from learner.model import loading
 from learner.optim import check as check_optimizer
 
 Change = tuple[str, Any]
@@ -115,7 +115,7 @@ def allowed(config: Config, changes: Sequence[Change]) -> Config | None:
         settings["sampler.options"] = {**config.sampler.options, **options}
     try:
         made = changed(config, settings)
-        models.check(made.model, made.cluster.learner_ranks)
+        loading.check(made.model, made.cluster.learner_ranks)
         check_optimizer(made, made.cluster.learner_ranks)
     except UserError:
         return None

@@ -18,7 +18,7 @@ from common.config import Config
 from common.device import dtype_of
 from common.errors import UserError
 from common.protocols import Learner
-from learner import model as models
+from learner.model import adapters, loading, saving
 from learner.parallel import Ranks, read_state, shapes_in
 
 log = logging.getLogger("nanogrpo.checkpoint")
@@ -116,12 +116,12 @@ def export(checkpoint: Path, config: Config, base: Path, out: Path, merged: bool
     """
     adapter = config.model.lora_rank > 0
     # A base in 4 bits on shapes alone cannot be asked for its state, and only a merge needs its numbers.
-    model = models.load(base, config.model.model_copy(update={"quantize": "off"}), "meta", blank=True)
+    model = loading.load(base, config.model.model_copy(update={"quantize": "off"}), "meta", blank=True)
     if merged or (not adapter and any(_kept_buffers(model))):
-        model = models.load(base, config.model, "cpu")
+        model = loading.load(base, config.model, "cpu")
     model.requires_grad_(not adapter)
     if adapter:
-        model = models.add_adapter(model, config.model, base, config.train.seed)
+        model = adapters.add_adapter(model, config.model, base, config.train.seed)
     shapes = shapes_in(checkpoint)
     for name, parameter in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         key = next((key for key in (f"{name}/master", f"{name}/weight") if shapes.get(key) == parameter.shape), "")
@@ -131,8 +131,8 @@ def export(checkpoint: Path, config: Config, base: Path, out: Path, merged: bool
         read_state({key: value}, checkpoint)
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value.to(parameter.dtype), requires_grad=False)
-    models.causal_of(model).tie_weights()
-    models.export(model, base, out, merged, dtype_of(config.model.dtype), Ranks())
+    loading.causal_of(model).tie_weights()
+    saving.export(model, base, out, merged, dtype_of(config.model.dtype), Ranks())
 
 
 def _kept_buffers(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from common.errors import RunFailure
-from learner.model import causal_of, looks_both_ways, ropes
+from learner.model.loading import causal_of, looks_both_ways
+from learner.model.resolve import ropes
 from learner.packing import Pack, Row, plan
 from learner.parallel import is_lost
 

@@ -28,8 +28,8 @@ from common.errors import RunFailure, UserError
 from common.types import Group
 from common.weights import InProcessWeights
 from learner import attention, families, losses, rehearsal
-from learner import model as models
 from learner.logprobs import Drawn, from_logits, learn, score
+from learner.model import adapters, loading, nf4, saving
 from learner.optim import MasterOptimizer, Parked, learning_rate
 from learner.optim import check as check_optimizer
 from learner.packing import Pack, Row, plan, share
@@ -85,7 +85,7 @@ class TorchLearner:
         self._config, self._folder, self._device, self._ranks = config, folder, device, ranks
         self._dtype = dtype_of(config.model.dtype)
         self._lora, self._blank = config.model.lora_rank > 0, blank
-        models.check(config.model, ranks.size)
+        loading.check(config.model, ranks.size)
         check_optimizer(config, ranks.size)
         if ranks.size > 1 and config.optimizer.offload:
             raise UserError(
@@ -96,49 +96,49 @@ class TorchLearner:
         self._plain = Drawn(chunk=config.learner.head_tokens)
         self._drawn = Drawn(sampler.temperature, sampler.top_p, sampler.top_k, config.learner.head_tokens)
         self._model: Any = self._loaded(adapter=self._lora)
-        if not models.sends_adapter(config.model) or config.run.export_merged:
-            models.check_names(self._model)
-        for sentence in [] if blank or ranks.rank else models.left_out(self._model, config.model):
+        if not adapters.sends_adapter(config.model) or config.run.export_merged:
+            saving.check_names(self._model)
+        for sentence in [] if blank or ranks.rank else adapters.left_out(self._model, config.model):
             log.warning("%s", sentence)
         self._reference: Any = None
         if config.learner.kl_coef > 0 and not self._lora:
             self._reference = self._loaded(adapter=False, trained=False)
-        self._kind_of = families.kind_of_length(models.causal_of(self._model).config)
+        self._kind_of = families.kind_of_length(loading.causal_of(self._model).config)
         if not blank:
             with lost_in_words(ranks.rank, "loading"):
                 self._check_forward()
-            models.try_export(self._model, folder, ranks)
+            saving.try_export(self._model, folder, ranks)
         self.packed = self._choose_packing()
         if config.learner.gradient_checkpointing:
-            models.checkpoint_layers(self._model)
-        compiled = models.compiles(config.learner.compile, device)
+            loading.checkpoint_layers(self._model)
+        compiled = loading.compiles(config.learner.compile, device)
         if compiled and not blank:
-            models.compile_layers(self._model)
+            loading.compile_layers(self._model)
         trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         self._optimizer = MasterOptimizer(
-            trained, config.optimizer, matrices=models.layer_matrices(self._model), seed=config.train.seed,
+            trained, config.optimizer, matrices=loading.layer_matrices(self._model), seed=config.train.seed,
             compiled=device != "cpu" or compiled,
         )  # fmt: skip
         self._held = [p for _, p in trained if not isinstance(p, DTensor)]
         assert ranks.size == 1 or all(p.dtype == torch.float32 for p in self._held), "their gradients would be missed"
         self._weights, self._averages = self._parts()
         self.parameters_trained = sum(p.numel() for _, p in trained)
-        self.parameters_total = sum(models.weights_in(p) for p in self._model.parameters())
+        self.parameters_total = sum(nf4.weights_in(p) for p in self._model.parameters())
 
     def _loaded(self, adapter: bool, trained: bool = True) -> Any:
         """The model on the device; among ranks it is read into host memory, and only its slices go to the device."""
         config, ranks = self._config, self._ranks
-        model = models.load(self._folder, config.model, self._device if ranks.size == 1 else "cpu", blank=self._blank)
+        model = loading.load(self._folder, config.model, self._device if ranks.size == 1 else "cpu", blank=self._blank)
         model.requires_grad_(trained and not adapter)
         if adapter:
-            model = models.add_adapter(model, config.model, self._folder, config.train.seed)
+            model = adapters.add_adapter(model, config.model, self._folder, config.train.seed)
         held = [p for p in model.parameters() if p.requires_grad] if adapter else []
-        ranks.shard(models.causal_of(model), self._dtype, held)
+        ranks.shard(loading.causal_of(model), self._dtype, held)
         return model
 
     def _score(self, model: Any, pack: Pack, drawn: Drawn | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [K] of the distribution that the sampler draws from, unless told otherwise."""
-        return forward(models.causal_of(model), lambda: score(model, pack.to(self._device), drawn or self._drawn))
+        return forward(loading.causal_of(model), lambda: score(model, pack.to(self._device), drawn or self._drawn))
 
     def _choose_packing(self) -> bool:
         wish = self._config.learner.packing
@@ -151,7 +151,7 @@ class TorchLearner:
                 if self._ranks.most(int(bool(why))):  # or ranks might choose apart
                     why = why or "another rank's packed log-probs are wrong"
         if why and wish == "packed":
-            family = models.causal_of(self._model).config.model_type
+            family = loading.causal_of(self._model).config.model_type
             raise UserError(
                 f"learner.packing='packed' but this {family!r} model cannot be packed: {why}; "
                 "use learner.packing='auto'"
@@ -191,7 +191,7 @@ class TorchLearner:
             batch.reference_BT = self._reference_logprobs(passes, batch)
         metrics: dict[str, float] = {}
         try:
-            with models.training(self._model):
+            with loading.training(self._model):
                 for inner in range(learner.inner_updates):
                     metrics = self._step(passes, batch, inner)
         finally:
@@ -268,7 +268,7 @@ class TorchLearner:
             at = (pack.row_K[part], pack.column_K[part])
             return self._loss(batch, logprob_C[:, None], entropy_C[:, None], lambda values_BT: values_BT[at][:, None])
 
-        causal = models.causal_of(self._model)
+        causal = loading.causal_of(self._model)
         return losses.total_stats(forward(causal, lambda: learn(self._model, pack, loss_of, self._drawn)))
 
     def _loss(
@@ -367,11 +367,11 @@ class TorchLearner:
         """
         self.wake("weights")
         if not self._lora:
-            return InProcessWeights("full", lambda: self._gathered(models.full_tensors))
-        if merged or not models.sends_adapter(self._config.model):
-            return InProcessWeights("full", lambda: self._gathered(models.merged_tensors))
-        described = models.adapter_dict(self._model)
-        return InProcessWeights("adapter", lambda: iter(models.adapter_tensors(self._model).items()), described)
+            return InProcessWeights("full", lambda: self._gathered(saving.full_tensors))
+        if merged or not adapters.sends_adapter(self._config.model):
+            return InProcessWeights("full", lambda: self._gathered(saving.merged_tensors))
+        described = adapters.adapter_dict(self._model)
+        return InProcessWeights("adapter", lambda: iter(adapters.adapter_tensors(self._model).items()), described)
 
     def _gathered(
         self, tensors: Callable[[Any, torch.dtype], Iterator[tuple[str, torch.Tensor]]]
@@ -425,7 +425,7 @@ class TorchLearner:
             down = layer.lora_A["default"].weight
             # The spread of scaling x B x A for B ~ 1.
             update = layer.scaling["default"] * math.sqrt(len(down)) * float(down.float().std())
-            base = float(whole(models.dense(layer.base_layer.weight)).float().std())
+            base = float(whole(nf4.dense(layer.base_layer.weight)).float().std())
             return NOISE * base / max(update, 1e-12)
         if ".lora_magnitude_vector." in name:  # of rows of much the same length: their spread would be no noise
             return NOISE * float(parameter.float().abs().mean())
@@ -439,7 +439,7 @@ class TorchLearner:
         unless memory.offload_while_sampling asks for it."""
         if not self._config.memory.offload_while_sampling or self._blank:
             return Parked(()), Parked(())
-        weights = Parked(t for model in (self._model, self._reference) if model for t in models.stored(model))
+        weights = Parked(t for model in (self._model, self._reference) if model for t in nf4.stored(model))
         moments = (t for t in self._optimizer.state().values() if t.device.type == torch.device(self._device).type)
         return weights, Parked(moments, besides=weights)
 
@@ -503,7 +503,7 @@ class TorchLearner:
     @collective("exporting")
     def export(self, folder: Path, merged: bool = False) -> None:
         self.wake("weights")
-        models.export(self._model, self._folder, folder, merged, self._dtype, self._ranks)
+        saving.export(self._model, self._folder, folder, merged, self._dtype, self._ranks)
 
 
 def _named(stats: dict[str, float]) -> dict[str, float]:

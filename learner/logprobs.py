@@ -23,7 +23,7 @@ from torch import nn
 from common.logits import process
 from learner.attention import NAME
 from learner.families import behind_head, decoder_of, head_of, plain_attention, reset_rope
-from learner.model import causal_of
+from learner.model.loading import causal_of
 from learner.packing import Pack
 
 ROWS = 32  # of a chunk that the CPU works on at once: their float32 logits then stay in its cache

@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_flatten
 
 from common.config import Config
 from learner import families, logprobs, packing
-from learner import model as models
 from learner.learner import TorchLearner
+from learner.model import loading, nf4
 from learner.packing import Row
 from learner.rehearsal import largest_pack, longest_groups, repeated, untouched
 
@@ -220,9 +220,9 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, on_cpu: bool) -> 
     optimizer._stochastic = optimizer._compiled = False  # no random state here, and nothing to compile
     ledger = Ledger(_vocabulary(model), offload)
     ledger.trained = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
-    ledger.watch("weights", [*models.stored(model), *model.buffers()])
+    ledger.watch("weights", [*nf4.stored(model), *model.buffers()])
     if learner._reference is not None:
-        ledger.watch("reference", models.stored(learner._reference))
+        ledger.watch("reference", nf4.stored(learner._reference))
     masters, moments = _optimizer_tensors(optimizer)
     ledger.watch("host masters" if offload else "float32 masters", masters)
     ledger.watch("host moments" if offload else "optimizer", moments)
@@ -337,13 +337,13 @@ class Shape:
 
 
 def shape_of(config: Config, folder: Path) -> Shape:
-    model = models.load(folder, config.model, SHAPE, blank=True)
-    dense = models.load(folder, config.model.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
+    model = loading.load(folder, config.model, SHAPE, blank=True)
+    dense = loading.load(folder, config.model.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
     head, embeddings = dense.get_output_embeddings(), dense.get_input_embeddings()
     linear = [part for part in dense.modules() if isinstance(part, torch.nn.Linear) and part is not head]
     layers = int(dense.config.num_hidden_layers)
     return Shape(
-        sum(t.untyped_storage().nbytes() for t in {id(t): t for t in models.stored(model)}.values()),
+        sum(t.untyped_storage().nbytes() for t in {id(t): t for t in nf4.stored(model)}.values()),
         sum(p.nbytes for p in dense.parameters()),
         head.weight.nbytes,
         (sum(p.nbytes for p in dense.parameters()) - head.weight.nbytes) // layers,
@@ -360,7 +360,7 @@ def forward_bytes(config: Config, folder: Path, tokens: int) -> int:
     layers = int(shape.get("num_hidden_layers") or SHALLOW[0])
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.json").write_text(json.dumps(_shallower(shape, layers, min(layers, SHALLOW[0]))))
-        model = models.load(Path(place), config.model.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
+        model = loading.load(Path(place), config.model.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
     ledger = Ledger(_vocabulary(model))
     ledger.watch("weights", [*model.parameters(), *model.buffers()])
     model.config._attn_implementation = families.plain_attention(model)

@@ -21,7 +21,7 @@ from deploy import disk, local, plan
 from deploy import run as runs
 from deploy.dry_run import dry_run
 from learner import memory
-from learner import model as models
+from learner.model import loading, resolve
 from tests.making import QUIET
 from tests.test_run import spec
 from tests.tiny import make_model, make_tiny
@@ -139,7 +139,7 @@ def test_files_that_are_not_loaded_do_not_count(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
     config = ModelConfig(name=str(folder), dtype="float32")
-    models.check_files(models.prepare(config), config)
+    loading.check_files(resolve.prepare(config), config)
 
 
 def test_a_nan_in_the_middle_is_found_once_loaded(tmp_path):
@@ -149,9 +149,9 @@ def test_a_nan_in_the_middle_is_found_once_loaded(tmp_path):
     tensors[name][200, 3] = torch.inf
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = ModelConfig(name=str(folder), dtype="float32")
-    models.check_files(folder, config)
+    loading.check_files(folder, config)
     with pytest.raises(UserError, match=f"{name} holds numbers that are not finite"):
-        models.load(folder, config, "cpu")
+        loading.load(folder, config, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_nan_in_the_middle_is_found_once_loaded(tmp_path):
 def test_the_headers_of_a_right_model_are_right(tmp_path, family):
     """Of kinds whose files name or shape tensors otherwise than the model in memory does, among others."""
     make_model(family).save_pretrained(tmp_path / family)
-    models.check_files(tmp_path / family, ModelConfig(name=str(tmp_path / family), dtype="float32"))
+    loading.check_files(tmp_path / family, ModelConfig(name=str(tmp_path / family), dtype="float32"))
 
 
 # -- the disk --

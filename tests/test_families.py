@@ -13,9 +13,9 @@ from transformers import AttentionInterface, LlamaForCausalLM
 
 from common.errors import UserError
 from learner import attention, families
-from learner import model as models
 from learner.attention import packed_attention
 from learner.logprobs import from_logits, score
+from learner.model import resolve
 from learner.packing import plan
 from tests import tiny
 from tests.parity import MIXED, make_rows, naive_logprobs
@@ -186,11 +186,11 @@ def test_longrope_beyond_its_first_length_is_refused(tmp_path):
     }
     for values in (config.to_dict(), old, layered, {"text_config": old}):
         (tmp_path / "config.json").write_text(json.dumps(values))
-        models.check_rope(tmp_path, 10, 6)
+        resolve.check_rope(tmp_path, 10, 6)
         with pytest.raises(UserError, match=r"^sampler\.max_tokens=7 after prompts of up to 10 tokens .* the 16"):
-            models.check_rope(tmp_path, 10, 7)
+            resolve.check_rope(tmp_path, 10, 7)
     (tmp_path / "config.json").write_text(json.dumps(make_model("llama").config.to_dict()))
-    models.check_rope(tmp_path, 100, 100)
+    resolve.check_rope(tmp_path, 100, 100)
 
 
 def test_other_rotary_embeddings_let_any_rows_share_a_pass():

@@ -16,8 +16,8 @@ from common import device
 from common.errors import RunFailure, UserError
 from common.weights import FolderWeights, fingerprint
 from learner import losses
-from learner import model as models
 from learner.learner import TorchLearner
+from learner.model import loading
 from learner.optim import MasterOptimizer, learning_rate
 from tests.making import GROUPS, config, group
 from tests.test_families import MOVING
@@ -289,10 +289,10 @@ def test_compiled_layers_step_as_the_others_do(folder):
 
 def test_compiling_without_a_compiler_is_refused_or_left(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert not models.compiles("auto", "cpu")
-    assert not models.compiles("off", "cpu")
+    assert not loading.compiles("auto", "cpu")
+    assert not loading.compiles("off", "cpu")
     with pytest.raises(UserError, match="C\\+\\+ compiler"):
-        models.compiles("on", "cpu")
+        loading.compiles("on", "cpu")
 
 
 def test_completions_of_no_advantage_cost_nothing_and_count(folder):

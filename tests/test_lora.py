@@ -14,8 +14,8 @@ from common.types import AdapterSpec, SamplerSetup
 from common.weights import FolderWeights, SharedMemoryWeights, fingerprint
 from deploy import local
 from deploy.local import SharedDevice
-from learner import model as models
 from learner.learner import TorchLearner
+from learner.model import adapters, for_sampler, loading, nf4, saving
 from learner.sync import WeightSync, probe_of
 from sampler.hf import HfSampler
 from sampler.scripted import ScriptedSampler
@@ -86,7 +86,7 @@ def test_merged_and_exported_weights_compute_what_the_adapter_does(folder, tmp_p
 def test_the_scale_is_the_variants(folder):
     """rsLoRA, section 3 of arXiv 2312.03732: alpha / sqrt(rank)."""
     for variant, scale in (("lora", 16 / 4), ("rslora", 16 / 2), ("dora", 16 / 4)):
-        made = models.adapter_config(spec(variant=variant, more={"lora_targets": ["q_proj"]}).model, folder)
+        made = adapters.adapter_config(spec(variant=variant, more={"lora_targets": ["q_proj"]}).model, folder)
         assert (made.use_rslora, made.use_dora) == (variant == "rslora", variant == "dora")
         layer = TorchLearner(spec(variant=variant), folder, "cpu")._model.get_submodule(
             "base_model.model.model.layers.0.mlp.up_proj"
@@ -101,10 +101,10 @@ def test_a_sync_is_proved_and_the_challenge_reaches_every_part(folder, cache, va
     made = spec(cache, variant, quantize)
     learner = TorchLearner(made, folder, "cpu")
     before = own(learner)
-    base = models.sampler_base(folder, made.model, "vllm", "cpu")
+    base = for_sampler.sampler_base(folder, made.model, "vllm", "cpu")
     adapter = None
-    if models.sends_adapter(made.model):
-        adapter = AdapterSpec(4, models.adapter_config(made.model, folder).to_dict())
+    if adapters.sends_adapter(made.model):
+        adapter = AdapterSpec(4, adapters.adapter_config(made.model, folder).to_dict())
     setup = SamplerSetup(dtype="float32", max_model_tokens=64, max_sequences=8, adapter=adapter, **base)
     sampler = ScriptedSampler(setup)
     probe = probe_of([group.prompt for group in GROUPS], 32, 32)
@@ -128,8 +128,8 @@ def test_dropout_acts_in_the_training_pass_alone(folder, variant):
     made = spec(variant=variant, more=more)
     learner = TorchLearner(made, folder, "cpu")
     adapter = None
-    if models.sends_adapter(made.model):
-        adapter = AdapterSpec(4, models.adapter_config(made.model, folder).to_dict())
+    if adapters.sends_adapter(made.model):
+        adapter = AdapterSpec(4, adapters.adapter_config(made.model, folder).to_dict())
     setup = SamplerSetup(
         model_folder=str(folder), dtype="float32", max_model_tokens=64, max_sequences=8, adapter=adapter
     )
@@ -163,7 +163,7 @@ def test_gradients_over_4_bits_are_those_over_the_dequantized_base(folder, cache
 
     off = {}
     for dtype in ("float32", "bfloat16"):
-        place = models.dequantized(folder, spec(cache, quantize="nf4", dtype=dtype).model, "cpu")
+        place = for_sampler.dequantized(folder, spec(cache, quantize="nf4", dtype=dtype).model, "cpu")
         truth = gradient("off", "float32", place)
         assert len(truth) == 2 * 7 * 2
         for quantize, found in (("nf4", gradient("nf4", dtype, folder)), ("off", gradient("off", dtype, place))):
@@ -177,36 +177,36 @@ def test_gradients_over_4_bits_are_those_over_the_dequantized_base(folder, cache
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_dequantized_folder_is_the_learners_base_to_the_bit(folder, cache, dtype):
     made = spec(cache, quantize="nf4", dtype=dtype).model
-    place = models.dequantized(folder, made, "cpu")
+    place = for_sampler.dequantized(folder, made, "cpu")
     written = (place / "model.safetensors").stat().st_mtime_ns
-    assert models.dequantized(folder, made, "cpu") == place
+    assert for_sampler.dequantized(folder, made, "cpu") == place
     assert (place / "model.safetensors").stat().st_mtime_ns == written
     dense = AutoModelForCausalLM.from_pretrained(place, dtype=dtype_of(dtype))
-    held, base = models.load(folder, made, "cpu"), AutoModelForCausalLM.from_pretrained(folder)
+    held, base = loading.load(folder, made, "cpu"), AutoModelForCausalLM.from_pretrained(folder)
     changed = set()
-    for name, value in models.full_tensors(held, dtype_of(dtype)):
+    for name, value in saving.full_tensors(held, dtype_of(dtype)):
         assert torch.equal(value, dense.get_parameter(name)), name
         if not torch.equal(value, base.get_parameter(name).to(value.dtype)):
             changed.add(name.split(".")[-2])
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert (place / "tokenizer.json").exists()
     # Made again from dequantized weights the codes differ: both sides must start from the original.
-    again = dict(models.full_tensors(models.load(place, made, "cpu"), dtype_of(dtype)))
+    again = dict(saving.full_tensors(loading.load(place, made, "cpu"), dtype_of(dtype)))
     if dtype == "bfloat16":
         assert any(not torch.equal(again[name], value) for name, value in dense.named_parameters())
-    assert models.sampler_base(folder, made, "vllm", "cpu") == {"model_folder": str(place), "quantize": "off"}
-    assert models.sampler_base(folder, made, "vllm", "gpu") == {"model_folder": str(folder), "quantize": "nf4"}
+    assert for_sampler.sampler_base(folder, made, "vllm", "cpu") == {"model_folder": str(place), "quantize": "off"}
+    assert for_sampler.sampler_base(folder, made, "vllm", "gpu") == {"model_folder": str(folder), "quantize": "nf4"}
 
 
 def test_shapes_alone_say_what_4_bits_take(folder):
     made = spec(quantize="nf4").model
-    held, blank = models.load(folder, made, "cpu"), models.load(folder, made, "meta", blank=True)
+    held, blank = loading.load(folder, made, "cpu"), loading.load(folder, made, "meta", blank=True)
 
     def sizes(model):
-        return {n: (p.shape, p.dtype) for n, p in model.named_parameters()}, sum(t.nbytes for t in models.stored(model))
+        return {n: (p.shape, p.dtype) for n, p in model.named_parameters()}, sum(t.nbytes for t in nf4.stored(model))
 
     assert sizes(held) == sizes(blank)
-    total = sum(models.weights_in(p) for p in held.parameters())
+    total = sum(nf4.weights_in(p) for p in held.parameters())
     assert total == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
 
 
@@ -214,7 +214,7 @@ def test_the_reference_under_4_bits_is_the_rounded_base(folder, cache):
     sections = {"learner": {"kl_coef": 0.5}}
     made = spec(cache, quantize="nf4", **sections)
     learner = TorchLearner(made, folder, "cpu")
-    dense = AutoModelForCausalLM.from_pretrained(models.dequantized(folder, made.model, "cpu"))
+    dense = AutoModelForCausalLM.from_pretrained(for_sampler.dequantized(folder, made.model, "cpu"))
     assert learner.update(GROUPS)["kl"] == pytest.approx(0, abs=1e-6)
     assert learner.update(GROUPS)["kl"] > 1e-6
     with learner._model.disable_adapter():
@@ -247,7 +247,7 @@ def test_a_restored_adapter_goes_on_bit_for_bit(folder, tmp_path, variant, quant
 )
 def test_targets_by_name_or_by_pattern(folder, targets, expected):
     made = spec(more={"lora_targets": targets, "lora_rank": 3})
-    assert set(models.adapter_config(made.model, folder).target_modules) == expected
+    assert set(adapters.adapter_config(made.model, folder).target_modules) == expected
     learner = TorchLearner(made, folder, "cpu")
     trained = {n for n, p in learner._model.named_parameters() if p.requires_grad}
     assert trained
@@ -273,7 +273,7 @@ def test_wrong_targets_are_one_sentence(folder, targets, said):
 
 def test_4_bits_cannot_be_divided_among_ranks():
     with pytest.raises(UserError, match=r"model\.quantize='nf4' cannot be divided among cluster\.learner_ranks=2"):
-        models.check(spec(quantize="nf4").model, 2)
+        loading.check(spec(quantize="nf4").model, 2)
 
 
 # -- on the host while the sampler works -------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_a_learner_that_slept_learns_the_same(folder, tmp_path, lora, quantize):
     placement = SharedDevice(Watched(learner, calls), learner)
     for _ in range(2):
         with placement.sampling():
-            tensors = [*models.stored(learner._model), *learner._optimizer.state().values()]
+            tensors = [*nf4.stored(learner._model), *learner._optimizer.state().values()]
             assert sum(t.untyped_storage().size() for t in tensors) == 0
         with placement.learning():
             learner.update(GROUPS)
@@ -349,9 +349,9 @@ def test_vllm_computes_what_the_learner_computes(folder, cache, variant, quantiz
     made = spec(cache, variant, quantize)
     learner = TorchLearner(made, folder, "cpu")
     adapter = None
-    if models.sends_adapter(made.model):
-        adapter = AdapterSpec(4, models.adapter_config(made.model, folder).to_dict())
-    base = models.sampler_base(folder, made.model, "vllm", "cpu")
+    if adapters.sends_adapter(made.model):
+        adapter = AdapterSpec(4, adapters.adapter_config(made.model, folder).to_dict())
+    base = for_sampler.sampler_base(folder, made.model, "vllm", "cpu")
     setup = SamplerSetup(dtype="float32", max_model_tokens=64, max_sequences=16, adapter=adapter, **base)
     sampler = VllmSampler(setup)
     try:
@@ -420,10 +420,10 @@ def halves(operation):
 
 
 def test_weights_that_share_a_tensor_of_the_files_wait_for_each_other(folder):
-    model = models.load(folder, config().model, "cpu")
+    model = loading.load(folder, config().model, "cpu")
     held = dict(model.named_parameters())
     model._weight_conversions = halves(Chunk(dim=0))
-    sent = list(models.full_tensors(model, torch.float32))
+    sent = list(saving.full_tensors(model, torch.float32))
     assert len(sent) == len(held) - 2  # one less in each of two layers
     for layer in range(2):
         mlp = f"model.layers.{layer}.mlp"
@@ -437,11 +437,11 @@ def test_a_model_that_cannot_be_turned_back_is_refused(folder):
         def reverse_op(self):
             raise NotImplementedError("no way back")
 
-    model = models.load(folder, config().model, "cpu", blank=True)
-    models.check_names(model)
+    model = loading.load(folder, config().model, "cpu", blank=True)
+    saving.check_names(model)
     model._weight_conversions = halves(OneWay(dim=0))
     with pytest.raises(UserError, match=r"'llama' model.*\(no way back\)"):
-        models.check_names(model)
+        saving.check_names(model)
 
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -466,14 +466,14 @@ def test_all_linear_and_nf4_say_what_they_leave_out(tmp_path, cache, family, rea
     adapted = {n.split(".lora_")[0].split(".")[-1] for n, p in learner._model.named_parameters() if p.requires_grad}
     assert adapted == reached
     # vLLM would round the experts too, so it is given the learner's numbers, whatever the device.
-    assert models.sampler_quantize(folder, made.model, "vllm", "gpu") == "off"
+    assert for_sampler.sampler_quantize(folder, made.model, "vllm", "gpu") == "off"
     if "gate_proj" not in reached:
         with pytest.raises(UserError, match=r"names gate_proj, but this model's experts are held as one tensor"):
-            models.adapter_config(spec(more={"lora_targets": ["q_proj", "gate_proj"]}).model, folder)
+            adapters.adapter_config(spec(more={"lora_targets": ["q_proj", "gate_proj"]}).model, folder)
 
 
 def test_a_dense_model_leaves_nothing_out(folder, cache, caplog):
     made = spec(cache, quantize="nf4")
     TorchLearner(made, folder, "cpu")
     assert not [record for record in caplog.records if "of the weights in the layers" in record.message]
-    assert models.sampler_quantize(folder, made.model, "vllm", "gpu") == "nf4"
+    assert for_sampler.sampler_quantize(folder, made.model, "vllm", "gpu") == "nf4"

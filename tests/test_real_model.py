@@ -15,9 +15,9 @@ from common.tokenizer import load_tokenizer, render
 from common.types import SamplerSetup
 from common.weights import FolderWeights, fingerprint
 from deploy import run as runs
-from learner import model as models
 from learner.checkpoint import Checkpoints
 from learner.learner import TorchLearner
+from learner.model import resolve
 from learner.sync import weighted_difference
 from tests.making import QUIET
 
@@ -50,15 +50,15 @@ def test_the_two_sides_agree_and_every_sync_was_proved(run):
 
 def test_a_gguf_file_is_converted_once(run, tmp_path):
     config, _ = run
-    package = models._file_in_package(config.model.name)
-    folder = models.prepare(config.model)
+    package = resolve._file_in_package(config.model.name)
+    folder = resolve.prepare(config.model)
     written = (folder / "model.safetensors").stat().st_mtime_ns
     dtype = f"model.dtype={config.model.dtype}"
     by_path = load(None, [f"model.name={package}", dtype]).model
-    assert models.prepare(by_path) == folder
+    assert resolve.prepare(by_path) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     elsewhere = load(None, [f"model.name={package}", dtype, f"model.cache_folder={tmp_path}"]).model
-    again = models.prepare(elsewhere)
+    again = resolve.prepare(elsewhere)
     assert again.parent == tmp_path
     assert fingerprint(FolderWeights(str(again)).open()) == fingerprint(FolderWeights(str(folder)).open())
 
@@ -67,7 +67,7 @@ def test_final_gives_the_learners_log_probs_in_transformers_and_a_fresh_vllm(run
     from sampler.vllm import VllmSampler
 
     config, folder = run
-    source = models.prepare(config.model)
+    source = resolve.prepare(config.model)
     learner = TorchLearner(config, source, "cpu")
     assert Checkpoints(folder / "checkpoints", 2).restore_latest(learner) is not None
     final = folder / "final"

@@ -27,8 +27,8 @@ from common.errors import RunFailure, UserError
 from common.tokenizer import load_tokenizer
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights
-from learner import model as models
 from learner.learner import TorchLearner
+from learner.model import adapters
 from learner.sync import WeightSync, probe_of
 from sampler.contract import CHECKS, Env
 from sampler.remote import RemoteSampler
@@ -133,7 +133,7 @@ def test_contract(env, name):
 def test_the_server_follows_the_learner(server, folder, tmp_path, lora):
     spec = config(model={"name": "unused", "dtype": "float32", "lora_rank": lora}, sync={"tolerance": 0.02})
     learner = TorchLearner(spec, folder, "cpu")
-    adapter = AdapterSpec(lora, models.adapter_config(spec.model, folder).to_dict()) if lora else None
+    adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict()) if lora else None
     sampler = make(server, setup_of(folder, adapter=adapter), weights_folder=str(tmp_path))
     try:
         probe = probe_of([group.prompt for group in GROUPS], 32, 32)

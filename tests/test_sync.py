@@ -6,8 +6,8 @@ import math
 import pytest
 
 from common.types import AdapterSpec, Prompt, SamplerSetup
-from learner import model as models
 from learner.learner import TorchLearner
+from learner.model import adapters
 from learner.sync import SyncError, WeightSync, beginning_of, probe_of, weighted_difference
 from sampler.hf import HfSampler
 from sampler.scripted import ScriptedSampler
@@ -37,7 +37,7 @@ def make(folder, fault, lora=0, lr=1e-3, **sync):
     learner = TorchLearner(spec, folder, "cpu")
     adapter = None
     if lora:
-        adapter = AdapterSpec(lora, models.adapter_config(spec.model, folder).to_dict())
+        adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict())
     setup = SamplerSetup(str(folder), "float32", 64, 8, adapter=adapter)
     sampler = ScriptedSampler(setup, fault=fault)
     probe = probe_of([group.prompt for group in GROUPS], 32, 32)

@@ -21,8 +21,8 @@ from common.tokenizer import Renderer, decode, load_tokenizer, render
 from common.types import Prompt
 from deploy import local
 from deploy.run import folder_of
-from learner import model as models
 from learner.learner import TorchLearner
+from learner.model import resolve, saving
 from learner.parallel import Ranks
 from learner.sync import probe_of
 from tests.making import config
@@ -326,8 +326,8 @@ def test_template_options_reach_the_prompts(copied, tmp_path):
 )
 def test_the_longest_sequence_of_a_model(tmp_path, values, right):
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert models.context_tokens(tmp_path) == right
-    assert models.vocabulary(tmp_path) == 0
+    assert resolve.context_tokens(tmp_path) == right
+    assert resolve.vocabulary(tmp_path) == 0
 
 
 def test_the_names_in_a_run_folder(tmp_path):
@@ -499,19 +499,19 @@ def test_an_adapters_folder_is_not_taken_for_a_model(tiny, tmp_path):
     learner.export(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == (tiny / "config.json").read_bytes()
     with pytest.raises(UserError, match="holds a LoRA adapter only; name its base model"):
-        models.prepare(config(model={"name": str(tmp_path), "dtype": "float32"}).model)
+        resolve.prepare(config(model={"name": str(tmp_path), "dtype": "float32"}).model)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_folder_that_could_not_be_written_is_found_out_without_writing_it(tiny, rank):
     learner = TorchLearner(config(model={"name": str(tiny), "dtype": "float32", "lora_rank": rank}), tiny, "cpu")
-    models.try_export(learner._model, tiny, Ranks())
+    saving.try_export(learner._model, tiny, Ranks())
     if rank:
         learner._model.peft_config["default"].lora_alpha = object()  # no JSON
     else:
         learner._model.config.odd = object()
     with pytest.raises(UserError, match=r"a model trained from .* could not be written"):
-        models.try_export(learner._model, tiny, Ranks())
+        saving.try_export(learner._model, tiny, Ranks())
 
 
 def test_long_prompts_are_refused_or_dropped(tiny, tmp_path, caplog):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from common.errors import RunFailure, UserError
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights
-from learner import model as models
 from learner.learner import TorchLearner
+from learner.model import adapters
 from learner.sync import SyncError, WeightSync, probe_of
 from sampler.truth import Truth, lend, perturbed
 from sampler.vllm import (
@@ -49,7 +49,7 @@ def make(folder, kind=None, lora=0, **options):
 
     spec = config(model={"name": "unused", "dtype": "float32", "lora_rank": lora}, sync={"tolerance": 0.02})
     learner = TorchLearner(spec, folder, "cpu")
-    adapter = AdapterSpec(lora, models.adapter_config(spec.model, folder).to_dict()) if lora else None
+    adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict()) if lora else None
     sampler = (kind or VllmSampler)(SamplerSetup(str(folder), "float32", 64, 16, adapter=adapter), **options)
     probe = probe_of([group.prompt for group in GROUPS], 32, 32)
     return learner, sampler, WeightSync(learner, sampler, Separate(), probe, spec.sync, 60)
@@ -483,7 +483,7 @@ def test_an_engine_that_breaks_at_its_start_is_no_mistake_of_the_users(folder):
 def test_weights_beside_those_that_the_index_names_are_not_served(tmp_path, closing):
     """Under an adapter vLLM reads the base itself, and would take every file of the folder."""
     folder = make_tiny(tmp_path / "two")
-    described = models.adapter_config(config(model={"name": "unused", "lora_rank": 4}).model, folder).to_dict()
+    described = adapters.adapter_config(config(model={"name": "unused", "lora_rank": 4}).model, folder).to_dict()
     setup = SamplerSetup(str(folder), "float32", 64, 16, adapter=AdapterSpec(4, described))
     alone = VllmSampler(setup)
     closing(alone)
@@ -558,7 +558,7 @@ def test_every_fault_behind_the_fingerprint_is_caught_at_that_sync(folder, closi
     """From the start and later on, each between two right syncs of a training, which pass."""
     spec = config(model={"name": "unused", "dtype": dtype, "lora_rank": lora})
     learner = TorchLearner(spec, folder, "cpu")
-    adapter = AdapterSpec(lora, models.adapter_config(spec.model, folder).to_dict()) if lora else None
+    adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict()) if lora else None
     sampler = weight_faults.FaultyVllm(SamplerSetup(str(folder), dtype, 64, 16, adapter=adapter))
     closing(sampler)
     probe = probe_of([group.prompt for group in GROUPS], 32, 32)

@@ -26,8 +26,8 @@ from common.tokenizer import load_tokenizer
 from common.types import AdapterSpec, SamplerSetup
 from common.weights import FolderWeights
 from deploy import run as runs
-from learner import model as models
 from learner.learner import TorchLearner
+from learner.model import adapters, resolve
 from learner.sync import SyncError, WeightSync
 from sampler.vllm import VllmSampler
 from tests.making import group
@@ -182,9 +182,9 @@ def table() -> None:
     for dtype in ("bfloat16", "float32"):
         for lora in (0, 16):
             config = load(DEMO, [f"model.dtype={dtype}", f"model.lora_rank={lora}", "optimizer.lr=2e-5"])
-            folder = models.prepare(config.model)
+            folder = resolve.prepare(config.model)
             learner = TorchLearner(config, folder, "cpu")
-            adapter = AdapterSpec(lora, models.adapter_config(config.model, folder).to_dict()) if lora else None
+            adapter = AdapterSpec(lora, adapters.adapter_config(config.model, folder).to_dict()) if lora else None
             sampler = FaultyVllm(SamplerSetup(str(folder), dtype, 128, 16, adapter=adapter))
             # Of real text: rounding moves the log-probs of random tokens by more.
             probe = [tuple(load_tokenizer(str(folder)).encode(__doc__ or "")[:120])]

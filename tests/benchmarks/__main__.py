@@ -36,7 +36,7 @@ from safetensors import safe_open
 from common import config as configs
 from common import files
 from deploy.local import settled
-from learner import model as models
+from learner.model import resolve
 from tests.benchmarks.loads import LOADS, Load, groups_of
 from tests.benchmarks.sides import Side, Spec
 
@@ -415,7 +415,7 @@ def main(words: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     model = settled(configs.load(None, chosen.set), "cpu").model
     bench = Bench(
-        models.prepare(model),
+        resolve.prepare(model),
         {name: LOADS[name] for name in names},
         1 if chosen.quick else chosen.turns,
         tuple(word for word in chosen.set if not word.startswith("model.dtype=")),

@@ -52,11 +52,12 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
 
     from common.config import load
     from common.device import dtype_of, release, set_threads
-    from learner import model, rehearsal
+    from learner import rehearsal
     from learner.learner import TorchLearner
+    from learner.model import resolve
 
     config = load(None, words)
-    folder = model.prepare(config.model)
+    folder = resolve.prepare(config.model)
     set_threads(1)
     ones = torch.ones(64, 64, dtype=dtype_of(config.model.dtype))
     ones @ ones
@@ -74,10 +75,11 @@ def planned(words: Sequence[str], prompt_tokens: int) -> int:
     """Bytes of the learner's planned peak."""
     from common.config import load
     from deploy.planner import parts_of
-    from learner import memory, model
+    from learner import memory
+    from learner.model import resolve
 
     config = load(None, words)
-    plan = memory.measure(config, model.prepare(config.model), prompt_tokens, on_cpu=True)
+    plan = memory.measure(config, resolve.prepare(config.model), prompt_tokens, on_cpu=True)
     return max(sum(parts_of(plan, phase, gpu=False).values()) for phase in plan.phases)
 
 

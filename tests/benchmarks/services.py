@@ -23,7 +23,7 @@ from common import files
 from common.config import Config, build, resolved_toml
 from common.types import SamplingParams
 from deploy import cluster, local
-from learner import model as models
+from learner.model import resolve
 from learner.sync import WeightSync, probe_of
 from tests.benchmarks.loads import Load, groups_of
 
@@ -94,7 +94,7 @@ def half_billion(like: Path) -> Path:
 
 def sync() -> list[dict[str, Any]]:
     rows = []
-    demo = models.prepare(local.settled(build({}), "cpu").model)
+    demo = resolve.prepare(local.settled(build({}), "cpu").model)
     for name, folder in (("135M", None), ("0.5B", half_billion(demo))):
         for transport, samplers, ranks in (
             ("shared_memory", 1, 1), ("collective", 1, 1), ("collective", 2, 1), ("shared_memory", 1, 2),

@@ -226,8 +226,8 @@ def optimizers(report: Report) -> None:
 def memory(report: Report) -> None:
     """The learner's planned peak against what the card's allocator saw, full weights and LoRA, and tokens a second."""
     from learner import memory as memories
-    from learner import model as models
     from learner import rehearsal
+    from learner.model import resolve
     from tests.benchmarks.memory import GROUP_SIZE, LONG, METHODS, SHORT, random_model
 
     where = device()
@@ -243,7 +243,7 @@ def memory(report: Report) -> None:
                     f"learner.microbatch_tokens={lengths[2]}", "learner.compile=off",
                     f"train.group_size={GROUP_SIZE}", f"train.prompts_per_step={prompts}", *METHODS[method],
                 ])  # fmt: skip
-                planned = memories.measure(spec, models.prepare(spec.model), lengths[0], on_cpu=False)
+                planned = memories.measure(spec, resolve.prepare(spec.model), lengths[0], on_cpu=False)
                 peak = max(one.bytes for one in planned.phases.values())
                 gc.collect()
                 torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """What a model's files tell before they are loaded: pointers in place of files, and numbers that are not finite.
 
-That all weights are there, whole and in the right shapes, is ``learner.model.load``'s to say, which can read the
-headers alone. Used by ``learner/model.py``.
+That all weights are there, whole and in the right shapes, is ``learner.model.loading``'s to say, which can read the
+headers alone. Used by ``loading.py`` and ``resolve.py``.
 """
 
 from __future__ import annotations
