@@ -1,6 +1,6 @@
 """Which setting somebody means who writes another name: one misspelt, one in the wrong section, or another trainer's.
 
-Used by ``common/config.py`` for its errors. Imports without torch.
+Used by ``common/config/reading.py`` for its errors. Imports without torch.
 """
 
 from __future__ import annotations

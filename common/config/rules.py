@@ -1,0 +1,157 @@
+"""The rules between settings: which have no effect beside others (``inert``), and which contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.config.schema import ClusterConfig, Config
+
+
+def inert(config: Config) -> dict[str, str]:
+    """The keys that change nothing in this run, each with the reason."""
+    found: dict[str, str] = {}
+
+    def check(when: bool, why: str, *keys: str) -> None:
+        if when:
+            found.update(dict.fromkeys(keys, why))
+
+    model, learner, optimizer = config.model, config.learner, config.optimizer
+    local = Path(model.name).expanduser().exists() or model.name.startswith("package:")
+    check(local, "model.name is a local file, which has no revisions", "model.revision")
+    check(model.lora_rank == 0, "model.lora_rank is 0, so no adapter is trained",
+          "model.lora_alpha", "model.lora_dropout", "model.lora_targets", "model.lora_variant",
+          "run.export_merged")  # fmt: skip
+    check(not model.name.endswith(".gguf") and model.quantize == "off", "only GGUF and 4-bit models are converted",
+          "model.cache_folder")  # fmt: skip
+    check(config.task.prompt_format == "plain" and not config.task.system_prompt,
+          "an empty system prompt adds nothing to a plain prompt", "task.system_prompt")  # fmt: skip
+    check(config.task.prompt_format == "plain", "a plain prompt goes through no template", "task.template_options")
+    check(config.task.sandbox == "none", "task.sandbox is none", "task.reward_memory_gib", "task.sandbox_paths",
+          "task.sandbox_environment")  # fmt: skip
+    check(learner.kl_coef == 0, "learner.kl_coef is 0, so no KL is computed", "learner.kl_estimator")
+    check(
+        learner.importance == "off", "learner.importance is off", "learner.importance_level", "learner.importance_cap"
+    )
+    check(learner.truncated != "penalize", "learner.truncated is not penalize", "learner.overlong_tokens")
+    same_weights = learner.importance == "off" or learner.importance_level == "sequence"
+    check(learner.inner_updates == 1 and same_weights and learner.kl_coef == 0 and learner.ratio == "sequence",
+          "with one update a batch the sequence's gradient is the tokens'", "learner.ratio")  # fmt: skip
+    check(learner.loss != "sapo", "learner.loss is not sapo", "learner.sapo_tau_positive", "learner.sapo_tau_negative")
+    clips = ("learner.clip_low", "learner.delta", "learner.dual_clip")
+    check(learner.loss == "sapo", "sapo gates softly and never clips", "learner.clip_high", *clips)
+    check(learner.loss == "cispo", "cispo caps the ratio at clip_high only", *clips)
+    on_policy = "learner.inner_updates is 1, so the policy ratio is always 1 and nothing is clipped"
+    check(learner.inner_updates == 1, on_policy, "learner.sapo_tau_positive", "learner.sapo_tau_negative", *clips)
+    check(learner.inner_updates == 1 and learner.loss != "cispo", on_policy, "learner.clip_high")
+    if config.train.group_size == 1 and learner.advantage in ("zscore", "batch_std", "no_std"):
+        found["train.group_size"] = (
+            f"a group of 1 has no spread, so learner.advantage={learner.advantage} gives 0 and nothing is learned; "
+            "use at least 2"
+        )
+    if config.train.group_size == 1 and learner.advantage == "leave_one_out":
+        found["train.group_size"] = "leave_one_out needs the mean of the others; use at least 2"
+    check(model.lora_rank > 0 or model.dtype == "float32", "the weights that are trained are float32 already",
+          "optimizer.master")  # fmt: skip
+    check(optimizer.name == "muon" and model.lora_rank > 0 and model.lora_variant != "dora",
+          "muon steps all of the adapter's matrices", "optimizer.betas", "optimizer.eps")  # fmt: skip
+    check(optimizer.name == "adafactor", "adafactor has no such setting", "optimizer.betas", "optimizer.eps")
+    check(optimizer.schedule == "constant", "optimizer.schedule is constant", "optimizer.min_lr_ratio")
+    check(not config.sync.proof, "sync.proof is off", "sync.challenge", "sync.probe_tokens", "sync.tolerance")
+    check(config.eval.questions == 0, "eval.questions is 0, so nothing is evaluated",
+          "eval.every", "eval.samples", "eval.k")  # fmt: skip
+    check(config.eval.samples == 0, "eval.samples is 0, so pass@k is not measured", "eval.k")
+    check(not learner.drop_zero_variance and config.train.dynamic_sampling_rounds > 0,
+          "learner.drop_zero_variance is off, so no group is replaced", "train.dynamic_sampling_rounds")  # fmt: skip
+    check(config.eval.every >= config.train.steps, "the end of the run is evaluated anyway", "eval.every")
+    check(config.run.rollouts_every == 0, "run.rollouts_every is 0, so no rollouts are written", "run.rollouts_gzip")
+    alone = "cluster.mode is local: sampler and learner share this process"
+    services = [f"cluster.{name}" for name in ClusterConfig.model_fields if name != "mode"]
+    services += ["sampler.tensor_parallel", "sampler.in_flight_updates", "sync.transport", "sync.bucket_mib"]
+    check(config.cluster.mode == "local", alone, *services, "timeouts.start_s", "timeouts.pulse_s")
+    check(config.cluster.mode == "ray", "each side has devices of its own", "memory.offload_while_sampling")
+    check(config.memory.plan == "off", "memory.plan is off", "memory.device_gib")
+    check(config.cluster.address == "private", "a private cluster has one node", "cluster.spread",
+          "cluster.on_lost_node")  # fmt: skip
+    adapter = model.lora_rank > 0 and model.lora_variant != "dora"
+    check(adapter and config.cluster.mode == "ray", "an adapter travels with the call, not by a transport",
+          "sync.transport", "sync.bucket_mib")  # fmt: skip
+    check(config.train.max_staleness == 0, "train.max_staleness is 0, so nothing is in flight at a sync",
+          "sampler.in_flight_updates")  # fmt: skip
+    return found
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Settings that are each right but cannot stand together."""
+    learner, optimizer = config.learner, config.optimizer
+    if "" in config.sampler.stop:
+        yield (
+            f"sampler.stop={list(config.sampler.stop)} holds an empty string, which would end every completion at its "
+            "first token; leave it out"
+        )
+    if 0 < learner.delta <= 1 + learner.clip_high:
+        yield f"learner.delta={learner.delta} must be above 1 + learner.clip_high={1 + learner.clip_high:g}, or 0 (off)"
+    if 0 < learner.dual_clip <= 1:
+        yield f"learner.dual_clip={learner.dual_clip} must be above 1 (3 is usual), or 0 (off)"
+    if learner.delta and learner.dual_clip:
+        yield (
+            f"learner.delta={learner.delta} and learner.dual_clip={learner.dual_clip} both bound the ratio of negative "
+            "advantages; set one of them to 0"
+        )
+    if config.model.quantize != "off" and config.model.lora_rank == 0:
+        yield (
+            f"model.quantize={config.model.quantize!r} needs an adapter to train: set model.lora_rank (8 or 16), "
+            "or quantize='off'"
+        )
+    if learner.compile != "off" and config.cluster.learner_ranks > 1:
+        yield (
+            f"learner.compile={learner.compile!r} is known for one learner rank only, and cluster.learner_ranks="
+            f"{config.cluster.learner_ranks}; set it to 'off'"
+        )
+    if optimizer.master == "stochastic" and optimizer.name in ("adafactor", "muon"):
+        yield f"optimizer.master='stochastic' is not known to optimizer.name={optimizer.name!r}; use 'float32'"
+    if learner.truncated == "penalize" and learner.overlong_tokens > config.sampler.max_tokens:
+        yield (
+            f"learner.overlong_tokens={learner.overlong_tokens} is more than "
+            f"sampler.max_tokens={config.sampler.max_tokens}; use at most that"
+        )
+    if config.eval.samples and max(config.eval.k, default=0) > config.eval.samples:
+        yield f"eval.k={list(config.eval.k)} asks for more than eval.samples={config.eval.samples}; raise eval.samples"
+    if config.optimizer.warmup_steps > config.train.steps * learner.inner_updates:
+        yield (
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is longer than the run of "
+            f"{config.train.steps * learner.inner_updates} updates; use fewer"
+        )
+    if learner.loss == "cispo" and learner.clip_high < 1:
+        yield (
+            f"learner.clip_high={learner.clip_high} caps cispo's ratio below 1, where every token starts; "
+            "use 5 or so (as in MiniMax-M1)"
+        )
+    if config.train.max_staleness > 1 and not config.sampler.in_flight_updates:
+        yield (
+            f"train.max_staleness={config.train.max_staleness} overlaps no more than 1 and learns from older "
+            "completions: every sync waits for all completions in flight; set it to 1, or "
+            "sampler.in_flight_updates=true, with which long completions go on through a sync"
+        )
+    if config.train.max_staleness and learner.importance == "off":
+        yield (
+            f"train.max_staleness={config.train.max_staleness} learns from older weights' completions, which "
+            "learner.importance='off' would not correct; use truncate or mask"
+        )
+    if optimizer.offload and config.cluster.learner_ranks > 1:
+        yield (
+            f"optimizer.offload=true works with one learner rank only, and cluster.learner_ranks="
+            f"{config.cluster.learner_ranks}; set one of them back (ranks share the optimizer's memory already)"
+        )
+    if config.sampler.name == "remote" and config.cluster.samplers > 1:
+        yield (
+            f"cluster.samplers={config.cluster.samplers} cannot share the one server of sampler.name='remote'; "
+            "set it to 1, and give the server more devices instead"
+        )
+    if config.sampler.in_flight_updates and config.model.lora_rank and config.model.lora_variant != "dora":
+        yield (
+            "sampler.in_flight_updates=true cannot be had with model.lora_rank above 0, because a completion in flight "
+            "keeps its adapter; set it to false"
+        )
+    if learner.loss in ("cispo", "sapo") and learner.ratio == "sequence":
+        yield f"learner.ratio=sequence is not defined for learner.loss={learner.loss}; use token"
