@@ -195,7 +195,7 @@ def test_a_step_of_the_loop_with_groups_without_signal_is_trls(folder, groups, s
         generate=lambda prompts, params: done, state=dict,
         begin=lambda: SimpleNamespace(result=lambda groups: (groups, [])),
         take=lambda count: [one.prompt for one in scored], phase=lambda text: None, rollouts=lambda *step: None,
-        log=lambda step, metrics: rows.append(metrics), save=lambda *state: None,
+        log=lambda step, metrics: rows.append(metrics), save=lambda *state: None, passed_over=0,
     )  # fmt: skip
     loop = Loop(
         made, learner, nothing, Separate(), nothing, nothing, dict, nothing, nothing, lambda: 0.0, lambda: 0, 60.0
