@@ -28,7 +28,7 @@ from deploy import local
 from learner import flex, memory
 from learner.memory import LearnerMemory
 from learner.model import adapters, for_sampler, resolve
-from sampler import vllm as vllm_sampler
+from sampler import vllm_arguments
 
 GIB = 2**30
 PROCESS_CPU = int(0.47 * GIB)
@@ -199,7 +199,7 @@ class Planner:
         """The sampler's parts while it works, one token's bytes of its cache, and what must be said."""
         name, options = config.sampler.name, config.sampler.options
         setup, shape = self.setup(config), self._shape_of(config)
-        token = vllm_sampler.cache_bytes_per_token(self.model_config, config.model.dtype, setup.tensor_parallel)
+        token = vllm_arguments.cache_bytes_per_token(self.model_config, config.model.dtype, setup.tensor_parallel)
         sequences = int(options.get("max_num_seqs") or setup.max_sequences)
         held = shape.bytes if setup.quantize != "off" else shape.dense_bytes
         if name == "hf":
@@ -214,7 +214,7 @@ class Planner:
             return {}, 0, [f"of sampler.name={name!r} nothing is known: it is counted as nothing"]
         weights = held
         untied = shape.tied and setup.adapter is None
-        if untied and self.model_config.get("model_type") not in vllm_sampler.HEAD_IS_EMBEDDING:
+        if untied and self.model_config.get("model_type") not in vllm_arguments.HEAD_IS_EMBEDDING:
             weights += shape.head_bytes
         if setup.adapter is not None:
             weights += shape.adapter_bytes(config.model.lora_rank)
@@ -228,7 +228,7 @@ class Planner:
         }
         if not self.place.gpu:
             parts["KV cache"] = int(
-                options.get("kv_cache_memory_bytes") or vllm_sampler.cache_bytes(self.model_config, setup)
+                options.get("kv_cache_memory_bytes") or vllm_arguments.cache_bytes(self.model_config, setup)
             )
             return parts, token, []
         if not options.get("enforce_eager"):
@@ -277,7 +277,7 @@ class Planner:
         inside = ("sampler weights", "sampler activations", "CUDA graphs")
         cache = int(fixed) if fixed else share - sum(parts.get(name, 0) for name in inside)
         setup = self.setup(config)
-        token = vllm_sampler.cache_bytes_per_token(self.model_config, config.model.dtype, setup.tensor_parallel)
+        token = vllm_arguments.cache_bytes_per_token(self.model_config, config.model.dtype, setup.tensor_parallel)
         lacks = {
             "vLLM's share of the card lacks {:.2f} GiB for the cache of one whole sequence: it would not start":
                 token * setup.max_model_tokens - cache,
@@ -335,7 +335,7 @@ class Planner:
             return {}
         if learner.keys > flex.REPEATED * learner.pack_tokens:
             return {}
-        every = vllm_sampler.cache_bytes_per_token(self.model_config, config.model.dtype)
+        every = vllm_arguments.cache_bytes_per_token(self.model_config, config.model.dtype)
         return {"copied keys": learner.keys * every * layers // self._shape_of(config).layers}
 
     def _host(self, config: Config, learner: LearnerMemory) -> DevicePlan:

@@ -47,7 +47,8 @@ from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights import FolderWeights, InlineWeights, SharedMemoryWeights, fingerprint, shared_memory_folder
 from sampler.hf import is_tied
 from sampler.server import HEAD, lora_rank
-from sampler.vllm import EMBEDDINGS, HEAD_IS_EMBEDDING, check_temperature, stop_string
+from sampler.vllm import stop_string
+from sampler.vllm_arguments import EMBEDDINGS, HEAD_IS_EMBEDDING, check_temperature
 from sampler.wire import START_S, Wire, follow, in_order, read_key
 
 T = TypeVar("T")

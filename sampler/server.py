@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.types import SamplerSetup
 from common.weights import FolderWeights, weight_files
 from sampler.hf import is_tied
-from sampler.vllm import EMBEDDINGS
+from sampler.vllm_arguments import EMBEDDINGS
 
 HEAD = "lm_head.weight"
 

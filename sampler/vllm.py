@@ -1,6 +1,6 @@
 """vLLM in this process, on a CPU or a GPU build: the sampler of every real run.
 
-Everything that depends on vLLM's ways is in this file:
+Everything that depends on vLLM's ways is in this file, ``vllm_arguments.py`` and ``vllm_worker.py``:
 
 - the engine stays in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), so that tensors are handed over as they are;
 - it works in ``pump``, an engine step at a time, and requests join and leave between steps. One thread makes every
@@ -17,7 +17,7 @@ Everything that depends on vLLM's ways is in this file:
 - on the CPU vLLM would spend a twelfth of its time on log-probs of the whole vocabulary and on the rank of the token
   drawn; it is made to compute the one log-prob that is asked for;
 - on the CPU experts are packed when their kernel is made, so that each reload has to make it again
-  (``_pack_experts_again``), and an adapter on a mixture of experts, for which vLLM has no CPU kernel, is refused;
+  (``pack_experts_again``), and an adapter on a mixture of experts, for which vLLM has no CPU kernel, is refused;
 - a base in 4 bits (``SamplerSetup.quantize``) under an adapter is made by vLLM's bitsandbytes plugin on a GPU; on the
   CPU the folder given holds the values that the 4 bits stand for.
 
@@ -30,10 +30,8 @@ import contextlib
 import dataclasses
 import difflib
 import gc
-import importlib.util
 import itertools
 import json
-import os
 import random
 import shutil
 import time
@@ -49,33 +47,29 @@ from common.errors import RunFailure, UserError
 from common.protocols import GroupsFuture, WeightHandle
 from common.tokenizer import check_room
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from common.weights import FolderWeights, SharedMemoryWeights, Sum, shared_memory_folder, weight_files
+from common.weights import FolderWeights, SharedMemoryWeights, shared_memory_folder, weight_files
 from sampler.hf import is_tied
-from sampler.stored import Arrived, StoredWeights, adapter_faults
-
-# Ours to set, because the loop depends on them; each with where the wish belongs instead.
-_OURS = {
-    "model": "model.name",
-    "dtype": "model.dtype",
-    "tokenizer": "model.name",
-    "trust_remote_code": "model.trust_remote_code",
-    "seed": "train.seed",
-    "enable_lora": "model.lora_rank",
-    "lora_target_modules": "model.lora_targets",
-    "max_lora_rank": "model.lora_rank",
-    "max_model_len": "sampler.max_prompt_tokens and sampler.max_tokens",
-    "logprobs_mode": "nothing: the learner needs the log-probs of the distribution drawn from",
-    "load_format": "nothing: the weights come from the learner",
-    "hf_overrides": "nothing: the output head is untied here",
-    "skip_tokenizer_init": "nothing: stop strings need the tokenizer",
-    "tensor_parallel_size": "sampler.tensor_parallel",
-}
-# Names of the input embedding, which is also the head of a tied model.
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-# Models whose vLLM class computes logits with the embedding module itself: nothing to untie, a reload reaches it.
-HEAD_IS_EMBEDDING = ("gemma2", "gemma3n_text", "cohere", "cohere2", "cohere2_moe")
-_ROWS = 4  # of logits turned into log-probs together on the CPU
-CPU_BLOCK = 32  # tokens of a block of the cache on the CPU
+from sampler.stored import Arrived
+from sampler.vllm_arguments import (
+    EMBEDDINGS,
+    HEAD_IS_EMBEDDING,
+    OURS,
+    check_temperature,
+    engine_arguments,
+    environment,
+    one_line,
+)
+from sampler.vllm_worker import (
+    adapter_faults,
+    arriving,
+    embed_only,
+    pack_experts_again,
+    reload_from,
+    score_chosen_only,
+    seed_worker,
+    settle_worker,
+    weight_faults,
+)
 
 
 class Answer(GroupsFuture):
@@ -130,9 +124,9 @@ class VllmSampler:
         """Raises ``UserError`` for an option that vLLM does not know or that is not the user's to set, and when vLLM
         is not installed."""
         for key in options:
-            if key in _OURS:
-                raise UserError(f"sampler.options.{key} is set by nanogrpo itself; use {_OURS[key]}")
-        _environment()
+            if key in OURS:
+                raise UserError(f"sampler.options.{key} is set by nanogrpo itself; use {OURS[key]}")
+        environment()
         try:
             from vllm.engine.arg_utils import EngineArgs
         except ImportError as error:
@@ -186,15 +180,15 @@ class VllmSampler:
         except Exception as error:  # of any kind: a model class of vLLM's may not even be whole
             self.close()
             vllm.distributed.cleanup_dist_env_and_memory()  # or its groups would be the next engine's
-            said = f"vLLM cannot start with model {setup.model_folder!r}: {type(error).__name__}: {_one_line(error)}"
+            said = f"vLLM cannot start with model {setup.model_folder!r}: {type(error).__name__}: {one_line(error)}"
             # vLLM refuses arguments, models and too little memory by ValueError; anything else broke on its way.
             raise (UserError if isinstance(error, ValueError) else RunFailure)(said) from error
         try:
             if self._on_cpu:
-                self._llm.collective_rpc(_score_chosen_only)
-                self._llm.collective_rpc(_embed_only)
+                self._llm.collective_rpc(score_chosen_only)
+                self._llm.collective_rpc(embed_only)
                 if setup.tensor_parallel > 1:
-                    self._llm.collective_rpc(_settle_worker)
+                    self._llm.collective_rpc(settle_worker)
             if setup.adapter is None:
                 self.load_weights(FolderWeights(setup.model_folder), version=0)
             else:
@@ -254,7 +248,7 @@ class VllmSampler:
                 # The same blocks must be computed and not found, or rounding differs between two equal requests.
                 self._forget()
             if self._on_cpu:
-                self._llm.collective_rpc(_seed_worker, args=(_part_seed(params.seed, params.seed_offset),))
+                self._llm.collective_rpc(seed_worker, args=(_part_seed(params.seed, params.seed_offset),))
         return self._begin(
             [prompt.token_ids for prompt in prompts],
             requests,
@@ -274,7 +268,7 @@ class VllmSampler:
                 outputs = self._llm.llm_engine.step()
         except Exception as error:
             died = getattr(self._llm.llm_engine.model_executor, "is_failed", False)  # then the error says "cancelled"
-            why = "one of its worker processes died" if died else _one_line(error)
+            why = "one of its worker processes died" if died else one_line(error)
             self._broken = f"the vLLM sampler failed while writing: {why}"
             self._drop(self._broken, error)
             return False
@@ -307,7 +301,7 @@ class VllmSampler:
         if handle.kind == "adapter":
             arrived = Arrived(handle.adapter_config or {})
         elif self._setup.tensor_parallel == 1:
-            arrived = self._llm.collective_rpc(_arriving)[0]
+            arrived = self._llm.collective_rpc(arriving)[0]
         else:
             arrived = Arrived()
         tensors = arrived.watch(handle.open())
@@ -321,7 +315,7 @@ class VllmSampler:
             if isinstance(error, UserError):
                 raise
             raise RunFailure(
-                f"the vLLM sampler could not load weights of version {version}: {_one_line(error)}"
+                f"the vLLM sampler could not load weights of version {version}: {one_line(error)}"
             ) from error
         finally:
             if swapping:
@@ -340,13 +334,13 @@ class VllmSampler:
             return ["the transfer was not completed"]
         if arrived.adapter_config is not None:
             served = 0 if self._adapter is None else self._adapter.lora_int_id
-            found = self._llm.collective_rpc(_adapter_faults, args=(served, arrived))
+            found = self._llm.collective_rpc(adapter_faults, args=(served, arrived))
         else:
             sums = dict(arrived.sums)
             head = next((sums[name] for name in sums if name.endswith(EMBEDDINGS)), None)
             if self._untie and self._setup.tensor_parallel > 1 and head is not None:
                 sums.setdefault("lm_head.weight", head)  # as _with_head sends it
-            found = self._llm.collective_rpc(_weight_faults, args=(sums,))
+            found = self._llm.collective_rpc(weight_faults, args=(sums,))
         return list(dict.fromkeys(fault for faults in found for fault in faults))
 
     def sleep(self) -> None:
@@ -434,13 +428,13 @@ class VllmSampler:
 
     def _reload(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         if self._on_cpu:
-            self._llm.collective_rpc(_pack_experts_again)
+            self._llm.collective_rpc(pack_experts_again)
         if self._setup.tensor_parallel == 1:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
             return
         shared = SharedMemoryWeights.write(tensors, "full")
         try:
-            self._llm.collective_rpc(_reload_from, args=(shared,))
+            self._llm.collective_rpc(reload_from, args=(shared,))
         finally:
             shared.remove()
 
@@ -487,101 +481,6 @@ class VllmSampler:
             raise RunFailure(self._torn)
 
 
-def check_temperature(temperature: float) -> None:
-    """vLLM 0.32 refuses temperatures above 2, and draws by 0.01 where one below that is asked for, which the learner
-    would not know. 0 is greedy."""
-    if temperature and not 0.01 <= temperature <= 2:
-        raise UserError(
-            f"sampler.temperature={temperature:g} is none that vLLM draws by; use 0.01 to 2, or sampler.name='hf'"
-        )
-
-
-def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie: bool) -> dict[str, Any]:
-    """The arguments of ``vllm.LLM`` for this setup, before the user's options; ``model_config`` is the folder's
-    config.json, ``untie`` gives a tied output head weights of its own.
-
-    Raises ``UserError`` for a base in 4 bits on a GPU without vLLM's bitsandbytes plugin, and for an adapter on a
-    mixture of experts on a CPU, where vLLM has no kernel for the experts beside one.
-    """
-    on_cpu = setup.device == "cpu"
-    arguments: dict[str, Any] = {
-        "model": setup.model_folder,
-        "dtype": setup.dtype,
-        "trust_remote_code": setup.trust_remote_code,
-        "max_model_len": setup.max_model_tokens,
-        "max_num_seqs": setup.max_sequences,
-        "seed": setup.seed,
-        # On the CPU the logits of the distribution drawn from, of which _chosen_only takes the log-prob.
-        "logprobs_mode": "processed_logits" if on_cpu else "processed_logprobs",
-        "max_logprobs": 1,
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-    }
-    if setup.adapter is None:  # the weights come through load_weights; with an adapter the base stays as loaded
-        arguments["load_format"] = "dummy"
-        if untie:
-            arguments["hf_overrides"] = {"tie_word_embeddings": False}
-    else:
-        if on_cpu and _has_experts(model_config):
-            raise UserError(
-                f"model.lora_rank={setup.adapter.rank}: vLLM on a CPU serves no adapter on a mixture of experts; set "
-                "model.lora_variant='dora' (merged weights are sent), model.lora_rank=0, or sampler.name='hf'"
-            )
-        rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= min(setup.adapter.rank, 512))
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
-        # Left to itself vLLM wraps the output head too, and on the CPU prompt log-probs then fail.
-        arguments["lora_target_modules"] = setup.adapter.layers
-        if setup.quantize == "nf4" and not on_cpu:
-            if importlib.util.find_spec("vllm_bnb_plugin") is None:
-                raise UserError(
-                    "model.quantize='nf4' with sampler.name='vllm' on a GPU needs vLLM's bitsandbytes plugin, which is "
-                    "not installed; `pip install vllm-bnb-plugin`, or set model.quantize='off'"
-                )
-            arguments["quantization"] = "bitsandbytes"  # NF4 with nested scales, from the folder's own weights
-    if setup.tensor_parallel > 1:  # not "ray", which vLLM would take inside a Ray actor: the devices are all here
-        arguments |= {"tensor_parallel_size": setup.tensor_parallel, "distributed_executor_backend": "mp"}
-    if on_cpu:
-        # Compiling costs half a minute at every start; sequences are short here.
-        arguments |= {"enforce_eager": True, "block_size": CPU_BLOCK}
-        arguments["kv_transfer_config"] = {
-            "kv_connector": "SharedPrompts", "kv_connector_module_path": "sampler.shared_prompts",
-            "kv_role": "kv_consumer",
-        }  # fmt: skip
-        arguments["kv_cache_memory_bytes"] = cache_bytes(model_config, setup)
-    elif setup.shares_device:
-        arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
-    return arguments
-
-
-def _has_experts(model_config: Mapping[str, Any]) -> bool:
-    """By the names that models give to their number of experts (those that vLLM looks for)."""
-    config = model_config.get("text_config") or model_config
-    names = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
-    return any((config.get(name) or 0) != 0 for name in names)
-
-
-def cache_bytes_per_token(model_config: Mapping[str, Any], dtype: str, tensor_parallel: int = 1) -> int:
-    """Keys and values of one token in all layers, bytes on each device; ``model_config`` is a config.json."""
-    config = model_config.get("text_config") or model_config
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads", 16)
-    width = config.get("head_dim") or config.get("hidden_size", 1024) // config.get("num_attention_heads", 16)
-    size = 4 if dtype == "float32" else 2
-    return int(config.get("num_hidden_layers", 24) * 2 * max(1, heads // tensor_parallel) * width * size)
-
-
-def cache_bytes(model_config: Mapping[str, Any], setup: SamplerSetup) -> int:
-    """The key-value cache, bytes on each device: room for every sequence at full length.
-
-    On the CPU this is what vLLM is given, from 64 MiB to 4 GiB (it queues what does not fit). On a GPU vLLM takes what
-    ``gpu_memory_utilization`` (a share of the whole card: 0.5 where the learner is on it too, else vLLM's own 0.92)
-    leaves beside its weights and its largest step, however little is needed; ``sampler.options.kv_cache_memory_bytes``
-    overrules both and fixes the cache alone. There this is what the run would use at most, without the bounds.
-    """
-    tokens = setup.max_sequences * (-(-setup.max_model_tokens // CPU_BLOCK) + 1) * CPU_BLOCK
-    wanted = cache_bytes_per_token(model_config, setup.dtype, setup.tensor_parallel) * tokens
-    return min(max(wanted, 64 << 20), 4 << 30) if setup.device == "cpu" else wanted
-
-
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     """Turns vLLM's own kind of error, which other processes may not even be able to unpickle, into ours."""
@@ -590,7 +489,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except VLLMClientError as error:
-        raise UserError(f"vLLM refuses what it was asked to write: {_one_line(error)}") from error
+        raise UserError(f"vLLM refuses what it was asked to write: {one_line(error)}") from error
 
 
 def _group(prompt: Prompt, output: Any) -> Group:
@@ -628,112 +527,3 @@ def _part_seed(seed: int, offset: int) -> int:
     torch's CPU generator uses 32 bits. Steps of the golden ratio of that range are all different, and far apart.
     """
     return (seed + 0x9E3779B1 * offset) % 2**32
-
-
-def _seed_worker(worker: Any, seed: int) -> None:
-    torch.manual_seed(seed)
-
-
-def _score_chosen_only(worker: Any) -> None:
-    """On the CPU: see ``_chosen_only``. A vLLM without this place fails here, at the start."""
-    sampler = worker.model_runner.sampler
-    assert callable(sampler.gather_logprobs) and sampler.logprobs_mode == "processed_logits", sampler.logprobs_mode
-    sampler.gather_logprobs = _chosen_only
-
-
-def _chosen_only(logits_NV: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
-    """In place of vLLM's ``Sampler.gather_logprobs``: log-probs of the given tokens [N], no others and no ranks.
-
-    A few rows at a time, which then lie in the processor's cache: the same numbers in a quarter of the time.
-    """
-    from vllm.v1.outputs import LogprobsTensors
-
-    assert num_logprobs == 0, num_logprobs
-    parts = zip(logits_NV.split(_ROWS), token_ids[:, None].split(_ROWS), strict=True)
-    chosen_N1 = torch.cat([rows.log_softmax(-1, dtype=torch.float32).gather(-1, ids) for rows, ids in parts])
-    return LogprobsTensors(token_ids[:, None].to(torch.int32), chosen_N1, torch.zeros_like(token_ids))
-
-
-def _embed_only(worker: Any) -> None:
-    """On the CPU, where the output head is a layer of its own: vLLM packs the input embedding for products, too, and
-    does so again at every reload. It is only looked up in, and as large as the head."""
-    from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
-
-    class LookUp(vocabulary.UnquantizedEmbeddingMethod):
-        def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-            pass
-
-    layers = list(worker.model_runner.get_model().modules())
-    if not any(isinstance(layer, vocabulary.ParallelLMHead) for layer in layers):
-        return  # the embedding is the head
-    for layer in layers:
-        if (
-            type(layer) is vocabulary.VocabParallelEmbedding
-            and type(layer.quant_method) is vocabulary.UnquantizedEmbeddingMethod
-        ):
-            layer.quant_method = LookUp()
-            # In place of the packed copy made at the start; right for whoever should ask for a product all the same.
-            vars(layer)["cpu_linear"] = torch.nn.functional.linear
-
-
-def _pack_experts_again(worker: Any) -> None:
-    """On the CPU, before a reload: vLLM packs the experts of a layer when their kernel is made, at the start alone, and
-    a reload puts unpacked weights in their place, which the kernel then takes for packed ones. Without a kernel the
-    reload makes one, as the start did."""
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
-    for layer in worker.model_runner.get_model().modules():
-        method = getattr(layer, "quant_method", None)
-        if isinstance(method, UnquantizedFusedMoEMethod):
-            method.moe_kernel = None
-
-
-def _settle_worker(worker: Any) -> None:
-    """On the CPU, once every worker process has started: as ``pump`` in this process, and clean when killed."""
-    torch.compiler.set_stance("force_eager")
-    # All have joined the shared memory that they talk through; without its name it goes with the last of them.
-    for line in Path("/proc/self/maps").read_text().splitlines() if Path("/proc/self/maps").exists() else []:
-        if (file := line.split()[-1]).startswith("/dev/shm/vllm_dist_"):
-            Path(file).unlink(missing_ok=True)
-
-
-def _reload_from(worker: Any, weights: SharedMemoryWeights) -> None:
-    worker.reload_weights(weights_iterator=_arriving(worker).watch(weights.open()))
-
-
-def _store_watched(worker: Any) -> None:
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-
-    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    worker.stored_weights = StoredWeights(worker.model_runner.get_model(), rank, size)
-
-
-def _arriving(worker: Any) -> Arrived:
-    if not hasattr(worker, "stored_weights"):
-        _store_watched(worker)
-    arrived: Arrived = worker.stored_weights.arriving()
-    worker.stored_weights.expect(arrived)
-    return arrived
-
-
-def _weight_faults(worker: Any, sums: Mapping[str, Sum]) -> list[str]:
-    return list(worker.stored_weights.faults(sums))
-
-
-def _adapter_faults(worker: Any, lora_id: int, arrived: Arrived) -> list[str]:
-    return adapter_faults(worker.model_runner, lora_id, arrived)
-
-
-def _environment() -> None:
-    """Set before vLLM is imported; what the user has set stays."""
-    for name, value in {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or it pins this process, and the learner with it
-        "VLLM_NO_USAGE_STATS": "1",
-    }.items():
-        os.environ.setdefault(name, value)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

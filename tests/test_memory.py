@@ -18,7 +18,7 @@ from deploy.local import settled
 from deploy.planner import GIB, Place, Planner
 from learner import logprobs, memory, rehearsal
 from learner.learner import TorchLearner
-from sampler import vllm as vllm_sampler
+from sampler import vllm_arguments
 from tests.benchmarks import shapes
 from tests.tiny import make_tiny
 
@@ -158,7 +158,7 @@ def test_the_cache_is_vllms_own_rule(tiny):
     setup = planner.setup(config)
     assert isinstance(setup, SamplerSetup)
     model = json.loads((tiny / "config.json").read_text())
-    assert planner.plan(config).devices[0].cache == vllm_sampler.cache_bytes(model, setup)
+    assert planner.plan(config).devices[0].cache == vllm_arguments.cache_bytes(model, setup)
 
 
 def test_sizes_and_places():

@@ -119,9 +119,10 @@ def test_the_back_end_says_which_of_its_options_are_free(tiny, tmp_path):
 
 @pytest.mark.vllm
 def test_vllms_free_options_are_arguments_of_its_engine():
-    from sampler.vllm import VllmSampler, _environment
+    from sampler.vllm import VllmSampler
+    from sampler.vllm_arguments import environment
 
-    _environment()
+    environment()
     from vllm.engine.arg_utils import EngineArgs
 
     assert VllmSampler.free_options <= {field.name for field in dataclasses.fields(EngineArgs)}

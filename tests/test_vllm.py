@@ -21,16 +21,9 @@ from learner.learner import TorchLearner
 from learner.model import adapters
 from learner.sync import SyncError, WeightSync, probe_of
 from sampler.truth import Truth, lend, perturbed
-from sampler.vllm import (
-    CPU_BLOCK,
-    VllmSampler,
-    _chosen_only,
-    _part_seed,
-    _spread_seed,
-    cache_bytes,
-    cache_bytes_per_token,
-    engine_arguments,
-)
+from sampler.vllm import VllmSampler, _part_seed, _spread_seed
+from sampler.vllm_arguments import CPU_BLOCK, cache_bytes, cache_bytes_per_token, engine_arguments
+from sampler.vllm_worker import _chosen_only
 from tests import weight_faults
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
