@@ -134,6 +134,8 @@ def check(model: Any, score: Score, from_logits: FromLogits, dtype: torch.dtype)
     differ by more than rounding.
     """
     family = causal_of(model).config.model_type
+    parameters = list(model.parameters())
+    written = [parameter._version for parameter in parameters]  # torch counts writes in place
     try:
         with torch.no_grad():
             ahead, behind, whole = _compared(model, score, from_logits)
@@ -142,6 +144,8 @@ def check(model: Any, score: Score, from_logits: FromLogits, dtype: torch.dtype)
             raise
         log.info("the forward pass of a %r model fails", family, exc_info=True)
         return f"a forward pass of this {family!r} model fails ({_said(error)})"
+    if written != [parameter._version for parameter in parameters]:
+        return f"a forward pass of this {family!r} model changes its weights"
     if not ahead < tolerance(dtype):
         return f"this {family!r} model's log-probs depend on the tokens that follow, so it is no causal language model"
     if not behind < EXACT:

@@ -87,7 +87,7 @@ def naive_logprobs(model, row):
     ids = torch.tensor([row.prompt + row.completion])
     model.config._attn_implementation = "eager"
     with torch.no_grad():
-        logits = model(ids).logits[0].float().log_softmax(-1)
+        logits = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
     start = len(row.prompt)
     return torch.stack([logits[start + t - 1, token] for t, token in enumerate(row.completion)])
 

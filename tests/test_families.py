@@ -18,7 +18,7 @@ from learner.logprobs import from_logits, score
 from learner.model import resolve
 from learner.packing import plan
 from tests import tiny
-from tests.parity import MIXED, make_rows, naive_logprobs
+from tests.parity import MIXED, assert_equal, make_rows, naive_logprobs, run
 from tests.tiny import make_model
 
 attention.register()
@@ -95,6 +95,35 @@ def test_the_padded_path_computes_what_the_model_computes(family):
             truth = own[len(row.prompt) - 1 : -1].gather(1, ids[0, len(row.prompt) :, None])[:, 0]
             mine = pack.row_K == row.index
             assert torch.allclose(found_K[mine][pack.column_K[mine].argsort()], truth, atol=1e-4), family
+
+
+RECURRENT = (
+    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "minimax",
+    "nemotron_h", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_rows_beside_a_longer_one_are_as_alone_where_a_state_is_carried(family):
+    """Log-probs and gradients of one padded pass, against each row in a pass of its own; the weights stay as they
+    are."""
+    model = make_model(family, **({"rescale_every": 0} if family == "rwkv" else {}))  # as it is loaded
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert families.why_not_packed(model)
+    assert checked(model) == ""
+    rows = make_rows([(9, [31, 1]), (30, [10])])
+    together, alone = run(model, rows, packed=False), run(model, rows, packed=False, budget=1)
+    assert len(plan(rows, 10**6, packed=False)) == 1
+    assert len(plan(rows, 1, packed=False)) == len(rows)
+    assert_equal(together, alone)
+    for row in rows:
+        assert torch.allclose(alone[0][row.index, : len(row.completion)], naive_logprobs(model, row), atol=1e-4)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_pass_that_changes_the_weights_is_found():
+    """RWKV's does, of several layers, in evaluation mode."""
+    assert "a forward pass of this 'rwkv' model changes its weights" in checked(make_model("rwkv"))
 
 
 # -- settings that take a tested family out ----------------------------------------------------------------------------

@@ -403,6 +403,14 @@ def test_checkpointing_computes_layers_again_and_changes_nothing(tmp_path, famil
     assert difference(found[0][0], found[1][0]) < 1e-7
 
 
+def test_rwkvs_weights_are_those_of_its_files_after_passes(tmp_path):
+    made = make_model("rwkv")
+    made.save_pretrained(tmp_path)
+    learner = TorchLearner(config(optimizer={"lr": 1e-30}), tmp_path, "cpu")
+    assert math.isfinite(learner.update(GROUPS)["loss"])
+    assert difference(weights(learner), dict(made.named_parameters())) == 0
+
+
 def test_checkpointing_of_a_family_that_cannot_is_refused(tmp_path):
     make_model("jetmoe").save_pretrained(tmp_path)
     assert math.isfinite(TorchLearner(config(), tmp_path, "cpu").update(GROUPS)["loss"])

@@ -151,6 +151,32 @@ UNTRIED: dict[str, dict[str, Any]] = {
         "v_head_dim": 32,
     },
     "modernbert-decoder": {"bos_token_id": 1, "cls_token_id": 2, "sep_token_id": 2, "local_attention": 16},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32, "attn_layer_indices": [1], "mamba_chunk_size": 16},
+    "falcon_mamba": {},
+    "mamba2": {"num_heads": 4, "state_size": 16, "n_groups": 1, "chunk_size": 16},
+    "minimax": {
+        "num_local_experts": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+        "block_size": 16,
+    },
+    "nemotron_h": {
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 16,
+        "layers_block_type": ["mamba", "attention"],
+    },
+    "rwkv": {"num_hidden_layers": 3, "rescale_every": 1, "attention_hidden_size": 64, "head_dim": None},
+    "xlstm": {"num_heads": 2, "num_blocks": 2, "chunk_size": 16, "head_dim": None},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"],
+        "num_mem_blocks": 1,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 32,
+        "chunk_size": 16,
+        "head_dim": None,
+    },
 }
 """Families that are never packed, whose padded path has something of its own."""
 

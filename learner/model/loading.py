@@ -57,6 +57,10 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
             raise UserError(f"{label}: in this model tokens see those that follow; name a causal language model")
             if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
                 setattr(shape, key, 0.0)  # the sampler has none, and the two must compute the same
+        if hasattr(shape, "rescale_every"):
+            # Else RWKV halves the weights of later layers, in place, in its first pass in evaluation mode, and these
+            # would be trained, sent and saved. Without it the outputs are the same but for float16's range.
+            shape.rescale_every = 0
         if blank:
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(
