@@ -428,7 +428,7 @@ def test_gsm8k_hub_out_of_reach(tmp_path):
      r"\boxed{18}", r"\$18", "18.", "**18**", "The answer is 18", "$18$", "1.8e1", r"\text{18}", "18 m²", "18 m^2",
      "१८", "１８", "18元", "18°C", "18\u200b", "18 $", "USD 18", "18 km/h", r"18\text{ dollars}",
      r"\boxed{\text{18 dollars}}", "1.8 × 10^1", r"1.8 \times 10^{1}", "|18|", "(18)", "Answer: $18", "3 x 6 = 18",
-     "3 apples + 15 apples = 18 apples", "18 sq. ft.", "18,0", "$$18$$", "180e-1"],
+     "3 apples + 15 apples = 18 apples", "18 sq. ft.", "18 miles", "18 more apples", "18元钱", "18 min", "18,0", "$$18$$", "180e-1"],
 )  # fmt: skip
 def test_same_number(answer):
     assert same_number("18", answer)
@@ -443,7 +443,9 @@ def test_same_number(answer):
      "x <= 18", "2x = 18", "not x = 18", "=> 18", "18x", "18i", r"18\pi", "18π", "18^2", "18²", "18 squared", "√18",
      r"\sqrt{18}", "2(18)", "18-", "18-20", "18 to 20", "18;20", "--18", "+-18", "±18", "0x12", "18:00", "18?", "18①",
      "18 3/4", "17 1/1", "1,8", "18,000", "18 is wrong", "18 - x", "1e18", "18/x", "18‰", "1e999999999", "half of 18",
-     "18 / 0"],
+     "18 / 0", "18 mln", "18 Mio", "18 Mrd.", "18 mil", "18 mille", "18 tausend", "18 Millionen", "18 millones", "18万",
+     "18 万", "18千元", "18億円", "18만", "18 тысяч", "18 млн", "18 grand", "18 gross", "18 tens", "18 double", "18ish",
+     "18 maybe", "18 negative", "18 under"],
 )  # fmt: skip
 def test_not_the_same_number(answer):
     assert not same_number("18", answer)

@@ -47,7 +47,12 @@ _POWER = r"(?:[eE](?P<e>[-+]?\d{1,3})\b|\s*[×*xX]\s*10\s*\^\s*(?P<ten>-?\d{1,3}
 # of metre, gram, litre, second and hour; and some words say that the number is not what is meant.
 _NO_UNIT = (
     r"(?!(?:or|and|to|not|no|plus|minus|times|over|point|squared|cubed|halves|half|thirds|quarters|fourths|fifths"
-    r"|tenths|hundredths|thousandths|factorial|pi|dozens?|scores?|sqrt|wrong|incorrect|false|than)\b)"
+    r"|tenths|hundredths|thousandths|factorial|pi|dozens?|scores?|sqrt|wrong|incorrect|false|than"
+    # Multipliers not read above, other languages' too, and words that put the number in doubt.
+    r"|tens|gross|grand|mega|giga|(?i:mln|mld|mrd|mio|mil|mill?e|mila|mill?iard\w*|millione?[ni]?|mill[oó]ne?s|tausend"
+    r"|тыс\w*|миллион\w*|миллиард\w*|млн|млрд)"
+    r"|under|below|above|negative|maybe|perhaps|probably|possibly|approximately|approx|ish|double|triple|twice)\b"
+    r"|[十百千万萬億亿兆십백천만억조])"
 )
 _WORD = (
     rf"{_NO_UNIT}(?:[mglLsh](?!\w)|[^\W\d_]{{2,}}|(?:[A-Za-z]\.){{2,}}|[\u3040-\u9fff\uac00-\ud7af]"
