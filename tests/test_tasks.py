@@ -428,7 +428,8 @@ def test_gsm8k_hub_out_of_reach(tmp_path):
      r"\boxed{18}", r"\$18", "18.", "**18**", "The answer is 18", "$18$", "1.8e1", r"\text{18}", "18 m²", "18 m^2",
      "१८", "１８", "18元", "18°C", "18\u200b", "18 $", "USD 18", "18 km/h", r"18\text{ dollars}",
      r"\boxed{\text{18 dollars}}", "1.8 × 10^1", r"1.8 \times 10^{1}", "|18|", "(18)", "Answer: $18", "3 x 6 = 18",
-     "3 apples + 15 apples = 18 apples", "18 sq. ft.", "18 miles", "18 more apples", "18元钱", "18 min", "18,0", "$$18$$", "180e-1"],
+     "3 apples + 15 apples = 18 apples", "18 sq. ft.", "18 miles", "18 more apples", "18元钱", "18 min", "18,0",
+     "$$18$$", "180e-1"],
 )  # fmt: skip
 def test_same_number(answer):
     assert same_number("18", answer)
