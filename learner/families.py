@@ -130,8 +130,8 @@ def check(model: Any, score: Score, from_logits: FromLogits, dtype: torch.dtype)
     on the sampler by the first sync.
 
     ``score`` and ``from_logits`` are ``learner.logprobs``'s, the first with the model's device and ranks seen to. Found
-    are passes that fail, models that look ahead, an output head not known to ``behind_head``, and log-probs that
-    differ by more than rounding.
+    are passes that fail or change the weights, models that look ahead, a head not known to ``behind_head``, and
+    log-probs that differ by more than rounding.
     """
     family = causal_of(model).config.model_type
     parameters = list(model.parameters())
