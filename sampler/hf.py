@@ -136,7 +136,7 @@ class HfSampler:
         for prompt in prompts:
             self._check_prompt(prompt, params)
         groups = []
-        with torch.inference_mode(), self._memory_advice():
+        with torch.inference_mode(), self._in_sentences():
             completions = self._complete([prompt.token_ids for prompt in prompts], params)
             for index, prompt in enumerate(prompts):
                 groups.append(Group(prompt, tuple(completions[index * params.n : (index + 1) * params.n])))
@@ -149,7 +149,7 @@ class HfSampler:
         answers: list[list[float]] = []
         longest = max((len(sequence) for sequence in sequences), default=0)
         rows = max(1, _LOGITS_AT_ONCE // max(1, longest * self.model.config.get_text_config().vocab_size))
-        with torch.inference_mode(), self._memory_advice():
+        with torch.inference_mode(), self._in_sentences():
             for start in range(0, len(sequences), rows):
                 batch = [list(sequence) for sequence in sequences[start : start + rows]]
                 width = max(len(sequence) for sequence in batch)
@@ -411,12 +411,21 @@ class HfSampler:
         check_room([prompt], params.max_tokens, self.setup.max_model_tokens)
 
     @contextmanager
-    def _memory_advice(self) -> Iterator[None]:
+    def _in_sentences(self) -> Iterator[None]:
+        """What goes wrong inside transformers."""
         try:
             yield
         except torch.OutOfMemoryError as error:
             raise RunFailure(
                 f"the hf sampler ran out of memory with sampler.options.batch_size={self._batch_size}; lower it"
+            ) from error
+        except (RunFailure, UserError):
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise RunFailure(
+                f"the hf sampler cannot compute with model_type {self.model.config.model_type!r}: transformers' own "
+                f"forward pass with a cache ended in {type(error).__name__}: {said}; use sampler.name='vllm'"
             ) from error
 
 

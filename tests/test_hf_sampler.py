@@ -366,3 +366,10 @@ def test_a_built_in_task_pays_for_an_answer_that_a_stop_string_ended(tagged: Any
         "correct": 1.0,
         "format": 1.0,
     }
+
+
+def test_a_family_whose_cached_pass_fails_is_one_sentence(tmp_path: Path) -> None:
+    """MiniMax's cache cannot be repeated for the completions of a prompt."""
+    sampler = HfSampler(_setup(make_tiny(tmp_path / "minimax", family="minimax")))
+    with pytest.raises(RunFailure, match=r"cannot compute with model_type 'minimax': .*; use sampler.name='vllm'"):
+        sampler.generate(_prompts(sampler), SamplingParams(n=2, max_tokens=4)).result()
