@@ -31,6 +31,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(said)
 
 
+def brief(error: BaseException) -> str:
+    """The error's text in one line of at most 300 characters; without a text its type."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Of the error's text, which may go on with a library's advice; without a text its type."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def printable(text: str, one_line: bool = False) -> str:
     """The text with everything that could steer a terminal shown as U+FFFD; with ``one_line`` the ends of lines too.
     What is shown may be a model's, and a terminal obeys control characters."""

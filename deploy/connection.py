@@ -18,7 +18,7 @@ from typing import Any
 
 from common import device as devices
 from common.config import Config
-from common.errors import UserError
+from common.errors import UserError, brief
 from common.waits import bounded
 
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0 when ray is imported: a private cluster keeps to loopback
@@ -119,7 +119,7 @@ def _make_token() -> None:
 
 
 def _refused(error: BaseException) -> bool:
-    """Whether Ray failed for want of the right token. Ray 2.60 says so only in the text of what lies behind."""
+    """Whether Ray failed because the token is missing or wrong. Ray 2.60 says so only in the cause's text."""
     return "token" in f"{error} {error.__cause__}".lower()
 
 
@@ -146,7 +146,3 @@ def nodes() -> dict[str, Need]:
         for node in ray.nodes()
         if node["Alive"]
     }  # fmt: skip
-
-
-def brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import Config
-from common.errors import UserError
+from common.errors import UserError, first_line
 from deploy import disk, local
 from deploy.planner import GIB, Plan, Planner, place_of, planner_of
 from deploy.solver import Proposal, largest, solve
@@ -96,7 +96,7 @@ def _before_run(ready: local.Prepared, console: Console) -> Plan | None:
     except UserError:
         raise
     except Exception as error:  # a model that cannot run on shapes alone: no reason to refuse the run
-        log.warning("this run's memory cannot be planned (%s); its rehearsal will show it", _first_line(error))
+        log.warning("this run's memory cannot be planned (%s); its rehearsal will show it", first_line(error))
         return None
     console.print(f"plan    {verdict(plan)}", soft_wrap=True, markup=False)
     for note in (note for one in plan.devices for note in one.notes):
@@ -127,12 +127,8 @@ def _cheapest(planner: Planner, plan: Plan) -> str:
     try:
         return cheapest(planner, planner.plan(plan.config))
     except Exception as error:
-        log.info("no search for settings that fit: %s", _first_line(error))
+        log.info("no search for settings that fit: %s", first_line(error))
         return LESS
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def cheapest(planner: Planner, plan: Plan, limit_s: float = 12.0) -> str:

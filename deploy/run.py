@@ -125,7 +125,6 @@ def _train(
     if not begin:
         with bounded("learner", "reading its checkpoint", config.timeouts.load_s, "timeouts.load_s"):
             state = checkpoints.restore_latest(learner)
-    if not begin:
         if state is None:
             _tell(console, "there is no checkpoint yet: the run begins again from its start")
         tracking.rewind(folder, learner.version)

@@ -30,7 +30,7 @@ from learner import families, logprobs, packing
 from learner.learner import TorchLearner
 from learner.model import loading, nf4
 from learner.packing import Row
-from learner.rehearsal import largest_pack, longest_groups, repeated, untouched
+from learner.rehearsal import largest_pack, longest_groups, repeated, untouched, vocabulary_of
 
 aten = torch.ops.aten
 SHAPE = "meta"
@@ -218,7 +218,7 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, on_cpu: bool) -> 
     learner = TorchLearner(_plain(config), folder, SHAPE, blank=True)
     model, optimizer = learner._model, learner._optimizer
     optimizer._stochastic = optimizer._compiled = False  # no random state here, and nothing to compile
-    ledger = Ledger(_vocabulary(model), offload)
+    ledger = Ledger(vocabulary_of(model), offload)
     ledger.trained = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
     ledger.watch("weights", [*nf4.stored(model), *model.buffers()])
     if learner._reference is not None:
@@ -229,12 +229,12 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, on_cpu: bool) -> 
     _still_where_fused(optimizer, on_cpu)
     learner._optimizer = _Phased(optimizer, ledger)  # type: ignore[assignment]
     groups = longest_groups(config, prompt_tokens)
-    pack, more = largest_pack(groups, config.learner.microbatch_tokens, learner.packed, _vocabulary(model))
+    pack, more = largest_pack(groups, config.learner.microbatch_tokens, learner.packed, vocabulary_of(model))
     ledger.rows = sum(len(group.completions) for group in pack)
     with _fused_attention(), ledger, untouched(learner):
         ledger.phase = "learn"
         # A second pass finds the first one's gradients, and what it left free.
-        learner.update(repeated(pack, 2 if more else 1, _vocabulary(model)))
+        learner.update(repeated(pack, 2 if more else 1, vocabulary_of(model)))
         ledger.phase = "probe"
         if config.sync.proof:
             learner.logprobs(_probe(config, prompt_tokens))
@@ -361,7 +361,7 @@ def forward_bytes(config: Config, folder: Path, tokens: int) -> int:
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.json").write_text(json.dumps(_shallower(shape, layers, min(layers, SHALLOW[0]))))
         model = loading.load(Path(place), config.model.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
-    ledger = Ledger(_vocabulary(model))
+    ledger = Ledger(vocabulary_of(model))
     ledger.watch("weights", [*model.parameters(), *model.buffers()])
     model.config._attn_implementation = families.plain_attention(model)
     ids = torch.zeros(1, max(tokens, 1), dtype=torch.long, device=SHAPE)
@@ -394,10 +394,6 @@ def _still_where_fused(optimizer: Any, on_cpu: bool) -> None:
         fused = any(group.get("fused") for group in part.param_groups)
         if fused or (not on_cpu and type(part).__module__.startswith("torchao")):
             part.step = lambda *_: None
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _optimizer_tensors(optimizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

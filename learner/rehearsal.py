@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,11 @@ from common.types import Completion, Group, Prompt
 
 if TYPE_CHECKING:
     from learner.learner import TorchLearner
+
+
+def vocabulary_of(model: Any) -> int:
+    """Rows of the model's output head."""
+    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def longest_groups(config: Config, prompt_tokens: int) -> list[Group]:
@@ -152,7 +157,7 @@ def rehearse(learner: TorchLearner, groups: Sequence[Group]) -> None:
     """``TorchLearner.rehearse``."""
     spec = learner._config
     full = lengthened(groups, spec.sampler.max_tokens)
-    vocabulary = int(learner._model.get_output_embeddings().weight.shape[0])
+    vocabulary = vocabulary_of(learner._model)
     pack, more = largest_pack(full, spec.learner.microbatch_tokens, learner.packed, vocabulary)
     with untouched(learner):
         if more:  # a later pack finds the gradients of those before it

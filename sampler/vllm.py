@@ -43,7 +43,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from common.errors import RunFailure, UserError
+from common.errors import RunFailure, UserError, brief
 from common.protocols import GroupsFuture, WeightHandle
 from common.tokenizer import check_room
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
@@ -57,7 +57,6 @@ from sampler.vllm_arguments import (
     check_temperature,
     engine_arguments,
     environment,
-    one_line,
 )
 from sampler.vllm_worker import (
     adapter_faults,
@@ -180,7 +179,7 @@ class VllmSampler:
         except Exception as error:  # of any kind: a model class of vLLM's may not even be whole
             self.close()
             vllm.distributed.cleanup_dist_env_and_memory()  # or its groups would be the next engine's
-            said = f"vLLM cannot start with model {setup.model_folder!r}: {type(error).__name__}: {one_line(error)}"
+            said = f"vLLM cannot start with model {setup.model_folder!r}: {type(error).__name__}: {brief(error)}"
             # vLLM refuses arguments, models and too little memory by ValueError; anything else broke on its way.
             raise (UserError if isinstance(error, ValueError) else RunFailure)(said) from error
         try:
@@ -268,7 +267,7 @@ class VllmSampler:
                 outputs = self._llm.llm_engine.step()
         except Exception as error:
             died = getattr(self._llm.llm_engine.model_executor, "is_failed", False)  # then the error says "cancelled"
-            why = "one of its worker processes died" if died else one_line(error)
+            why = "one of its worker processes died" if died else brief(error)
             self._broken = f"the vLLM sampler failed while writing: {why}"
             self._drop(self._broken, error)
             return False
@@ -314,9 +313,7 @@ class VllmSampler:
             self._drop(self._torn, error)
             if isinstance(error, UserError):
                 raise
-            raise RunFailure(
-                f"the vLLM sampler could not load weights of version {version}: {one_line(error)}"
-            ) from error
+            raise RunFailure(f"the vLLM sampler could not load weights of version {version}: {brief(error)}") from error
         finally:
             if swapping:
                 self._llm.wake_up(tags=["scheduling"])
@@ -489,7 +486,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except VLLMClientError as error:
-        raise UserError(f"vLLM refuses what it was asked to write: {one_line(error)}") from error
+        raise UserError(f"vLLM refuses what it was asked to write: {brief(error)}") from error
 
 
 def _group(prompt: Prompt, output: Any) -> Group:

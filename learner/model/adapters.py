@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from common.config import ModelConfig
-from common.errors import UserError
+from common.errors import UserError, first_line
 from learner.model.loading import causal_of, on_shapes
 from learner.model.nf4 import weights_in
-from learner.model.resolve import first_line, is_hub_id
+from learner.model.resolve import is_hub_id
 from learner.model.saving import held
 
 

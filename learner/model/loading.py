@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import ModelConfig
 from common.device import dtype_of
-from common.errors import UserError
+from common.errors import UserError, first_line
 from learner.model import intact
 from learner.model.nf4 import blank_nf4, loading_arguments
-from learner.model.resolve import config_json, first_line
+from learner.model.resolve import config_json
 
 # At their import, which may be transformers' doing: kernels that nothing here needs are missing, and the like.
 for _noisy in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.config import ModelConfig
 from common.device import dtype_of
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import atomic_folder
 from learner.model import intact
 
@@ -149,10 +149,6 @@ def config_json(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"model.name: {str(folder / 'config.json')!r} cannot be read ({first_line(error)})") from None
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def context_tokens(folder: Path) -> int:

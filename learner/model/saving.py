@@ -16,10 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from common.errors import RunFailure, UserError
+from common.errors import RunFailure, UserError, first_line
 from learner.model.loading import causal_of
 from learner.model.nf4 import dense
-from learner.model.resolve import first_line
 from learner.parallel import Ranks, whole
 
 # Of a model's folder, not of the trained model's: weights in any format, what is written for the trained one, the card.
