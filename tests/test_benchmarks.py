@@ -159,6 +159,7 @@ def test_a_section_runs_and_keeps_the_others_results(tiny: Path, tmp_path: Path)
     assert written.index("## b.") < written.index("## c.")
 
 
+@pytest.mark.slow
 def test_a_side_that_dies_says_why(tiny: Path) -> None:
     bench = Bench(tiny, {"short": LOAD}, 1)
     with (

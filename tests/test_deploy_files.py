@@ -205,6 +205,7 @@ def wait_for(log: Path, line: str) -> None:
     raise AssertionError(f"{line!r} not in {log.read_text() if log.is_file() else 'nothing'!r}")
 
 
+@pytest.mark.slow
 def test_slurm_starts_ray_and_the_run(tmp_path):
     assert subprocess.run(["bash", "-n", str(DEPLOY / "slurm.sh")], check=False).returncode == 0
     process, log = slurm(tmp_path, "now")
@@ -226,6 +227,7 @@ def test_slurm_starts_ray_and_the_run(tmp_path):
     assert "scontrol" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_slurm_saves_and_requeues_when_time_is_nearly_over(tmp_path):
     process, log = slurm(tmp_path, "later")
     try:

@@ -193,6 +193,7 @@ def test_token(tmp_path, monkeypatch):
     assert doctor.token().verdict == "warn"
 
 
+@pytest.mark.slow
 def test_the_checksum_follows_the_source(tmp_path):
     def checksum() -> str:
         code = "from deploy.doctor import source_checksum; print(source_checksum())"

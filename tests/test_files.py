@@ -390,6 +390,7 @@ for number in itertools.count(first):
 """
 
 
+@pytest.mark.slow
 def test_whatever_moment_a_writer_is_killed_every_file_is_whole(tmp_path: Path) -> None:
     moments = random.Random(5)
     reached = 0

@@ -21,6 +21,7 @@ def told(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_check_is_alone_and_every_result_is_kept(tmp_path):
     path, files = tmp_path / "results.json", []
     checks = [check(name) for name in ("passes", "fails", "crashes", "leaves", "skips")] + [check("hangs", limit_s=2)]
@@ -53,6 +54,7 @@ def dead(pid):
     return False
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_budget_is_listed_as_not_run(tmp_path):
     path = tmp_path / "results.json"
     checks = [check("passes", usual_s=0.1), check("passes", usual_s=100), check("hangs", usual_s=0.2), check("passes")]

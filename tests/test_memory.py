@@ -99,6 +99,7 @@ def test_weights_masters_and_averages_are_counted_to_the_byte(llama):
     assert planned.phases["learn"].parts["gradients"] >= 4 * 1_235_814_400
 
 
+@pytest.mark.slow
 def test_shallow_copies_tell_of_the_whole(llama):
     config = config_of(llama, "model.lora_rank=8", "learner.microbatch_tokens=512")
     whole = memory.measure(config, llama, 64, on_cpu=False)
@@ -107,6 +108,7 @@ def test_shallow_copies_tell_of_the_whole(llama):
         assert quick.phases[phase].bytes == pytest.approx(peak.bytes, rel=0.05), phase
 
 
+@pytest.mark.slow
 def test_the_shipped_run_for_8_gib_fits_with_room(llama):
     config = settled(load(CONFIGS / "gsm8k-8gb.toml", [f"model.name={llama}", "train.device=gpu"]), "gpu")
     plan = Planner(config, llama, config.sampler.max_prompt_tokens, Place("GPU", True, 8 * GIB)).plan(config)
@@ -187,6 +189,7 @@ def test_a_run_that_cannot_fit_is_refused_before_models_are_loaded(tiny, tmp_pat
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_the_plan_as_json(tiny):
     ran = call("plan", CONFIGS / "demo.toml", f"model.name={tiny}", "train.device=gpu", "--device-memory", "8GiB",
                "--limit-s", "4", "--json")  # fmt: skip
@@ -210,6 +213,7 @@ def on_a_gpu(folder, *words, card=8 * GIB, **place):
     return Planner(config, folder, 64, Place("GPU", True, card, **place)).plan(config)
 
 
+@pytest.mark.slow
 def test_vllms_share_comes_on_top_of_the_context_and_holds_its_graphs(llama):
     """gpu_worker.py of vLLM 0.32: the snapshot is taken when the context exists; the graphs' estimate is taken off."""
     for eager in ("true", "false"):
@@ -225,6 +229,7 @@ def test_vllms_share_comes_on_top_of_the_context_and_holds_its_graphs(llama):
         assert learns.get("CUDA graphs") == parts.get("CUDA graphs")
 
 
+@pytest.mark.slow
 def test_the_share_is_of_the_whole_card_and_must_be_free(llama):
     words = ("sampler.options.gpu_memory_utilization=0.75", "sampler.options.kv_cache_memory_bytes=268435456")
     plan = on_a_gpu(llama, *words)
@@ -236,6 +241,7 @@ def test_the_share_is_of_the_whole_card_and_must_be_free(llama):
     assert "0.50 GiB more than is free when it starts" in crowded.devices[0].notes[0]
 
 
+@pytest.mark.slow
 def test_a_step_of_vllms_profile_has_its_batched_tokens(llama):
     few, many = (on_a_gpu(llama, f"sampler.options.max_num_batched_tokens={count}") for count in (512, 8192))
     low, high = (plan.devices[0].phases["sample"]["sampler activations"] for plan in (few, many))
@@ -243,6 +249,7 @@ def test_a_step_of_vllms_profile_has_its_batched_tokens(llama):
     assert [planners.batched_tokens(card) for card in (None, 24 * GIB, 80 * GIB)] == [4096, 8192, 16384]
 
 
+@pytest.mark.slow
 def test_what_waits_in_host_memory_is_planned(llama):
     """Level 1 keeps vLLM's base there, the learner's own copies stay there, and the challenge keeps what it changes."""
     plan = on_a_gpu(llama, "memory.offload_while_sampling=true", host=12 * GIB)
@@ -258,6 +265,7 @@ def test_what_waits_in_host_memory_is_planned(llama):
     assert plan.peak == gpu.peaks[gpu.worst]  # the host's is not the card's
 
 
+@pytest.mark.slow
 def test_copies_of_packed_keys_are_counted_as_the_kernel_makes_them(llama):
     """A run of the pack reads the keys of its whole sequence: the prompt's once for each completion."""
     measured = memory.measure(config_of(llama, "model.lora_rank=8"), llama, 64, on_cpu=False)

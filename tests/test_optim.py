@@ -211,6 +211,7 @@ def test_bytes_kept_a_weight():
             assert wanted[named(kind)] <= each < wanted[named(kind)] + 0.15, (kind, each)
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_right_on_average_and_seeded():
     def walked(seed):
         weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))

@@ -276,6 +276,7 @@ def without_nanogrpo(tmp_path: Path, *files: str) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_built_ins_are_known_where_only_the_requirements_are_installed(tmp_path):
     done = without_nanogrpo(tmp_path, "common", "sampler", "learner", "deploy", "pyproject.toml")
     assert done.returncode == 0, done.stderr

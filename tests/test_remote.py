@@ -410,6 +410,7 @@ def test_the_key_is_cut_out_of_what_the_server_says(folder):
     assert KEY not in said
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_left_after_the_limit(folder):
     answers = Answers(folder)
     with serving(answers) as url:

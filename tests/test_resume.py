@@ -379,6 +379,7 @@ def test_what_chooses_prompts_may_change_until_it_has_chosen(tiny, tmp_path):
             runs.config_of(folder, [word])
 
 
+@pytest.mark.slow
 def test_a_start_that_was_refused_leaves_its_folder_to_the_settings_it_was_advised(tiny, tmp_path):
     """Also one that was ended after its first evaluation, whose numbers are the other settings'."""
     folder = tmp_path / "run"

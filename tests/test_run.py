@@ -245,6 +245,7 @@ def test_dynamic_sampling_fills_the_batch_within_its_bound(tiny, tmp_path):
     assert all(row["groups"] <= 3 and row["groups_sampled"] <= 12 for row in filled)
 
 
+@pytest.mark.slow
 def test_a_long_prompt_that_is_found_late_costs_no_step(tiny, tmp_path):
     """It is one of very many, and was not looked at before the run."""
     count = 2 * LOOKED_AT

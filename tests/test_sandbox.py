@@ -302,6 +302,7 @@ HOSTILE = st.one_of(INSIDE.map(lambda text: f"<answer>{text}</answer>"), INSIDE)
 BATCH = 50
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(7200 if FULL else 120)
 @settings(max_examples=200 if FULL else 4, deadline=None, derandomize=not FULL)
 @given(texts=st.lists(HOSTILE, min_size=BATCH, max_size=BATCH))

@@ -404,6 +404,7 @@ def test_gsm8k_options(options):
         Gsm8k(**options)
 
 
+@pytest.mark.slow
 def test_gsm8k_hub_out_of_reach(tmp_path):
     code = (
         "from common.errors import UserError\nfrom common.tasks.gsm8k import Gsm8k\n"

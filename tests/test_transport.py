@@ -385,6 +385,7 @@ def test_folders_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path):
 # -- the broadcast -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_broadcast_is_exact_for_every_bucket_size_and_every_receiver(members):
     """Beside a default group of the receivers' own; also after a source that failed midway."""
     sender, others = members.join(3, own_default_group=True)
@@ -500,6 +501,7 @@ def test_a_sender_that_is_killed_ends_the_receivers_at_once(members):
     assert "rank 1 of 3 waited" in str(other.recv())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_receiver_that_is_stopped_ends_everyone_within_the_limit(members):
     sender, [(victim, one), (_, two)] = members.join(3, timeout_s=3)
@@ -518,6 +520,7 @@ def test_a_receiver_that_is_stopped_ends_everyone_within_the_limit(members):
     assert "rank 2 of 3 waited" in str(two.recv())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_silent_sender_ends_its_receivers_within_the_limit(members):
     receiver, [_] = members.join(2, timeout_s=2, rank=1)
