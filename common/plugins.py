@@ -6,7 +6,7 @@ A name is one of three things: an installed entry point (``warmup``), ``module:a
 Left out: any list of our own back ends. They are entry points of this distribution like anyone else's; where it is not
 installed (a Ray job's working directory on a node that has only the requirements) they are read from the
 ``pyproject.toml`` beside this package. Used by the composition root and, for tasks, by every reward worker
-(``common/rewards.py``), which is why nothing here may import torch.
+(``common/rewards/scorer.py``), which is why nothing here may import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The contracts between the parts. The docstrings are the contract; ``sampler/contract.py`` runs the sampler's."""
+"""The contracts between the parts. The docstrings are the contract; ``sampler/conformance/suite.py`` runs the
+sampler's."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ class WeightHandle(Protocol):
         ...
 
     def sent(self) -> tuple[str, int]:
-        """The fingerprint (``common.weights.fingerprint``, ``adapter_config`` included) and the bytes of what is
+        """The fingerprint (``common.weights.handles.fingerprint``, with ``adapter_config``) and the bytes of what is
         offered, from the offering side."""
         ...
 
@@ -125,7 +126,7 @@ class Sampler(Protocol):
     def load_weights(self, handle: WeightHandle, version: int) -> str:
         """Serve these weights from the next call on, and forget every cache that the old ones filled.
 
-        Returns ``common.weights.fingerprint`` of the tensors, and of the handle's ``adapter_config``, as they
+        Returns ``common.weights.handles.fingerprint`` of the tensors, and of the handle's ``adapter_config``, as they
         **arrived** here.
         """
         ...

@@ -16,8 +16,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from common.console import terminal
 from common.errors import RunFailure, UserError, is_out_of_memory, printable
+from common.tracking.console import terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,8 +112,9 @@ def train(
         _quiet_libraries()
         from rich.console import Group as Stack
 
-        from deploy import guard, report
+        from deploy import report
         from deploy import run as runs
+        from deploy.cluster import supervisor
 
         if resume is None and auto_resume:
             if "{date}" in config.run.folder:
@@ -132,10 +133,12 @@ def train(
 
             check(config, folder, out, resume=resume is not None)
             return
-        if config.cluster.mode == "ray" and not guard.is_driver():
+        if config.cluster.mode == "ray" and not supervisor.is_driver():
             # The process that does the work is a child of this one, which starts it again when it is killed.
             raise typer.Exit(
-                guard.watch(folder, config.cluster.max_restarts, config.timeouts.pulse_s, resuming=resume is not None)
+                supervisor.watch(
+                    folder, config.cluster.max_restarts, config.timeouts.pulse_s, resuming=resume is not None
+                )
             )
         out.print(f"run     {folder}", soft_wrap=True)
         try:
@@ -172,7 +175,7 @@ def plan(
     with _in_sentences():
         _quiet_libraries()
         from common.config import load
-        from deploy import plan as plans
+        from deploy.memory_plan import output as plans
 
         config = load(run_file, words or [])
         try:
@@ -192,7 +195,7 @@ def plan(
 def _print_json(value: object) -> None:
     import json
 
-    from common.files import to_json
+    from common.atomic_files import to_json
 
     text = to_json(value)
     if "utf" not in (sys.stdout.encoding or "").lower():
@@ -210,19 +213,19 @@ def evaluate(
     """Measure accuracy on a task's test questions (task.name=..., eval.questions=..., eval.samples=...)."""
     with _in_sentences():
         _quiet_libraries()
-        from common.console import evaluation_line
-        from common.rewards import Scorer
-        from deploy import local
+        from common.rewards.scorer import Scorer
+        from common.tracking.console import evaluation_line
+        from deploy import components
         from deploy.export import open_model
 
         with open_model(model, words or [], step) as (config, adapter, label):
             if not config.eval.questions:
                 raise UserError("eval.questions=0 asks nothing; set it to at least 1")
-            ready = local.prepare(config, need_train=False)
+            ready = components.prepare(config, need_train=False)
             with Scorer(config.task) as scorer:
-                made = local.make_sampler(ready, shares_device=False, adapter_folder=adapter)
-                with local.closing(made, config) as sampler:
-                    result = local.ask_test_questions(ready, sampler, scorer, config.timeouts.generate_s).as_dict()
+                made = components.make_sampler(ready, shares_device=False, adapter_folder=adapter)
+                with components.closing(made, config) as sampler:
+                    result = components.ask_test_questions(ready, sampler, scorer, config.timeouts.generate_s).as_dict()
         if json:
             _print_json(result)
             return
@@ -246,7 +249,7 @@ def sample(
     with _in_sentences():
         _quiet_libraries()
         from deploy.export import open_model
-        from deploy.show import completions
+        from deploy.sample import completions
 
         texts = [word for word in prompts or [] if not _is_setting(word)]
         words = [word for word in prompts or [] if _is_setting(word)]
@@ -303,7 +306,7 @@ def doctor(
     """Check versions, devices, memory, disk, ports and token, and say what to do."""
     with _in_sentences():
         _quiet_libraries()
-        from deploy.diagnose import diagnose
+        from deploy.doctor.diagnose import diagnose
 
         if not diagnose(out, cluster, address, folder):
             raise typer.Exit(1)
@@ -341,15 +344,15 @@ def server(
         from urllib.parse import urlsplit
 
         from common.config import load
-        from deploy import local
-        from sampler.server import server_command, shell_line
+        from deploy import components
+        from sampler.server.command import server_command, shell_line
 
         config = load(run_file, words or [])
         if config.sampler.name != "remote":
             raise UserError(f"sampler.name={config.sampler.name!r} needs no server; this is for sampler.name='remote'")
-        ready = local.prepare(config)
+        ready = components.prepare(config)
         where = urlsplit(str(config.sampler.options["url"]))
-        setup = local.sampler_setup(ready, shares_device=False)
+        setup = components.sampler_setup(ready, shares_device=False)
         command = server_command(setup, host=where.hostname or "127.0.0.1", port=where.port or 8000)
         sys.stdout.write(shell_line(*command) + "\n")
 
@@ -361,7 +364,7 @@ def config(
 ) -> None:
     """Every setting with its default, unit and effect."""
     with _in_sentences():
-        from common import files
+        from common import atomic_files
         from common.config import Config, commented_toml, described, fields, meant_by
 
         shown = [(key, field) for key, field in fields() if section in ("", key, key.split(".")[0])]
@@ -374,7 +377,7 @@ def config(
         if toml is not None:
             if toml.exists():
                 raise UserError(f"--toml {str(toml)!r} exists already; choose another name")
-            files.write_text(toml, commented_toml())
+            atomic_files.write_text(toml, commented_toml())
             out.print(f"wrote {toml}")
             return
         table = Table("key", "default", "meaning", show_lines=True)

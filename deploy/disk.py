@@ -2,7 +2,7 @@
 for trial.
 
 Left out: rollouts, logs and TensorBoard's events, megabytes beside it; and a model's download or conversion, which is
-done before. Used by ``deploy/plan.py`` and ``deploy/run.py``.
+done before. Used by ``deploy/memory_plan/output.py`` and ``deploy/run.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.config import Config
 from common.device import dtype_of
-from learner.memory import LearnerMemory
+from learner.memory_estimate import LearnerMemory
 
 GIB = 2**30
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from rich.console import Console
 
 from common.config import Config
-from common.rewards import Scorer
+from common.rewards.scorer import Scorer
 from common.types import Completion, Group
-from deploy import local, plan
+from deploy import components
 from deploy import run as runs
+from deploy.memory_plan import output
 from deploy.resume import anchored, check_task
 
 log = logging.getLogger("nanogrpo")
@@ -26,13 +27,13 @@ SAMPLE = "Let me think about it. <answer>42</answer>"
 def dry_run(config: Config, folder: Path, console: Console, *, resume: bool) -> None:
     """Raises what the run would raise; at the end prints what was found right."""
     runs.check_folder(folder, resume)
-    config = local.settled(anchored(config))
-    ready = local.prepare(config)
-    local.warn_if_slow(ready.config, ready.device)
+    config = components.settled(anchored(config))
+    ready = components.prepare(config)
+    components.warn_if_slow(ready.config, ready.device)
     if resume:
         check_task(folder, config, ready.stream())
     rewards = _rewards(ready)
-    plan.before_run(ready, console, folder)
+    output.before_run(ready, console, folder)
     console.print(
         f"right: model {ready.folder}, {len(ready.train)} training and {len(ready.test)} test questions, longest "
         f"prompt {ready.longest_prompt} tokens, {ready.config.model.dtype}, "
@@ -41,7 +42,7 @@ def dry_run(config: Config, folder: Path, console: Console, *, resume: bool) -> 
     )  # fmt: skip
 
 
-def _rewards(ready: local.Prepared) -> str:
+def _rewards(ready: components.Prepared) -> str:
     """Each reward, and the judge of accuracy, once, on an answer to the first question."""
     ids = tuple(ready.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
     answer = Completion(ids, SAMPLE, (-1.0,) * len(ids), "stop", 0)

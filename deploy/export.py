@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common import files
+from common import atomic_files
 from common.config import Config, build, load, reread
 from common.errors import UserError
-from common.weights import FolderWeights
+from common.weights.handles import FolderWeights
 from learner import checkpoint
 from learner.checkpoint import Checkpoints
 from learner.model import resolve
@@ -37,7 +37,7 @@ def export_checkpoint(run: Path, step: int | None, merged: bool, out: Path | Non
         out = run / "exported" / (place.name + ("-merged" if merged else ""))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{str(out)!r} exists already; name another folder, or remove it")
-    with files.atomic_folder(out) as folder:
+    with atomic_files.atomic_folder(out) as folder:
         _write(place, config, folder, merged)
     return out, number
 

@@ -20,10 +20,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from common import files, health
-from common.console import duration
+from common import atomic_files
 from common.errors import printable
-from common.tracking import METRICS, rollout_files
+from common.tracking import health
+from common.tracking.console import duration
+from common.tracking.metrics import METRICS, rollout_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,11 +54,11 @@ def write(folder: Path) -> list[Path]:
 
 def build(folder: Path) -> list[Path]:
     """As ``write``, but raises what goes wrong."""
-    steps = by_step(files.read_json_lines(folder / "metrics.jsonl"))
-    evaluations = by_step(files.read_json_lines(folder / "eval.jsonl"))
+    steps = by_step(atomic_files.read_json_lines(folder / "metrics.jsonl"))
+    evaluations = by_step(atomic_files.read_json_lines(folder / "eval.jsonl"))
     picture = io.BytesIO()
     figure(steps, evaluations).savefig(picture, format="png", dpi=160)
-    files.write_bytes(folder / "report.png", picture.getvalue())
+    atomic_files.write_bytes(folder / "report.png", picture.getvalue())
     config = folder / "config.toml"
     page = html(
         folder.resolve().name,
@@ -67,7 +68,7 @@ def build(folder: Path) -> list[Path]:
         config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
         rollouts=bool(rollout_files(folder)),
     )
-    files.write_text(folder / "report.html", page)
+    atomic_files.write_text(folder / "report.html", page)
     return [folder / "report.html", folder / "report.png"]
 
 

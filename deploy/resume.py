@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import files, plugins
+from common import atomic_files, plugins
 from common.config import Config, changed, fields, load, may_change, reread, resolved_toml
 from common.errors import UserError
 from common.prompts import PromptStream
-from common.weights import weight_files
+from common.weights.handles import weight_files
 from learner.checkpoint import Checkpoints
 
 log = logging.getLogger("nanogrpo")
@@ -29,7 +29,7 @@ _FILES = ("task.name", "sampler.name")
 
 def kept(config: Config) -> dict[str, str]:
     """The files of a checkpoint that a run is known by again."""
-    return {_CONFIG: resolved_toml(config), _CONTENTS: files.to_json(_contents(config), indent=2) + "\n"}
+    return {_CONFIG: resolved_toml(config), _CONTENTS: atomic_files.to_json(_contents(config), indent=2) + "\n"}
 
 
 def config_of(folder: Path, words: Sequence[str]) -> Config:
@@ -175,7 +175,7 @@ def _moved(config: Config, before: Config, contents: Mapping[str, str]) -> set[s
 
 def _check_none_is_lost(folder: Path, before: Config) -> None:
     """Raises ``UserError`` for a run without a checkpoint that must have had one."""
-    done = max((row.get("step", 0) for row in files.read_json_lines(folder / "metrics.jsonl")), default=0)
+    done = max((row.get("step", 0) for row in atomic_files.read_json_lines(folder / "metrics.jsonl")), default=0)
     every = before.run.save_every
     if (folder / "final").is_dir() or (every and done > every):
         cure = f"its model is in {str(folder / 'final')!r}" if (folder / "final").is_dir() else "put them back"

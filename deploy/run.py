@@ -1,7 +1,7 @@
 """One run from start to end: its folder, log and signals, the parts, and going on after the learner was lost.
 
-The parts come from deploy/local.py (one process) or deploy/cluster.py (services on Ray); the loop is learner/loop.py's
-and knows neither.
+The parts come from deploy/components.py (one process) or deploy/cluster/resources.py (services on Ray); the loop is
+learner/train.py's and knows neither.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from typing import Any
 
 from rich.console import Console
 
-from common import files, plugins, tracking
+from common import atomic_files, plugins
 from common.config import Config, resolved_toml
-from common.console import ConsoleTracker
 from common.errors import LearnerLost, OutOfMemory, RunFailure, UserError
 from common.protocols import Learner, Tracker
-from common.rewards import Scorer
-from common.waits import bounded
-from deploy import connection, disk, local, plan, report
-from deploy.local import Parts, Prepared
+from common.rewards.scorer import Scorer
+from common.tracking import metrics
+from common.tracking.console import ConsoleTracker
+from common.watchdog import bounded
+from deploy import components, disk, report
+from deploy.cluster import connection
+from deploy.components import Parts, Prepared
+from deploy.memory_plan import output
 from deploy.resume import anchored, check_task, kept
 from deploy.resume import config_of as config_of
 from deploy.resume import same_run as same_run
 from learner.checkpoint import Checkpoints
-from learner.loop import Loop, rehearse, train
-from learner.sync import WeightSync, probe_of
+from learner.train import Loop, rehearse, train
+from learner.weight_sync import WeightSync, probe_of
 
 log = logging.getLogger("nanogrpo")
 _CONFIG, _LOG = "config.toml", "run.log"
@@ -60,18 +63,18 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_run_folder(folder, resume))
         stack.enter_context(_logging_to(folder / _LOG))
-        files.remove_leftovers(folder)
+        atomic_files.remove_leftovers(folder)
         if not resume:  # over what one that was ended before its first step has left, which a guard would go on with
-            files.write_text(folder / _CONFIG, resolved_toml(config))
-            tracking.rewind(folder, -1)
+            atomic_files.write_text(folder / _CONFIG, resolved_toml(config))
+            metrics.rewind(folder, -1)
         if config.cluster.mode == "ray" and config.cluster.address != "private":
             stack.enter_context(connection.joined(config))  # once, for all who ask it
-        config = local.settled(anchored(config))
-        ready = local.prepare(config)
+        config = components.settled(anchored(config))
+        ready = components.prepare(config)
         if resume:
             check_task(folder, config, ready.stream())
         scorer = stack.enter_context(Scorer(config.task))
-        files.write_text(folder / _CONFIG, resolved_toml(config))
+        atomic_files.write_text(folder / _CONFIG, resolved_toml(config))
         own = []
         for name in config.run.trackers:  # before the models: a login or a server may be missing
             own.append(_own_tracker(name, folder))
@@ -81,7 +84,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
             f"model   {ready.folder}\n"
             f"task    {config.task.name}: {len(ready.train)} training and {len(ready.test)} test questions"
         )
-        planned = plan.before_run(ready, console, folder)
+        planned = output.before_run(ready, console, folder)
         parts = stack.enter_context(_parts(ready, folder, lambda text: _tell(console, text)))
         console.print(parts.described, soft_wrap=True)
         lost: LearnerLost | None = None
@@ -90,7 +93,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
                 if lost is not None:
                     assert parts.recover is not None
                     parts.recover(lost)
-                    files.remove_leftovers(folder)  # of a checkpoint that it was writing
+                    atomic_files.remove_leftovers(folder)  # of a checkpoint that it was writing
                 begin = not resume and lost is None
                 return _train(config, folder, console, ready, scorer, parts, own, stopping, planned, begin=begin)
             except LearnerLost as loss:
@@ -101,10 +104,10 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
 
 def _parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Parts]:
     if ready.config.cluster.mode == "local":
-        return local.parts(ready)
-    from deploy import cluster  # ray is only needed here
+        return components.parts(ready)
+    from deploy.cluster import resources  # ray is only needed here
 
-    return cluster.parts(ready, folder, say)
+    return resources.parts(ready, folder, say)
 
 
 def _tell(console: Console, text: str) -> None:
@@ -114,7 +117,7 @@ def _tell(console: Console, text: str) -> None:
 
 def _train(
     config: Config, folder: Path, console: Console, ready: Prepared, scorer: Scorer, parts: Parts,
-    own: Sequence[Tracker], stopping: Callable[[], bool], planned: plan.Plan | None, *, begin: bool,
+    own: Sequence[Tracker], stopping: Callable[[], bool], planned: output.Plan | None, *, begin: bool,
 ) -> Outcome:  # fmt: skip
     """From the last checkpoint, or with ``begin`` from the start, to the end of the run or its stop. ``own``: the
     user's trackers, which outlive a lost learner and are closed by who made them."""
@@ -127,20 +130,20 @@ def _train(
             state = checkpoints.restore_latest(learner)
         if state is None:
             _tell(console, "there is no checkpoint yet: the run begins again from its start")
-        tracking.rewind(folder, learner.version)
+        metrics.rewind(folder, learner.version)
 
     probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
     sync = WeightSync(learner, sampler, placement, probe, config.sync, parts.sync_s, config.model.dtype)
     with contextlib.ExitStack() as stack:
-        trackers: list[Tracker] = [tracking.JsonlTracker(folder, config.run, config.train.steps)]
+        trackers: list[Tracker] = [metrics.JsonlTracker(folder, config.run, config.train.steps)]
         if config.run.tensorboard:
-            trackers.append(tracking.TensorBoardTracker(folder, learner.version))
+            trackers.append(metrics.TensorBoardTracker(folder, learner.version))
         shown = ConsoleTracker(config.run.console, config.train.steps, learner.version, console)
-        done = files.read_json_lines(folder / "metrics.jsonl")
-        watched = tracking.HealthTracker(done, lambda text: _tell(console, text))
+        done = atomic_files.read_json_lines(folder / "metrics.jsonl")
+        watched = metrics.HealthTracker(done, lambda text: _tell(console, text))
         trackers += [shown, watched]
-        stack.callback(tracking.Trackers(trackers).close)
-        tracker = tracking.Trackers([*trackers, *own])
+        stack.callback(metrics.Trackers(trackers).close)
+        tracker = metrics.Trackers([*trackers, *own])
         loop = Loop(
             config, learner, sampler, placement, scorer, stream, sync, tracker, checkpoints,
             memory_gib=parts.memory_gib, restarts=parts.restarts, answer_s=parts.answer_s,
@@ -155,11 +158,13 @@ def _train(
             _rehearse(loop, ready, planned, console, folder)
 
         def measure(step: int) -> None:
-            done = {row["step"] for row in files.read_json_lines(folder / "eval.jsonl")}
+            done = {row["step"] for row in atomic_files.read_json_lines(folder / "eval.jsonl")}
             if ready.test and step not in done:
                 tracker.phase(f"evaluation: {len(ready.test)} test questions at step {step}")
                 with placement.sampling():
-                    tracker.evaluation(step, local.ask_test_questions(ready, sampler, scorer, parts.answer_s).as_dict())
+                    tracker.evaluation(
+                        step, components.ask_test_questions(ready, sampler, scorer, parts.answer_s).as_dict()
+                    )
 
         if learner.version == 0:
             measure(0)
@@ -173,28 +178,28 @@ def _train(
         unlearned = watched.finish() if finished else ""
     if config.run.report:
         report.write(folder)
-    evaluations = report.by_step(files.read_json_lines(folder / "eval.jsonl"))
+    evaluations = report.by_step(atomic_files.read_json_lines(folder / "eval.jsonl"))
     asked = {row["step"]: row for row in evaluations}
     return Outcome(folder, finished, learner.version, asked.get(0), asked.get(config.train.steps), unlearned)
 
 
-def _rehearse(loop: Loop, ready: Prepared, planned: plan.Plan | None, console: Console, folder: Path) -> None:
+def _rehearse(loop: Loop, ready: Prepared, planned: output.Plan | None, console: Console, folder: Path) -> None:
     try:
         took = rehearse(loop, ready.longest)
     except OutOfMemory as failure:
-        raise RunFailure(f"{failure}. {plan.cures(ready, planned)}") from failure
+        raise RunFailure(f"{failure}. {output.cures(ready, planned)}") from failure
     said = ", ".join(f"{side} {took[side]:.1f} s" for side in ("sample", "learn", "sync", "save"))
-    compared = f" (planned {planned.peak / plan.GIB:.2f})" if planned is not None else ""
+    compared = f" (planned {planned.peak / output.GIB:.2f})" if planned is not None else ""
     line = f"rehearsed the longest batch: {said}; peak {took['peak_gib']:.2f} GiB{compared}"
     log.info("%s", line)
     console.print(line, soft_wrap=True, markup=False)
     model = disk.model_bytes(ready.config, planned.learner) if planned is not None else 0
-    plan.check_disk(ready.config, folder, int(took["checkpoint_bytes"]), model)
+    output.check_disk(ready.config, folder, int(took["checkpoint_bytes"]), model)
 
 
-def _own_tracker(name: str, folder: Path) -> tracking.OwnTracker:
+def _own_tracker(name: str, folder: Path) -> metrics.OwnTracker:
     try:
-        return tracking.OwnTracker(name, lambda: plugins.make("tracker", name, {}, folder))
+        return metrics.OwnTracker(name, lambda: plugins.make("tracker", name, {}, folder))
     except (UserError, RunFailure):
         raise
     except (Exception, SystemExit) as error:
@@ -203,7 +208,7 @@ def _own_tracker(name: str, folder: Path) -> tracking.OwnTracker:
 
 
 def _export(learner: Learner, folder: Path, config: Config) -> None:
-    with files.atomic_folder(folder / "final") as final:
+    with atomic_files.atomic_folder(folder / "final") as final:
         learner.export(final)
         if config.model.lora_rank and config.run.export_merged:
             (final / "merged").mkdir()
@@ -250,7 +255,7 @@ def begun(folder: Path) -> bool:
     if not (folder / _CONFIG).exists():
         return False
     kept_files = (folder / "final").exists() or any((folder / "checkpoints").glob("step-*"))
-    return kept_files or not (folder / _LOG).exists() or bool(files.read_json_lines(folder / "metrics.jsonl"))
+    return kept_files or not (folder / _LOG).exists() or bool(atomic_files.read_json_lines(folder / "metrics.jsonl"))
 
 
 def check_folder(folder: Path, resume: bool) -> None:
@@ -264,7 +269,7 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
     # A start that failed leaves its lock and log; anything else without a configuration is somebody's.
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if _CONFIG not in there and there - {files.LOCK_NAME, _LOG}:
+    if _CONFIG not in there and there - {atomic_files.LOCK_NAME, _LOG}:
         raise UserError(f"run.folder={str(folder)!r} is not empty and holds no run; choose another")
 
 
@@ -275,7 +280,7 @@ def _run_folder(folder: Path, resume: bool) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run.folder={str(folder)!r} cannot be made ({error.strerror}); choose another") from None
-    with files.lock_folder(folder):
+    with atomic_files.lock_folder(folder):
         check_folder(folder, resume)  # again: until now another run may have gone on in it
         yield
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import files
+from common import atomic_files
 from common.config import Config
 from common.device import dtype_of
 from common.errors import UserError
 from common.protocols import Learner
+from learner.distributed import Ranks, read_state, shapes_in
 from learner.model import adapters, loading, saving
-from learner.parallel import Ranks, read_state, shapes_in
 
 log = logging.getLogger("nanogrpo.checkpoint")
 
@@ -34,12 +34,12 @@ class Checkpoints:
     def save(self, step: int, learner: Learner, state: Mapping[str, Any]) -> Path:
         """Writes one and removes the oldest. Raises ``RunFailure`` on a full disk; the earlier ones stay."""
         path = self._folder / _name(step)
-        with files.atomic_folder(path) as folder:
+        with atomic_files.atomic_folder(path) as folder:
             learner.save(folder)
-            files.write_json(folder / "state.json", {"step": step, **state})
+            atomic_files.write_json(folder / "state.json", {"step": step, **state})
             for name, text in self._kept.items():
-                files.write_text(folder / name, text)
-            files.write_json(
+                atomic_files.write_text(folder / name, text)
+            atomic_files.write_json(
                 folder / "manifest.json", {file.name: _checksum(file) for file in sorted(folder.iterdir())}
             )
         for later in self._all():
@@ -52,7 +52,7 @@ class Checkpoints:
     def rehearse(self, learner: Learner) -> int:
         """Writes what ``Learner.save`` writes where checkpoints go, and removes it again; returns its bytes. Raises
         ``RunFailure`` on a full disk."""
-        with files.scratch_folder(self._folder / "rehearsal") as folder:
+        with atomic_files.scratch_folder(self._folder / "rehearsal") as folder:
             learner.save(folder)
             return sum(file.stat().st_size for file in folder.iterdir())
 

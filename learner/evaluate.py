@@ -17,7 +17,7 @@ import numpy as np
 from common.errors import RunFailure
 from common.protocols import Sampler
 from common.types import Group, Prompt, SamplingParams
-from common.waits import bounded, result
+from common.watchdog import bounded, result
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 CorrectFunction = Callable[[Sequence[Group]], Sequence[Sequence[bool]]]

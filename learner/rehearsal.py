@@ -1,6 +1,7 @@
 """The rehearsal: the largest pack that a run can make, through the learner before the first step, leaving no trace.
 
-``longest_groups`` and ``largest_pack`` say what that pack is; the memory plan (``learner/memory.py``) measures it too.
+``longest_groups`` and ``largest_pack`` say what that pack is; the memory plan (``learner/memory_estimate.py``) measures
+it too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from common.config import Config
 from common.types import Completion, Group, Prompt
 
 if TYPE_CHECKING:
-    from learner.learner import TorchLearner
+    from learner.torch_learner import TorchLearner
 
 
 def vocabulary_of(model: Any) -> int:
@@ -59,9 +60,9 @@ def _made_up(token_ids: tuple[int, ...]) -> Completion:
 def largest_pack(
     groups: Sequence[Group], budget_tokens: int, packed: bool, vocabulary: int
 ) -> tuple[list[Group], bool]:
-    """What of ``groups`` fills one forward pass to ``budget_tokens`` (``learner/packing.py``), and whether anything may
-    be left over for another pass. The last completion is shortened to fit: a step whose other completions are shorter
-    fills a pack just so.
+    """What of ``groups`` fills one forward pass to ``budget_tokens`` (``learner/batch/packing.py``), and whether
+    anything may be left over for another pass. The last completion is shortened to fit: a step whose other completions
+    are shorter fills a pack just so.
 
     When packed, prompts may share a prefix of any length, and the longer it is the more of a pass are completions: so
     all groups get the longest one's prompt, and as far as that leaves room prompts of their own. Completions share

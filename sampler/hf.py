@@ -2,7 +2,7 @@
 
 A plain loop over the model's own forward with its key-value cache. Each prompt is computed once for its whole group,
 prompts of different lengths are padded on the left, and a finished completion leaves the batch. Left out on purpose:
-paged or shared caches, continuous batching, quantization; use sampler/vllm.py where speed matters.
+paged or shared caches, continuous batching, quantization; use sampler/engine/vllm.py where speed matters.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 
 from common.device import dtype_of, release
 from common.errors import RunFailure, UserError
-from common.logits import logprobs_of, process
 from common.protocols import WeightHandle
+from common.sampling_filters import logprobs_of, process
 from common.tokenizer import check_room, decode, end_of_sequence_ids, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from common.weights import Fingerprint, bit_sum
+from common.weights.handles import Fingerprint, bit_sum
 
 # Shapes: P prompts, R completions of a batch, N of them not finished yet, T tokens, V vocabulary.
 
@@ -73,8 +73,8 @@ class HfSampler:
     ``batch_size`` (the only option): completions computed at once; lower it when memory is short. Equal seeds give
     equal completions: each draws from its own row of uniform numbers, so that the batch size, the device and a split of
     the request (``SamplingParams.seed_offset``) change nothing but rounding. Log-probs are exactly those of the
-    distribution drawn from (``common.logits.process``); a greedy completion's are of temperature 1, without top-p or
-    top-k, as vLLM's are.
+    distribution drawn from (``common.sampling_filters.process``); a greedy completion's are of temperature 1, without
+    top-p or top-k, as vLLM's are.
 
     ``generate`` does its work before it returns; the future it returns is always done.
     """

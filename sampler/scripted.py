@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from common.errors import RunFailure, UserError
-from common.logits import logprobs_of, process
 from common.protocols import WeightHandle
+from common.sampling_filters import logprobs_of, process
 from common.tokenizer import check_room, decode
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from common.weights import Fingerprint, InProcessWeights
+from common.weights.handles import Fingerprint, InProcessWeights
 from sampler.hf import HfSampler
 
 Answer: TypeAlias = str | Sequence[int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.tracking import ABSENT_WHEN, METRICS, ROLLOUT_COLUMNS
+from common.tracking.metrics import ABSENT_WHEN, METRICS, ROLLOUT_COLUMNS
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 

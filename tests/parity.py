@@ -9,9 +9,9 @@ import random
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from learner import flex
-from learner.logprobs import Drawn, score
-from learner.packing import Row, plan
+from learner.attention import packed_gpu
+from learner.batch.packing import Row, plan
+from learner.token_logprobs import Drawn, score
 from tests.tiny import VOCAB_SIZE
 
 MIXED = [(5, [3, 1, 7]), (30, [20, 2]), (1, [4]), (12, [1, 1])]
@@ -159,7 +159,7 @@ def varlen_on_shapes(window):
         shapes = [(20, 4, 64), (30, 2, 64), (30, 2, 64)]
         query, key, value = (torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
         ends = torch.zeros(3, dtype=torch.int32)
-        spans = flex.Spans(ends, ends, 10, 15, ends, ends, ends)
-        out = flex._torch_varlen(query, key, value, spans, 0.3, window, None)
+        spans = packed_gpu.Spans(ends, ends, 10, 15, ends, ends, ends)
+        out = packed_gpu._torch_varlen(query, key, value, spans, 0.3, window, None)
         found = [out, *torch.autograd.grad(out, (query, key, value), torch.empty_like(out))]
         return [tuple(one.shape) for one in found], [(20, 4, 64), *shapes]

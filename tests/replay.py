@@ -6,7 +6,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from pathlib import Path
 
-from common import files
+from common import atomic_files
 from common.types import Completion, Group
 from sampler.hf import HfSampler
 
@@ -20,7 +20,7 @@ class Replay(HfSampler):
         super().__init__(setup)
         self._rows: dict[tuple[int, str], list[dict]] = {}
         for file in sorted(Path(rollouts).glob("step-*.jsonl")):
-            for row in files.read_json_lines(file):
+            for row in atomic_files.read_json_lines(file):
                 self._rows.setdefault((row["policy_version"], row["prompt_id"]), []).append(row)
 
     def generate(self, prompts, params):

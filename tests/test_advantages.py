@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.types import Group
-from learner import advantages
+from learner.loss import advantages
 from tests import slow_truth, trl_reference
 
 KINDS: list[Any] = ["zscore", "no_std", "batch_std", "leave_one_out"]

@@ -12,7 +12,7 @@ import pytest
 from common.config import build
 from common.errors import RunFailure
 from common.types import SamplerSetup, SamplingParams
-from learner.learner import TorchLearner
+from learner.torch_learner import TorchLearner
 from sampler.scripted import ScriptedSampler
 from tests.benchmarks.__main__ import Bench, needed_flops, run
 from tests.benchmarks.loads import Load, groups_of, peak_gib, reset_peak, reward_of

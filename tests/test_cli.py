@@ -14,16 +14,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from common import files
+from common import atomic_files
 from common.config import load
 from common.errors import RunFailure, UserError
 from common.plugins import version
 from common.types import SamplerSetup, SamplingParams
 from deploy.cli import app
+from deploy.components import load_sampler
 from deploy.export import open_model
-from deploy.local import load_sampler
+from sampler.engine.vllm import VllmSampler
 from sampler.hf import HfSampler
-from sampler.vllm import VllmSampler
 from tests.making import EVERYTHING
 from tests.test_run import TOY, words
 from tests.tiny import make_tiny
@@ -82,7 +82,7 @@ def test_train_then_eval_then_sample(tiny, run_file, tmp_path):
     result = asked("eval", folder, "--json", "eval.samples=4", "eval.k=[1, 4]")
     assert result["questions"] == 4
     assert set(result["pass_at_k"]) == {"1", "4"}
-    recorded = files.read_json_lines(folder / "eval.jsonl")[-1]
+    recorded = atomic_files.read_json_lines(folder / "eval.jsonl")[-1]
     assert result["accuracy"] == recorded["accuracy"]  # the exported model answers as the learner's did
     assert result["transcripts"] == recorded["transcripts"]
     code, output = call("sample", folder, "hello there", "-n", "2")
@@ -115,7 +115,7 @@ def test_lora_run_is_served_with_its_adapter(tiny, run_file, tmp_path, sampler):
     )
     assert code == 0, output
     result = asked("eval", folder, "--json")
-    assert result["transcripts"] == files.read_json_lines(folder / "eval.jsonl")[-1]["transcripts"]
+    assert result["transcripts"] == atomic_files.read_json_lines(folder / "eval.jsonl")[-1]["transcripts"]
     base = asked("eval", tiny, "--json", *settings_of_asking(tiny), chosen)
     assert base["transcripts"] != result["transcripts"]
 
@@ -238,7 +238,7 @@ def test_run_file_missing_or_broken(tmp_path):
 
 def test_folder_in_use(tiny, run_file, tmp_path):
     folder = tmp_path / "run"
-    with files.lock_folder(folder):
+    with atomic_files.lock_folder(folder):
         (folder / "config.toml").write_text("")
         refused(2, f"in use by the running process {os.getpid()}", "train", "--resume", folder)
     refused(2, "earlier run.*--resume", "train", run_file, *words(tiny, f"run.folder={folder}"))
@@ -363,7 +363,7 @@ def test_disk_full(tiny, run_file, tmp_path):
     assert re.search(r"^failed: the checkpoint of step 1 cannot be written", done.stderr, re.M), done.stderr
     assert "Traceback" not in done.stderr
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())
-    assert [row["step"] for row in files.read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in atomic_files.read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [1]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -483,7 +483,7 @@ def test_a_damaged_configuration_is_one_sentence(tmp_path):
         (["sampler.name=collections:OrderedDict"], "is a class that is no sampler"),
         (["sampler.name=remote", "sampler.options.url='http://127.0.0.1:1'", "sampler.temperature=5"],
          "sampler.temperature=5 is none that vLLM draws by; use 0.01 to 2"),
-        (["run.trackers=['common.rewards:Scorer']"], "is a class that is no tracker"),
+        (["run.trackers=['common.rewards.scorer:Scorer']"], "is a class that is no tracker"),
         (["run.trackers=['wandbb']"], "^error: run.trackers='wandbb'"),
         (["optimizer.learning_rate=1"], "did you mean 'optimizer.lr'"),
     ],

@@ -20,13 +20,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from common import files
+from common import atomic_files
 from common.config import Config, load, resolved_toml
 from common.device import quick_dtype
 from common.errors import RunFailure, UserError
 from common.types import Completion, Group, Prompt
-from deploy import cluster, connection, guard
 from deploy import run as runs
+from deploy.cluster import connection, resources, supervisor
 from tests.cluster.disturb import CLUSTER, Run, numbers, same, weights, words
 from tests.making import EVERYTHING
 from tests.tiny import make_tiny
@@ -46,7 +46,7 @@ def shared():
     import ray
 
     assert connection.connect("private")
-    with cluster.services_kept():
+    with resources.services_kept():
         yield
     ray.shutdown()
 
@@ -106,13 +106,13 @@ def test_two_replicas_and_two_ranks_learn_the_same_from_the_same_completions(sha
         assert row["loss"] == pytest.approx(truth["loss"], abs=1e-5), truth["step"]
     one, other = weights(folder), weights(alone)
     assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=2e-4) for name in other)
-    assert {row["sync_transport"] for row in files.read_json_lines(folder / "metrics.jsonl")} == {2}
+    assert {row["sync_transport"] for row in atomic_files.read_json_lines(folder / "metrics.jsonl")} == {2}
 
 
 def test_replicas_change_no_completion_where_requests_are_seeded(shared, tiny, alone, tmp_path):
     folder = tmp_path / "two"
     run(spec(tiny, folder, *CLUSTER, *TWO, steps=1), folder)
-    mine, theirs = (files.read_json_lines(one / "rollouts" / "step-000001.jsonl") for one in (folder, alone))
+    mine, theirs = (atomic_files.read_json_lines(one / "rollouts" / "step-000001.jsonl") for one in (folder, alone))
     assert [(row["prompt_id"], row["token_ids"]) for row in mine] == [
         (row["prompt_id"], row["token_ids"]) for row in theirs
     ]
@@ -145,9 +145,9 @@ def test_one_replica_and_one_rank_give_the_numbers_of_one_process(shared, tiny, 
     folder = tmp_path / "services"
     run(spec(tiny, folder, *CLUSTER, *EVERYTHING, steps=10), folder)
     assert same(folder, alone)
-    rows = files.read_json_lines(folder / "metrics.jsonl")
+    rows = atomic_files.read_json_lines(folder / "metrics.jsonl")
     assert {row["sync_transport"] for row in rows} == {1}
-    assert {row["sync_transport"] for row in files.read_json_lines(alone / "metrics.jsonl")} == {0}
+    assert {row["sync_transport"] for row in atomic_files.read_json_lines(alone / "metrics.jsonl")} == {0}
     assert all(row["probe_diff"] < 1e-3 and row["sync_bytes"] > 1e5 for row in rows)
 
 
@@ -161,7 +161,7 @@ def test_with_vllm_too(shared, tiny, tmp_path, lora):
     assert numbers(folders[0]) == numbers(folders[1])
     one, other = (weights(folder, merged=bool(lora)) for folder in folders)
     assert all(torch.equal(one[name], other[name]) for name in other)
-    transports = {row["sync_transport"] for row in files.read_json_lines(folders[1] / "metrics.jsonl")}
+    transports = {row["sync_transport"] for row in atomic_files.read_json_lines(folders[1] / "metrics.jsonl")}
     assert transports == ({3} if lora else {1})
 
 
@@ -210,7 +210,7 @@ def test_staleness_overlaps_and_resumes_exactly(shared, tiny, tmp_path):
     more = (*CLUSTER, "train.max_staleness=1")
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     run(spec(tiny, whole, *more), whole)
-    rows = files.read_json_lines(whole / "metrics.jsonl")
+    rows = atomic_files.read_json_lines(whole / "metrics.jsonl")
     lags = [row["step"] - 1 - row["sampler_version_min"] for row in rows]
     assert lags == [0, 1, 1, 1, 1, 1]
     run(spec(tiny, folder, *more), folder, stop_after=4)
@@ -225,7 +225,7 @@ def test_weights_swapped_in_flight_leave_every_tokens_version(shared, tiny, tmp_
     run(spec(tiny, folder, *CLUSTER, *more, "train.prompts_per_step=8", "task.options.words=1", steps=6), folder)
     mixed = 0
     for file in (folder / "rollouts").glob("step-*.jsonl"):
-        for row in files.read_json_lines(file):
+        for row in atomic_files.read_json_lines(file):
             versions = row["token_versions"]
             assert versions == sorted(versions)
             if versions:
@@ -245,7 +245,7 @@ def test_a_sampler_that_fails_is_replaced_and_nothing_changes(shared, tiny, alon
     console = run(spec(tiny, folder, *CLUSTER, *options, "run.save_every=0", steps=3), folder)
     assert marker.exists()
     assert any("is being replaced (1 of 5)" in text for text in console.said)
-    assert files.read_json_lines(folder / "metrics.jsonl")[-1]["restarts"] == 1
+    assert atomic_files.read_json_lines(folder / "metrics.jsonl")[-1]["restarts"] == 1
     assert numbers(folder) == numbers(alone)[:3]
 
 
@@ -344,8 +344,8 @@ def test_too_small_a_cluster_is_said_at_once(shared, tiny, tmp_path):
 
 def test_missing_room_packs_whole_parts():
     one = {"CPU": 1.0, "GPU": 2.0}
-    assert not cluster.missing_room([one, one], {"a": {"CPU": 8, "GPU": 2}, "b": {"CPU": 8, "GPU": 2}})
-    lacking = cluster.missing_room([one], {"a": {"CPU": 8, "GPU": 1}, "b": {"CPU": 8, "GPU": 1}})
+    assert not resources.missing_room([one, one], {"a": {"CPU": 8, "GPU": 2}, "b": {"CPU": 8, "GPU": 2}})
+    lacking = resources.missing_room([one], {"a": {"CPU": 8, "GPU": 1}, "b": {"CPU": 8, "GPU": 1}})
     assert "1 CPU and 2 GPU of it has no place (a has 8 CPU and 1 GPU; b has 8 CPU and 1 GPU)" in lacking
 
 
@@ -366,9 +366,9 @@ def test_staleness_needs_services_and_a_correction(tiny, tmp_path):
 
 
 def test_services_with_other_versions_are_named(shared, tiny, tmp_path):
-    from deploy.actors import About, Member
+    from deploy.cluster.actors import About, Member
 
-    place = cluster.Cluster(spec(tiny, tmp_path, *CLUSTER), print)
+    place = resources.Cluster(spec(tiny, tmp_path, *CLUSTER), print)
     about = {"python": "3.11", "torch": "2.13.0", "vllm": "0.32.0"}
     first = Member("sampler 0", None, About("n1", "10.0.0.1", 1, about, {}))
     other = Member("sampler 1", None, About("n2", "10.0.0.2", 2, about | {"vllm": "0.33.0"}, {}))
@@ -390,7 +390,7 @@ def test_services_with_other_versions_are_named(shared, tiny, tmp_path):
 def test_garbage_is_recognised(change, says):
     import dataclasses
 
-    from deploy.pool import fault_of
+    from deploy.cluster.sampler_pool import fault_of
 
     prompt = Prompt("p", ())
     good = Completion((1, 2), "", (-1.0, -2.0), "stop", 0)
@@ -423,7 +423,7 @@ def test_a_killed_driver_goes_on_and_one_that_ends_is_left_alone(tmp_path, monke
     child.write_text(_CHILD)
     folder = tmp_path / "run"
     command = [sys.executable, str(child), "train", str(folder)]
-    assert guard.watch(folder, 3, 30, resuming=False, command=command) == ends
+    assert supervisor.watch(folder, 3, 30, resuming=False, command=command) == ends
     calls = (folder / "calls").read_text().splitlines()
     assert len(calls) == min(kills, 3) + 1
     assert calls[0] == f"train {folder} run.folder={folder}"
@@ -435,9 +435,9 @@ def guarded(tmp_path: Path, code: str, pulse_s: float = 30) -> subprocess.Popen[
     """A guard over a child of this code, in a process of its own."""
     child = tmp_path / "child.py"
     child.write_text(code)
-    watch = f"guard.watch(Path({str(tmp_path / 'run')!r}), 1, {pulse_s}, resuming=False, command={['train']!r})"
+    watch = f"supervisor.watch(Path({str(tmp_path / 'run')!r}), 1, {pulse_s}, resuming=False, command={['train']!r})"
     watch = watch.replace("['train']", f"[sys.executable, {str(child)!r}, 'train']")
-    program = f"import sys; from pathlib import Path; from deploy import guard; sys.exit({watch})"
+    program = f"import sys; from pathlib import Path; from deploy.cluster import supervisor; sys.exit({watch})"
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
@@ -477,7 +477,7 @@ def test_a_stopped_driver_is_started_again_and_one_without_a_guard_ends(tmp_path
 def test_a_resumed_run_may_change_where_it_runs(tiny, tmp_path):
     """Settings that the words make idle are left out; a word that is idle itself is still an error."""
     folder = tmp_path / "run"
-    files.write_text(folder / "config.toml", resolved_toml(spec(tiny, folder, *CLUSTER, "cluster.samplers=2")))
+    atomic_files.write_text(folder / "config.toml", resolved_toml(spec(tiny, folder, *CLUSTER, "cluster.samplers=2")))
     assert runs.config_of(folder, ["cluster.mode=local"]).cluster.samplers == 1
     with pytest.raises(UserError, match=r"cluster\.samplers=3 has no effect"):
         runs.config_of(folder, ["cluster.mode=local", "cluster.samplers=3"])
@@ -488,8 +488,8 @@ def test_the_pool_reports_a_units_groups_in_their_places(shared, tiny, tmp_path)
     import ray
 
     from common.types import SamplerSetup, SamplingParams
-    from deploy.actors import Member, Restarts
-    from deploy.pool import SamplerPool, _Replica
+    from deploy.cluster.actors import Member, Restarts
+    from deploy.cluster.sampler_pool import SamplerPool, _Replica
 
     config = spec(tiny, tmp_path, *CLUSTER, *TWO)
     setup = SamplerSetup(str(tiny), "float32", 64, 16)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import Config, build, commented_toml, fields, inert, load, resolved_toml
+from common.config.hints import ELSEWHERE
 from common.errors import UserError
-from common.hints import ELSEWHERE
 
 CONFIGS = sorted((Path(__file__).parent.parent / "deploy" / "configs").glob("*.toml"))
 

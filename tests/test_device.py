@@ -12,15 +12,17 @@ from rich.console import Console
 from common import device
 from common.config import load
 from common.errors import UserError
-from deploy import connection, local, planner
+from deploy import components
 from deploy import run as runs
+from deploy.cluster import connection
+from deploy.memory_plan import estimate
 from tests.making import QUIET
 from tests.tiny import make_tiny
 
 ASKS = """
 import sys, ray
 from common.config import load
-from deploy import connection
+from deploy.cluster import connection
 print(connection.takes_gpus(load(None, sys.argv[1:])), ray.is_initialized())
 """
 TOY = Path(__file__).parent / "toy.py"
@@ -46,23 +48,23 @@ def test_a_gpu_that_is_not_here_takes_bfloat16():
     if torch.cuda.is_available():
         pytest.skip("it is here")
     assert device.quick_dtype("gpu") == "bfloat16"
-    assert local.settled(load(None), "gpu").model.dtype == "bfloat16"
+    assert components.settled(load(None), "gpu").model.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_explicit_format_stays(dtype):
     config = load(None, [f"model.dtype={dtype}"])
-    assert local.settled(config, "cpu") is config
+    assert components.settled(config, "cpu") is config
 
 
 def test_what_has_no_effect_in_the_format_found_is_said():
     """float32 weights are their own masters; where auto is bfloat16 the same setting works."""
     config = load(None, ["optimizer.master=stochastic"])
     if device.quick_dtype("cpu") == "bfloat16":
-        assert local.settled(config, "cpu").optimizer.master == "stochastic"
+        assert components.settled(config, "cpu").optimizer.master == "stochastic"
         return
     with pytest.raises(UserError, match=r"model\.dtype='auto' is 'float32' on this CPU, where optimizer\.master="):
-        local.settled(config, "cpu")
+        components.settled(config, "cpu")
 
 
 def test_a_run_writes_the_format_down_and_goes_on_with_it(tiny, tmp_path):
@@ -87,7 +89,7 @@ def test_a_run_writes_the_format_down_and_goes_on_with_it(tiny, tmp_path):
 def test_the_plan_is_for_the_device_that_is_asked_about(tiny, caplog):
     words = [f"model.name={tiny}", f"task.name={TOY}:Toy"]
     for more, dtype in (("gpu", "bfloat16"), ("cpu", device.quick_dtype("cpu"))):
-        asked = planner.planner_of(load(None, [*words, f"train.device={more}"]), "8GiB")
+        asked = estimate.planner_of(load(None, [*words, f"train.device={more}"]), "8GiB")
         assert asked.config.model.dtype == dtype
     assert "slower" not in caplog.text  # nothing computes here
 
@@ -99,10 +101,10 @@ def test_a_cluster_without_gpus_computes_as_this_cpu():
     private = load(None, ["cluster.mode=ray", "cluster.address=private"])
     assert not torch.cuda.is_available()
     assert not connection.takes_gpus(private)
-    assert local.settled(private).model.dtype == device.quick_dtype("cpu")
+    assert components.settled(private).model.dtype == device.quick_dtype("cpu")
     with_gpus = load(None, ["cluster.mode=ray", "train.device=gpu", "optimizer.master=stochastic"])
     assert connection.takes_gpus(with_gpus)
-    assert local.settled(with_gpus).model.dtype == "bfloat16"
+    assert components.settled(with_gpus).model.dtype == "bfloat16"
     assert not ray.is_initialized()
     assert connection.connect("private")
     try:

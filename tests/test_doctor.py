@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deploy import connection, diagnose, doctor
-from deploy.doctor import Finding
+from deploy.cluster import connection
+from deploy.doctor import diagnose, machine
+from deploy.doctor.machine import Finding
 
 ROOT = Path(__file__).parent.parent
 SOFTWARE = {"python": "3.11.9", "torch": "2.13.0+cpu", "transformers": "5.19.0", "vllm": "0.32.0", "ray": "2.60.0",
@@ -22,7 +23,7 @@ SOFTWARE = {"python": "3.11.9", "torch": "2.13.0+cpu", "transformers": "5.19.0",
 
 
 def needs_ray():
-    return pytest.importorskip("deploy.nodes", reason="ray is not installed")
+    return pytest.importorskip("deploy.doctor.cluster", reason="ray is not installed")
 
 
 def test_a_finding_that_is_not_ok_says_what_to_do():
@@ -35,27 +36,27 @@ def test_a_finding_that_is_not_ok_says_what_to_do():
 
 
 def test_this_machine_from_end_to_end():
-    findings = doctor.this_machine()
+    findings = machine.this_machine()
     names = {finding.what for finding in findings}
     assert {"software", "vllm's needs", "devices", "cores", "memory", "shared memory", "loopback", "Ray token",
             "disk for runs", "port 6379 (cluster)", "walls around rewards"} <= names  # fmt: skip
     assert "python 3" in findings[0].found
     assert "\n" not in "".join(finding.cure for finding in findings)
     console = Console(file=open(os.devnull, "w"), record=True, width=120)  # noqa: SIM115
-    assert doctor.show(console, "here", findings) == all(finding.verdict != "wrong" for finding in findings)
+    assert machine.show(console, "here", findings) == all(finding.verdict != "wrong" for finding in findings)
     text = console.export_text()
     assert all(finding.what in text and finding.cure in text for finding in findings)
 
 
 def test_walls_around_rewards():
     """Here, and inside bubblewrap with user namespaces switched off, as in many containers."""
-    here = doctor.walls()
+    here = machine.walls()
     assert here.verdict == "ok" and here.found.startswith("bubblewrap (/"), here
     own = here.found.removeprefix("bubblewrap (").removesuffix(")")
     run = subprocess.run(
         [own, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--unshare-user",
          "--disable-userns", "--", sys.executable, "-c",
-         "from deploy import doctor; found = doctor.walls(); print(found.verdict, found.cure, sep=chr(10))"],
+         "from deploy.doctor.machine import walls; found = walls(); print(found.verdict, found.cure, sep=chr(10))"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     verdict, cure = run.stdout.splitlines()
@@ -67,27 +68,27 @@ def test_walls_around_rewards():
 def test_only_what_is_wrong_makes_the_answer_no(verdict):
     console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
     finding = Finding("a", "b", verdict, "" if verdict == "ok" else "do it")
-    assert doctor.show(console, "here", [Finding("c", "d"), finding]) == (verdict != "wrong")
+    assert machine.show(console, "here", [Finding("c", "d"), finding]) == (verdict != "wrong")
 
 
 def test_software():
-    assert doctor.software(SOFTWARE).verdict == "ok"
-    old = doctor.software({**SOFTWARE, "python": "3.10.1"})
+    assert machine.software(SOFTWARE).verdict == "ok"
+    old = machine.software({**SOFTWARE, "python": "3.10.1"})
     assert old.verdict == "wrong" and "3.11" in old.cure
-    lacking = doctor.software({**SOFTWARE, "peft": ""})
+    lacking = machine.software({**SOFTWARE, "peft": ""})
     assert lacking.verdict == "wrong" and "install peft" in lacking.cure
-    optional = doctor.software({**SOFTWARE, "vllm": "", "ray": ""})
+    optional = machine.software({**SOFTWARE, "vllm": "", "ray": ""})
     assert optional.verdict == "warn" and "vllm and ray" in optional.cure
 
 
 def test_torch_and_transformers_must_be_what_vllm_was_built_for():
     pins = ["torch==2.13.0+cpu", "transformers>=5.16.1,<5.20", "torch==2.13.0; platform_system == 'Darwin'", "numpy"]
-    assert doctor.vllm_fits(SOFTWARE, pins).verdict == "ok"
-    other = doctor.vllm_fits({**SOFTWARE, "torch": "2.13.0+cu130"}, pins)
+    assert machine.vllm_fits(SOFTWARE, pins).verdict == "ok"
+    other = machine.vllm_fits({**SOFTWARE, "torch": "2.13.0+cu130"}, pins)
     assert other.verdict == "wrong" and "'torch==2.13.0+cpu' (not 2.13.0+cu130)" in other.cure
-    newer = doctor.vllm_fits({**SOFTWARE, "transformers": "5.20.0"}, pins)
+    newer = machine.vllm_fits({**SOFTWARE, "transformers": "5.20.0"}, pins)
     assert newer.verdict == "wrong" and "transformers" in newer.cure and "torch" not in newer.cure.split(":")[0]
-    assert doctor.vllm_fits({**SOFTWARE, "torch": "2.13.0+cu130"}, ["torch==2.13.0"]).verdict == "ok"
+    assert machine.vllm_fits({**SOFTWARE, "torch": "2.13.0+cu130"}, ["torch==2.13.0"]).verdict == "ok"
 
 
 def test_packages_that_break_beside_this_torch(tmp_path, monkeypatch):
@@ -99,42 +100,42 @@ def test_packages_that_break_beside_this_torch(tmp_path, monkeypatch):
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    vision, audio, codec = doctor.broken_companions()
+    vision, audio, codec = machine.broken_companions()
     assert vision.verdict == "wrong" and "operator nms does not exist" in vision.cure
     assert audio.verdict == "warn" and "pip uninstall -y torchaudio" in audio.cure
     assert codec == Finding("torchcodec", "9.9")
-    assert doctor.broken_companions(("no_such_package",)) == []
+    assert machine.broken_companions(("no_such_package",)) == []
 
 
 @pytest.mark.vllm
 def test_the_library_that_vllm_loads():
-    if not doctor.vllm_libraries():
+    if not machine.vllm_libraries():
         pytest.skip("vLLM's CPU build is not installed")
-    missing = doctor.vllm_libraries("libnot_there.so.1")[0]
+    missing = machine.vllm_libraries("libnot_there.so.1")[0]
     assert missing.verdict == "wrong" and "libnuma1" in missing.cure
-    assert doctor.vllm_libraries("libc.so.6")[0].verdict == "ok"
+    assert machine.vllm_libraries("libc.so.6")[0].verdict == "ok"
 
 
 def test_cores_that_the_container_may_not_use():
     count = len(os.sched_getaffinity(0))
-    assert doctor.cores(quota=float(count)).verdict == "ok"
-    limited = doctor.cores(quota=count - 0.5)
+    assert machine.cores(quota=float(count)).verdict == "ok"
+    limited = machine.cores(quota=count - 0.5)
     assert limited.verdict == "warn" and f"train.threads={max(1, count - 1)}" in limited.cure
 
 
 def test_memory():
-    assert doctor.memory(need_gib=0.001).verdict == "ok"
-    assert doctor.memory(need_gib=1e6).verdict == "warn"
+    assert machine.memory(need_gib=0.001).verdict == "ok"
+    assert machine.memory(need_gib=1e6).verdict == "warn"
 
 
 def test_shared_memory(tmp_path):
-    assert doctor.shared_memory(str(tmp_path), need_gib=0.001).verdict == "ok"
-    assert "nearly full" in doctor.shared_memory(str(tmp_path), need_gib=doctor_free(tmp_path) + 0.01).cure
-    assert doctor.shared_memory(str(tmp_path / "none")).verdict == "wrong"
+    assert machine.shared_memory(str(tmp_path), need_gib=0.001).verdict == "ok"
+    assert "nearly full" in machine.shared_memory(str(tmp_path), need_gib=doctor_free(tmp_path) + 0.01).cure
+    assert machine.shared_memory(str(tmp_path / "none")).verdict == "wrong"
 
 
 def doctor_free(folder: Path) -> float:
-    return shutil.disk_usage(folder).free / doctor.GIB
+    return shutil.disk_usage(folder).free / machine.GIB
 
 
 def test_small_shared_memory(tmp_path):
@@ -142,7 +143,7 @@ def test_small_shared_memory(tmp_path):
     if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("only root may mount")
     try:
-        small = doctor.shared_memory(str(tmp_path))
+        small = machine.shared_memory(str(tmp_path))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
     assert small.found == "0.1 GiB, 0.1 free"
@@ -150,53 +151,53 @@ def test_small_shared_memory(tmp_path):
 
 
 def test_disk(tmp_path):
-    inside = doctor.disk("disk", tmp_path / "not" / "made yet", need_gib=0)
+    inside = machine.disk("disk", tmp_path / "not" / "made yet", need_gib=0)
     assert inside.verdict == "ok" and inside.found.startswith(str(tmp_path))
-    assert doctor.disk("disk", tmp_path, need_gib=1e6).verdict == "warn"
-    sealed = doctor.disk("disk", Path("/proc/1"))
+    assert machine.disk("disk", tmp_path, need_gib=1e6).verdict == "warn"
+    sealed = machine.disk("disk", Path("/proc/1"))
     assert sealed.verdict == "wrong"
 
 
 def test_a_port_that_is_held_and_one_that_is_free():
     with socket.create_server(("127.0.0.1", 0)) as server:
         number = server.getsockname()[1]
-        held = doctor.port(number, "cluster")
+        held = machine.port(number, "cluster")
         assert held.verdict == "warn"
         assert f"pid {os.getpid()}" in held.found and "127.0.0.1" in held.found
-    assert doctor.port(number, "cluster") == Finding(f"port {number} (cluster)", "free")
-    assert doctor.loopback().verdict == "ok"
+    assert machine.port(number, "cluster") == Finding(f"port {number} (cluster)", "free")
+    assert machine.loopback().verdict == "ok"
 
 
 def test_token(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    assert doctor.token(needed=False).verdict == "ok"
-    assert "RAY_AUTH_MODE=token" in doctor.token(needed=True).cure
+    assert machine.token(needed=False).verdict == "ok"
+    assert "RAY_AUTH_MODE=token" in machine.token(needed=True).cure
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert doctor.token().verdict == "wrong"
-    assert doctor.token(needed=False).verdict == "warn"
+    assert machine.token().verdict == "wrong"
+    assert machine.token(needed=False).verdict == "warn"
     secret = "5ecre7" * 10
     file = tmp_path / ".ray" / "auth_token"
     file.parent.mkdir()
     file.write_text(secret)
     file.chmod(0o644)
-    assert doctor.token().verdict == "warn" and f"chmod 600 {file}" in doctor.token().cure
+    assert machine.token().verdict == "warn" and f"chmod 600 {file}" in machine.token().cure
     file.chmod(0o600)
-    right = doctor.token()
+    right = machine.token()
     assert right.verdict == "ok" and secret not in right.found
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    assert doctor.token().verdict == "wrong"
+    assert machine.token().verdict == "wrong"
     monkeypatch.setenv("RAY_AUTH_TOKEN", secret)
-    assert doctor.token().verdict == "ok" and secret not in doctor.token().found
+    assert machine.token().verdict == "ok" and secret not in machine.token().found
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert doctor.token().verdict == "warn"
+    assert machine.token().verdict == "warn"
 
 
 @pytest.mark.slow
 def test_the_checksum_follows_the_source(tmp_path):
     def checksum() -> str:
-        code = "from deploy.doctor import source_checksum; print(source_checksum())"
+        code = "from deploy.doctor.machine import source_checksum; print(source_checksum())"
         command = [sys.executable, "-c", code]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -305,9 +306,8 @@ def run_script(text: str, home: Path, *wrapper: str) -> str:
     return done.stdout
 
 
-DOCTOR = (
-    "from rich.console import Console; from deploy.diagnose import diagnose; print('answer', diagnose(Console(), True,"
-)
+DOCTOR = "from rich.console import Console; from deploy.doctor.diagnose import diagnose\n"
+DOCTOR += "print('answer', diagnose(Console(), True,"
 
 
 @pytest.mark.ray

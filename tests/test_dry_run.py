@@ -14,13 +14,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-from common import files
+from common import atomic_files
 from common.config import ModelConfig, load
 from common.errors import RunFailure, UserError
-from deploy import disk, local, plan
+from deploy import components, disk
 from deploy import run as runs
 from deploy.dry_run import dry_run
-from learner import memory
+from deploy.memory_plan import output
+from learner import memory_estimate
 from learner.model import loading, resolve
 from tests.making import QUIET
 from tests.test_run import spec
@@ -191,7 +192,7 @@ def test_planned_sizes_are_those_of_the_files(tiny, tmp_path, more):
     """Against a run's own folder, but for headers and JSON."""
     config = spec(tiny, "train.steps=1", "eval.questions=0", *more)
     runs.run(config, tmp_path / "run", Said())
-    learner = memory.measure(config, tiny, 40, on_cpu=False)
+    learner = memory_estimate.measure(config, tiny, 40, on_cpu=False)
     real = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints" / "step-000001").glob("*.safetensors"))
     assert 0 <= real - learner.state_bytes < 20_000
     final = sum(file.stat().st_size for file in (tmp_path / "run" / "final").rglob("*.safetensors"))
@@ -202,16 +203,16 @@ def test_a_disk_without_room_is_refused_or_warned_of(tiny, tmp_path, caplog):
     free = shutil.disk_usage(tmp_path).free
     folder = tmp_path / "no" / "such" / "folder"
     with pytest.raises(UserError, match=r"run\.keep_last=1, or run\.folder") as caught:
-        plan.check_disk(spec(tiny, PLANNED), folder, free, 0)
+        output.check_disk(spec(tiny, PLANNED), folder, free, 0)
     assert "GiB free" in str(caught.value)
-    plan.check_disk(spec(tiny, PLANNED), folder, free // 4, 0)
+    output.check_disk(spec(tiny, PLANNED), folder, free // 4, 0)
     assert not caplog.text
-    plan.check_disk(spec(tiny, "memory.plan=warn"), folder, free, 0)
+    output.check_disk(spec(tiny, "memory.plan=warn"), folder, free, 0)
     assert "free some" in caplog.text
     (folder / "checkpoints" / "step-000002").mkdir(parents=True)  # what makes way is room
     with (folder / "checkpoints" / "step-000002" / "state.safetensors").open("wb") as sparse:
         sparse.truncate(2 * free)
-    plan.check_disk(spec(tiny, PLANNED), folder, free, 0)
+    output.check_disk(spec(tiny, PLANNED), folder, free, 0)
 
 
 def test_the_first_save_is_rehearsed_and_leaves_nothing(tiny, tmp_path):
@@ -224,11 +225,14 @@ def test_the_first_save_is_rehearsed_and_leaves_nothing(tiny, tmp_path):
 
 
 def test_a_scratch_folder_is_gone_after_it_and_a_full_disk_is_a_sentence(tmp_path):
-    with files.scratch_folder(tmp_path / "deep" / "place") as scratch:
+    with atomic_files.scratch_folder(tmp_path / "deep" / "place") as scratch:
         (scratch / "file").write_text("x")
         assert scratch.parent == tmp_path / "deep"
     assert not list((tmp_path / "deep").iterdir())
-    with pytest.raises(RunFailure, match=r"no space left to write .*place"), files.scratch_folder(tmp_path / "place"):
+    with (
+        pytest.raises(RunFailure, match=r"no space left to write .*place"),
+        atomic_files.scratch_folder(tmp_path / "place"),
+    ):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.glob(".*"))
 
@@ -249,7 +253,7 @@ def test_a_run_that_needs_an_extra_names_it(tiny, monkeypatch, package, extra, w
     monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
     config = load(None, [f"model.name={tiny}", *QUIET, *words])
     with pytest.raises(UserError, match=rf"needs the package {package}, .*'nanogrpo\[{extra}\]'"):
-        local.prepare(config)
+        components.prepare(config)
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (requirement,) = declared["optional-dependencies"][extra]
     assert requirement.startswith(package.replace("_", "-"))

@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from common import files
+from common import atomic_files
 from common.config import load
 from common.errors import UserError
 from deploy import run as runs
@@ -171,7 +171,7 @@ def test_a_report_of_a_run_that_was_killed_in_the_middle_of_a_line(finished, tmp
     with (run / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 3, "rew')
     before = (run / "metrics.jsonl").read_bytes()
-    with files.lock_folder(run):  # a running run's
+    with atomic_files.lock_folder(run):  # a running run's
         code, output = call("report", run)
     assert code == 0, output
     assert re.search(r"step 2\b", (run / "report.html").read_text())

@@ -12,17 +12,18 @@ from torch import nn
 from transformers import AttentionInterface, LlamaForCausalLM
 
 from common.errors import UserError
-from learner import attention, families
-from learner.attention import packed_attention
-from learner.logprobs import from_logits, score
+from learner.attention import packed_cpu
+from learner.attention.packed_cpu import packed_attention
+from learner.batch import packing_support
+from learner.batch.packing import plan
 from learner.model import resolve
-from learner.packing import plan
+from learner.token_logprobs import from_logits, score
 from tests import tiny
 from tests.parity import MIXED, assert_equal, make_rows, naive_logprobs, run
 from tests.tiny import make_model
 
-attention.register()
-EXACT = families.tolerance(torch.float32)
+packed_cpu.register()
+EXACT = packing_support.tolerance(torch.float32)
 REASONS = {
     "biogpt": "attention interface",
     "bloom": "ALiBi",
@@ -47,32 +48,32 @@ REASONS = {
 def packed_apart(model):
     """The probe's answer; infinity where a pass fails."""
     try:
-        return families.probe(model, score)
+        return packing_support.probe(model, score)
     except Exception:
         return math.inf
 
 
 def checked(model):
-    return families.check(model, score, from_logits, model.dtype)
+    return packing_support.check(model, score, from_logits, model.dtype)
 
 
 def test_every_refused_family_has_a_tiny_model_and_a_reason():
     assert set(REASONS) == set(tiny.UNPACKABLE)
-    assert not families.FAMILIES & set(tiny.UNPACKABLE)
-    assert not families.FAMILIES & families.REFUSED.keys()
+    assert not packing_support.FAMILIES & set(tiny.UNPACKABLE)
+    assert not packing_support.FAMILIES & packing_support.REFUSED.keys()
 
 
-@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+@pytest.mark.parametrize("family", sorted(packing_support.FAMILIES))
 def test_a_tested_family_is_packed_and_its_probe_agrees(family):
     model = make_model(family)
-    assert families.why_not_packed(model) == ""
-    assert families.probe(model, score) < EXACT
+    assert packing_support.why_not_packed(model) == ""
+    assert packing_support.probe(model, score) < EXACT
 
 
 @pytest.mark.parametrize("family", sorted(REASONS))
 def test_a_model_that_cannot_be_packed_is_refused_by_name_and_by_the_probe(family):
     model = make_model(family)
-    assert REASONS[family] in families.why_not_packed(model)
+    assert REASONS[family] in packing_support.why_not_packed(model)
     if family != "biogpt":  # which would be right, but says nothing about its attention
         assert packed_apart(model) > 30 * EXACT
 
@@ -85,7 +86,7 @@ def test_the_padded_path_computes_what_the_model_computes(family):
     rows = make_rows(MIXED)
     (pack,) = plan(rows, 10**6, packed=False)
     with torch.no_grad():
-        model.config._attn_implementation = families.plain_attention(model)
+        model.config._attn_implementation = packing_support.plain_attention(model)
         logits = model(pack.token_ids, attention_mask=pack.attention_mask, use_cache=False).logits
         found_K = logits.flatten(0, 1).float().log_softmax(-1)[pack.predict_U[pack.at_P], pack.target_P][pack.pair_K]
         model.config._attn_implementation = "eager"
@@ -109,7 +110,7 @@ def test_rows_beside_a_longer_one_are_as_alone_where_a_state_is_carried(family):
     are."""
     model = make_model(family, **({"rescale_every": 0} if family == "rwkv" else {}))  # as it is loaded
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    assert families.why_not_packed(model)
+    assert packing_support.why_not_packed(model)
     assert checked(model) == ""
     rows = make_rows([(9, [31, 1]), (30, [10])])
     together, alone = run(model, rows, packed=False), run(model, rows, packed=False, budget=1)
@@ -144,13 +145,13 @@ def test_a_setting_that_packing_does_not_know_refuses_the_model(family, settings
     model = make_model(family)
     for key, value in settings.items():
         setattr(model.config, key, value)
-    assert reason in families.why_not_packed(model)
+    assert reason in packing_support.why_not_packed(model)
 
 
 def test_a_convolution_refuses_the_model():
     model = make_model("llama")
     model.model.layers[0].mixer = nn.Conv1d(4, 4, 2)
-    assert "convolution 'model.layers.0.mixer'" in families.why_not_packed(model)
+    assert "convolution 'model.layers.0.mixer'" in packing_support.why_not_packed(model)
 
 
 def test_code_that_came_with_the_model_is_not_the_tested_one():
@@ -158,7 +159,7 @@ def test_code_that_came_with_the_model_is_not_the_tested_one():
         """Calls itself a llama."""
 
     model = Theirs(make_model("llama").config)
-    assert "comes with the model" in families.why_not_packed(model)
+    assert "comes with the model" in packing_support.why_not_packed(model)
 
 
 # -- rotary embeddings that go by the longest row ----------------------------------------------------------------------
@@ -185,9 +186,9 @@ def test_rows_of_unlike_length_do_not_change_each_other(moving, packed):
     """Lengths of 10, 12, 16, 17, 20 and 40 tokens, the longest first and last: each as alone in a model just made."""
     family, settings = MOVING[moving]
     model = make_model(family, **copy.deepcopy(settings))
-    assert families.why_not_packed(model) == ""
+    assert packing_support.why_not_packed(model) == ""
     rows = make_rows([(9, [31, 1, 3, 11]), (12, [4, 5, 8]), (30, [10])])
-    kind_of = families.kind_of_length(model.config)
+    kind_of = packing_support.kind_of_length(model.config)
     packs = plan(rows, 10**6, packed, kind_of)
     assert len(packs) == (2 if moving == "longrope" else 4)
     for pack in packs:
@@ -208,7 +209,7 @@ def test_longrope_beyond_its_first_length_is_refused(tmp_path):
     """As saved today, as older configs have it, and in a text model of its own; what the learner says of lengths."""
     family, settings = MOVING["longrope"]
     config = make_model(family, **copy.deepcopy(settings)).config
-    assert families.kind_of_length(config)(16) != families.kind_of_length(config)(17)
+    assert packing_support.kind_of_length(config)(16) != packing_support.kind_of_length(config)(17)
     old = {"original_max_position_embeddings": 16, "rope_scaling": {"type": "su", "short_factor": [1.0]}}
     layered = {
         "rope_parameters": {"full_attention": LONGROPE | {"original_max_position_embeddings": 16}, "other": None}
@@ -223,8 +224,8 @@ def test_longrope_beyond_its_first_length_is_refused(tmp_path):
 
 
 def test_other_rotary_embeddings_let_any_rows_share_a_pass():
-    assert families.kind_of_length(make_model("llama").config) is None
-    assert families.kind_of_length(make_model("gpt2").config) is None
+    assert packing_support.kind_of_length(make_model("llama").config) is None
+    assert packing_support.kind_of_length(make_model("gpt2").config) is None
 
 
 # -- the padded path and the model's own -------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ def broken(change):
         query, key, value, named = change(query, key, value, named)
         return packed_attention(module, query, key, value, attention_mask, **named)
 
-    AttentionInterface.register(attention.NAME, attend)
+    AttentionInterface.register(packed_cpu.NAME, attend)
 
 
 CHANGES = {
@@ -333,13 +334,13 @@ def test_the_probe_finds(change, caplog):
     broken(CHANGES[change])
     try:
         difference = packed_apart(make_model("llama"))
-        said = families.wrong_when_packed(make_model("llama"), score, torch.float32)
+        said = packing_support.wrong_when_packed(make_model("llama"), score, torch.float32)
     finally:
-        attention.register()
+        packed_cpu.register()
     assert difference > 30 * EXACT
     assert said.startswith(SAID.get(change, "its packed log-probs differ from the padded ones by "))
-    assert families.probe(make_model("llama"), score) < EXACT
-    assert families.wrong_when_packed(make_model("llama"), score, torch.float32) == ""
+    assert packing_support.probe(make_model("llama"), score) < EXACT
+    assert packing_support.wrong_when_packed(make_model("llama"), score, torch.float32) == ""
     # The traceback of a failure goes to the log, and no failure is a difference of "inf".
     assert ("Traceback" in caplog.text) == (change == "no layout")
     assert "inf" not in said
@@ -353,12 +354,12 @@ def test_the_probe_finds_positions_that_run_on():
         return inner(*args, **named)
 
     model.model.forward = without_positions
-    assert families.probe(model, score) > 30 * EXACT
+    assert packing_support.probe(model, score) > 30 * EXACT
 
 
 def test_the_probe_in_bfloat16_is_rounding():
     model = make_model("qwen3").to(torch.bfloat16)
-    assert families.probe(model, score) < families.tolerance(torch.bfloat16)
+    assert packing_support.probe(model, score) < packing_support.tolerance(torch.bfloat16)
 
 
 def test_sinks_and_biases_are_refused_by_the_attention_itself():

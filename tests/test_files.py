@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import files
+from common import atomic_files
 from common.errors import RunFailure, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -50,14 +50,16 @@ def names(folder: Path) -> list[str]:
 
 def test_a_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
-    files.write_text(path, "one")
-    files.write_text(path, "zwei ünï \u2028")
+    atomic_files.write_text(path, "one")
+    atomic_files.write_text(path, "zwei ünï \u2028")
     assert path.read_text(encoding="utf-8") == "zwei ünï \u2028"
     assert names(path.parent) == ["a.txt"]
 
 
 def test_json_is_strict_whatever_the_numbers(tmp_path: Path) -> None:
-    files.write_json(tmp_path / "a.json", {"a": [1, 2.5, float("nan")], "b": {"c": float("-inf")}, "d": "\ud800 é"})
+    atomic_files.write_json(
+        tmp_path / "a.json", {"a": [1, 2.5, float("nan")], "b": {"c": float("-inf")}, "d": "\ud800 é"}
+    )
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     read = json.loads(text, parse_constant=lambda word: pytest.fail(f"not JSON: {word}"))
     assert read == {"a": [1, 2.5, None], "b": {"c": None}, "d": "\ufffd é"}
@@ -65,9 +67,9 @@ def test_json_is_strict_whatever_the_numbers(tmp_path: Path) -> None:
 
 def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    files.write_text(path, "old")
+    atomic_files.write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        files.write_text(path, "new \ud800")
+        atomic_files.write_text(path, "new \ud800")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
@@ -77,8 +79,8 @@ def test_a_name_that_is_a_folder_or_below_a_file_is_the_users_mistake(tmp_path: 
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", tmp_path / "file" / "x"):
         with pytest.raises(UserError, match=r"cannot be written .* choose another folder"):
-            files.write_text(path, "x")
-    with pytest.raises(UserError, match="cannot be written"), files.atomic_folder(tmp_path / "file"):
+            atomic_files.write_text(path, "x")
+    with pytest.raises(UserError, match="cannot be written"), atomic_files.atomic_folder(tmp_path / "file"):
         pytest.fail("the body ran")
     assert names(tmp_path) == ["file", "folder"]
 
@@ -88,7 +90,7 @@ def test_a_name_that_is_a_folder_or_below_a_file_is_the_users_mistake(tmp_path: 
 
 def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "checkpoint"
-    with files.atomic_folder(target) as folder:
+    with atomic_files.atomic_folder(target) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("1")
         assert not target.exists()
@@ -100,7 +102,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     for text in ("old", "new"):
-        with files.atomic_folder(tmp_path / "final") as folder:
+        with atomic_files.atomic_folder(tmp_path / "final") as folder:
             (folder / text).write_text(text)
     assert names(tmp_path) == ["final"]
     assert names(tmp_path / "final") == ["new"]
@@ -109,17 +111,17 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
 def test_a_folder_that_is_replaced_is_never_gone(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-    if not files._exchange(tmp_path / "a", tmp_path / "b"):
+    if not atomic_files._exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system cannot exchange two names")
     replaced = threading.Event()
 
     def replace() -> None:
         for number in range(100):
-            with files.atomic_folder(tmp_path / "final") as folder:
+            with atomic_files.atomic_folder(tmp_path / "final") as folder:
                 (folder / str(number)).touch()
         replaced.set()
 
-    with files.atomic_folder(tmp_path / "final") as first:
+    with atomic_files.atomic_folder(tmp_path / "final") as first:
         (first / "first").touch()
     writer = threading.Thread(target=replace)
     writer.start()
@@ -136,11 +138,11 @@ def test_a_folder_that_is_replaced_is_never_gone(tmp_path: Path) -> None:
     "error", [ValueError("bad"), KeyboardInterrupt(), FileNotFoundError(2, "missing", "elsewhere")]
 )
 def test_a_body_that_raises_leaves_the_old_folder_and_its_own_error(tmp_path: Path, error: BaseException) -> None:
-    with files.atomic_folder(tmp_path / "final") as folder:
+    with atomic_files.atomic_folder(tmp_path / "final") as folder:
         (folder / "a").write_text("old")
 
     def write() -> None:
-        with files.atomic_folder(tmp_path / "final") as folder:
+        with atomic_files.atomic_folder(tmp_path / "final") as folder:
             (folder / "a").write_text("new")
             raise error
 
@@ -154,9 +156,9 @@ def test_a_body_that_raises_leaves_the_old_folder_and_its_own_error(tmp_path: Pa
 def test_others_may_read_what_the_umask_allows(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        with files.atomic_folder(tmp_path / "final") as folder:
+        with atomic_files.atomic_folder(tmp_path / "final") as folder:
             (folder / "a").write_text("x")
-        files.write_text(tmp_path / "b", "x")
+        atomic_files.write_text(tmp_path / "b", "x")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "final").stat().st_mode) == 0o755
@@ -167,7 +169,7 @@ def test_without_an_exchange_the_old_folder_comes_back_after_a_kill_between_the_
     for name, text in (("final", "old"), ("new", "new")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(text)
-    files._put_in_two_steps(tmp_path / "new", tmp_path / "final")
+    atomic_files._put_in_two_steps(tmp_path / "new", tmp_path / "final")
     assert names(tmp_path) == ["final"]
     assert (tmp_path / "final" / "a").read_text() == "new"
 
@@ -176,7 +178,7 @@ def test_without_an_exchange_the_old_folder_comes_back_after_a_kill_between_the_
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / ".step.jsonl.partial-7-89abcdef").write_text("half")
     (tmp_path / ".keep").write_text("not ours")
-    files.remove_leftovers(tmp_path)
+    atomic_files.remove_leftovers(tmp_path)
     assert names(tmp_path) == [".keep", "final", "rollouts"]
     assert not names(tmp_path / "rollouts")
     assert (tmp_path / "final" / "a").read_text() == "new"
@@ -194,39 +196,39 @@ def test_a_log_cut_anywhere_keeps_its_whole_lines_and_goes_on(
     path = tmp_path_factory.mktemp("log") / "a.jsonl"
     ends = [0]
     for row in rows:
-        files.append_line(path, files.to_json(row))
+        atomic_files.append_line(path, atomic_files.to_json(row))
         ends.append(path.stat().st_size)
     path.touch()
     length = round(cut * ends[-1])
     os.truncate(path, length)
-    whole = [json.loads(files.to_json(row)) for row, end in zip(rows, ends[1:], strict=True) if end <= length]
-    assert files.read_json_lines(path) == whole
-    files.append_line(path, '{"next": 1}')
-    assert files.read_json_lines(path) == [*whole, {"next": 1}]
+    whole = [json.loads(atomic_files.to_json(row)) for row, end in zip(rows, ends[1:], strict=True) if end <= length]
+    assert atomic_files.read_json_lines(path) == whole
+    atomic_files.append_line(path, '{"next": 1}')
+    assert atomic_files.read_json_lines(path) == [*whole, {"next": 1}]
     assert path.read_bytes().count(b"\n") == len(whole) + 1
     assert path.read_bytes().endswith(b"\n")
 
 
 def test_a_log_that_is_not_there_is_empty_and_a_line_break_is_refused(tmp_path: Path) -> None:
-    assert files.read_lines(tmp_path / "none.jsonl") == []
+    assert atomic_files.read_lines(tmp_path / "none.jsonl") == []
     with pytest.raises(AssertionError, match="line break"):
-        files.append_line(tmp_path / "a.jsonl", "one\ntwo")
+        atomic_files.append_line(tmp_path / "a.jsonl", "one\ntwo")
 
 
 def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     text = json.dumps({"text": "a\u2028b\x85c\x0cd"}, ensure_ascii=False)
-    files.append_line(tmp_path / "a.jsonl", text)
-    assert files.read_lines(tmp_path / "a.jsonl") == [text]
+    atomic_files.append_line(tmp_path / "a.jsonl", text)
+    assert atomic_files.read_lines(tmp_path / "a.jsonl") == [text]
 
 
 def test_resuming_drops_later_steps_and_the_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "é": 1}\n{"step": 3}\n{"step": 2.0, "again": 1}\n{"ste')
-    files.truncate_after(path, "step", 2)
+    atomic_files.truncate_after(path, "step", 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2, "é": 1}\n{"step": 2.0, "again": 1}\n'
-    files.truncate_after(path, "step", 0)
+    atomic_files.truncate_after(path, "step", 0)
     assert path.read_text() == ""
-    files.truncate_after(tmp_path / "none.jsonl", "step", 0)
+    atomic_files.truncate_after(tmp_path / "none.jsonl", "step", 0)
     assert names(tmp_path) == ["metrics.jsonl"]
 
 
@@ -234,13 +236,13 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"step": 1}\n{"step"\n')
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: not JSON"):
-        files.truncate_after(path, "step", 1)
+        atomic_files.truncate_after(path, "step", 1)
     path.write_text('{"step": 1}\n[2]\n')
     with pytest.raises(UserError, match="line 2: not an object"):
-        files.read_json_lines(path)
+        atomic_files.read_json_lines(path)
     path.write_text('{"time": 1}\n')
     with pytest.raises(UserError, match="line 1: has no number 'step'"):
-        files.truncate_after(path, "step", 1)
+        atomic_files.truncate_after(path, "step", 1)
 
 
 # --- the disk says no ---
@@ -248,13 +250,13 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
 
 def test_a_full_device_is_a_failure_with_path_and_cure() -> None:
     with pytest.raises(RunFailure, match="no space left to write /dev/full; free some"):
-        files.append_line(Path("/dev/full"), "x")
+        atomic_files.append_line(Path("/dev/full"), "x")
 
 
 FULL_DISK = """
 import json, os, sys
 from pathlib import Path
-from common import files
+from common import atomic_files as files
 from common.errors import RunFailure
 
 folder = Path(sys.argv[1])
@@ -318,7 +320,7 @@ def test_a_full_disk_leaves_every_previous_file_whole(tmp_path: Path) -> None:
 QUOTA = """
 import resource, sys
 from pathlib import Path
-from common import files
+from common import atomic_files as files
 from common.errors import RunFailure
 
 path = Path(sys.argv[1])
@@ -344,7 +346,7 @@ def test_a_line_that_fits_only_in_part_is_taken_back(tmp_path: Path) -> None:
 FORBIDDEN = """
 import os, sys
 from pathlib import Path
-from common import files
+from common import atomic_files as files
 from common.errors import UserError
 
 folder = Path(sys.argv[1])
@@ -377,7 +379,7 @@ def test_missing_rights_are_the_users_to_mend() -> None:
 WRITER = """
 import itertools, json, sys
 from pathlib import Path
-from common import files
+from common import atomic_files as files
 
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
@@ -409,7 +411,7 @@ def test_whatever_moment_a_writer_is_killed_every_file_is_whole(tmp_path: Path) 
             assert texts[0]
         else:
             assert reached == 0, "the folder was gone for a moment"
-        log = files.read_json_lines(tmp_path / "log.jsonl")
+        log = atomic_files.read_json_lines(tmp_path / "log.jsonl")
         assert [row["step"] for row in log] == list(range(len(log)))
         assert all(len(row["text"]) == 50_000 for row in log)
         if (tmp_path / "state.json").exists():
@@ -417,7 +419,7 @@ def test_whatever_moment_a_writer_is_killed_every_file_is_whole(tmp_path: Path) 
             assert len(state["text"]) == 50_000
             assert state["step"] < len(log)
         reached = len(log)
-        files.remove_leftovers(tmp_path)
+        atomic_files.remove_leftovers(tmp_path)
         assert set(names(tmp_path)) <= {"checkpoint", "log.jsonl", "state.json"}
     assert reached > 0, "the writer never came to write"
 
@@ -427,7 +429,7 @@ def test_whatever_moment_a_writer_is_killed_every_file_is_whole(tmp_path: Path) 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from common import files
+from common import atomic_files as files
 
 lock = files.lock_folder(Path(sys.argv[1]))
 if sys.argv[2] == "alone" or os.fork() == 0:  # the worker itself says that it runs
@@ -449,15 +451,15 @@ def test_a_folder_in_use_names_the_process_and_a_killed_one_frees_it(tmp_path: P
     assert holder.stdout is not None
     assert holder.stdout.readline()
     with pytest.raises(UserError, match=f"run is in use by the running process {holder.pid}; .* choose another folder"):
-        files.lock_folder(tmp_path / "run")
+        atomic_files.lock_folder(tmp_path / "run")
     holder.send_signal(signal.SIGKILL)
     holder.communicate(timeout=10)
-    with files.lock_folder(tmp_path / "run") as lock:
+    with atomic_files.lock_folder(tmp_path / "run") as lock:
         with pytest.raises(UserError, match=f"process {os.getpid()};"):
-            files.lock_folder(tmp_path / "run")
+            atomic_files.lock_folder(tmp_path / "run")
         lock.release()
-        files.lock_folder(tmp_path / "run").release()
-    with files.lock_folder(tmp_path / "run"):
+        atomic_files.lock_folder(tmp_path / "run").release()
+    with atomic_files.lock_folder(tmp_path / "run"):
         pass
 
 
@@ -466,8 +468,8 @@ def test_a_worker_that_outlives_the_killed_run_does_not_keep_the_folder(tmp_path
     assert holder.stdout is not None
     to_kill.append(int(holder.stdout.readline()))
     with pytest.raises(UserError, match="in use"):
-        files.lock_folder(tmp_path)
+        atomic_files.lock_folder(tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.wait(timeout=10)
     os.kill(to_kill[0], 0)  # the worker is still there
-    files.lock_folder(tmp_path).release()
+    atomic_files.lock_folder(tmp_path).release()

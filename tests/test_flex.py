@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner import flex
-from learner.attention import packed_attention
+from learner.attention import packed_gpu
+from learner.attention.packed_cpu import packed_attention
 from tests.parity import SIZES, WAYS, dense, layout_of, reference_kernel, seen_from_the_words, varlen_on_shapes
 from tests.parity import states as states_of
 from tests.tiny import VOCAB_SIZE
@@ -30,8 +30,8 @@ def test_both_ways_equal_the_cpus(sizes, alphabet, window, softcap):
     truth = dense(query, key, value, seen_from_the_words(sizes, window, alphabet), SCALE, softcap)
     assert torch.allclose(out.transpose(1, 2), truth, atol=1e-5)
     with torch.no_grad():  # PyTorch's reference of flex_attention has no backward pass on a CPU
-        assert torch.allclose(flex.by_flex(query, key, value, layout, SCALE, window, softcap), truth, atol=1e-5)
-    by_varlen = flex.by_varlen(query, key, value, layout, SCALE, window, softcap, reference_kernel)
+        assert torch.allclose(packed_gpu.by_flex(query, key, value, layout, SCALE, window, softcap), truth, atol=1e-5)
+    by_varlen = packed_gpu.by_varlen(query, key, value, layout, SCALE, window, softcap, reference_kernel)
     assert torch.allclose(by_varlen, truth, atol=1e-5)
     weights = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
     wanted = torch.autograd.grad((truth * weights).sum(), (query, key, value))
@@ -51,8 +51,8 @@ def test_the_masks_and_the_spans_see_what_the_words_say(sizes, window, alphabet)
     layout, tokens = layout_of(sizes, alphabet)
     truth = seen_from_the_words(sizes, window, alphabet)
     at = torch.arange(tokens)
-    assert torch.equal(flex.seen(layout, tokens, window)(0, 0, at[:, None], at[None]), truth)
-    spans = flex.spans_of(layout)
+    assert torch.equal(packed_gpu.seen(layout, tokens, window)(0, 0, at[:, None], at[None]), truth)
+    spans = packed_gpu.spans_of(layout)
     seen = torch.zeros_like(truth)
     for n in range(len(spans.query_ends) - 1):
         keys = spans.key_S[spans.key_ends[n] : spans.key_ends[n + 1]]
@@ -66,21 +66,21 @@ def test_the_masks_and_the_spans_see_what_the_words_say(sizes, window, alphabet)
 
 def test_blocks_that_nothing_sees_are_left_out():
     layout, tokens = layout_of([(3, [500] * 4)])
-    mask = flex._block_mask(layout, tokens, None)
-    assert mask.shape[-1] % flex.BLOCK == 0
+    mask = packed_gpu._block_mask(layout, tokens, None)
+    assert mask.shape[-1] % packed_gpu.BLOCK == 0
     assert mask.sparsity() > 70  # causality alone would leave half
 
 
 def test_a_packs_mask_is_made_once_and_goes_with_it():
     layout, tokens = layout_of(SIZES[0])
     query, key, value = (one.detach() for one in states(tokens))
-    kept = len(flex._MADE)
+    kept = len(packed_gpu._MADE)
     for window in (None, 7, None, 7):
-        flex.by_flex(query, key, value, layout, SCALE, window, None)
-    made = flex._MADE[layout]
+        packed_gpu.by_flex(query, key, value, layout, SCALE, window, None)
+    made = packed_gpu._MADE[layout]
     assert len(made) == 2
     del layout, made
-    assert len(flex._MADE) == kept
+    assert len(packed_gpu._MADE) == kept
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_a_packs_mask_is_made_once_and_goes_with_it():
 def test_the_rule_by_which_one_is_chosen(dtype, softcap, sizes, flash):
     layout, tokens = layout_of(sizes)
     query, _, value = (one.to(dtype) for one in states(tokens))
-    assert flex.choose(query, value, layout, softcap) is flash
+    assert packed_gpu.choose(query, value, layout, softcap) is flash
     wide = torch.zeros(1, 1, tokens, 512, dtype=dtype)
-    assert not flex.choose(wide, wide, layout, softcap)
+    assert not packed_gpu.choose(wide, wide, layout, softcap)
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from common import health
-from common.health import LOOKED_AT, Watch, findings, unlearned
-from common.tracking import HealthTracker
+from common.tracking import health
+from common.tracking.health import LOOKED_AT, Watch, findings, unlearned
+from common.tracking.metrics import HealthTracker
 
 
 def row(step, **changed):

@@ -19,9 +19,9 @@ from common.errors import RunFailure, UserError
 from common.tasks.warmup import Warmup
 from common.tokenizer import end_of_sequence_ids
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
-from common.weights import FolderWeights, fingerprint
+from common.weights.handles import FolderWeights, fingerprint
+from sampler.conformance.reference import Lora, Truth, forced, lend, perturbed
 from sampler.hf import HfSampler, _draw
-from sampler.truth import Lora, Truth, forced, lend, perturbed
 from tests.tiny import make_tiny
 
 TEXTS = ("Which number is larger, 17 or 9? Answer with one number: ", "7", "naïve 日本語 🙂 über")

@@ -20,11 +20,11 @@ HOME = {
     "ray": ("deploy/",),
     "vllm": ("sampler/",),
     "datasets": ("common/tasks/",),
-    "transformers": ("learner/model/", "learner/attention.py", "sampler/hf.py", "common/tokenizer.py"),
+    "transformers": ("learner/model/", "learner/attention/packed_cpu.py", "sampler/hf.py", "common/tokenizer.py"),
     "peft": ("learner/model/", "sampler/hf.py"),
-    "wandb": ("common/trackers.py",),
-    "trackio": ("common/trackers.py",),
-    "mlflow": ("common/trackers.py",),
+    "wandb": ("common/tracking/trackers.py",),
+    "trackio": ("common/tracking/trackers.py",),
+    "mlflow": ("common/tracking/trackers.py",),
 }
 SOURCES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
 

@@ -14,11 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import device
 from common.errors import RunFailure, UserError
-from common.weights import FolderWeights, fingerprint
-from learner import losses
-from learner.learner import TorchLearner
+from common.weights.handles import FolderWeights, fingerprint
+from learner.loss import losses
 from learner.model import loading
-from learner.optim import MasterOptimizer, learning_rate
+from learner.optimizer import MasterOptimizer, learning_rate
+from learner.torch_learner import TorchLearner
 from tests.making import GROUPS, config, group
 from tests.test_families import MOVING
 from tests.tiny import make_model, make_tiny

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from learner import logprobs, packing
-from learner.logprobs import Drawn
-from learner.packing import Row
+from learner import token_logprobs
+from learner.batch import packing
+from learner.batch.packing import Row
+from learner.token_logprobs import Drawn
 
 V, D, K = 384, 64, 40
 
@@ -69,12 +70,12 @@ def test_gradients_are_autograds(drawn, config, entropy, positions):
     leaves = [hidden, *head.parameters()]
     loss = (weight * expected[0]).sum() + entropy * (weight * expected[1]).sum()
     wanted = torch.autograd.grad(loss, leaves)
-    inner = logprobs._Head(OneLayer(head, **config), drawn)
+    inner = token_logprobs._Head(OneLayer(head, **config), drawn)
     pack, order = made_up_pack(position, target)
     chunks, rows, weight = inner.chunks(pack), hidden[inner.positions(pack)], weight[order]
     assert len(rows) == (K if positions == "once" else 14 if drawn.cuts else 7)
 
-    found = logprobs._Score.apply(inner, chunks, rows, *inner.parameters)
+    found = token_logprobs._Score.apply(inner, chunks, rows, *inner.parameters)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other[order], atol=1e-5)
     scored = (weight * found[0]).sum() + entropy * (weight * found[1]).sum()
@@ -84,7 +85,7 @@ def test_gradients_are_autograds(drawn, config, entropy, positions):
         return (weight[part] * (logprob + entropy * spread)).sum(), {"tokens": torch.tensor(float(len(logprob)))}
 
     stats = []
-    learned = logprobs._Learn.apply(inner, chunks, loss_of, stats, rows, *inner.parameters)
+    learned = token_logprobs._Learn.apply(inner, chunks, loss_of, stats, rows, *inner.parameters)
     assert sum(float(one["tokens"]) for one in stats) == K
     for result in (scored, learned):
         assert torch.allclose(result, loss, atol=1e-4)
@@ -110,8 +111,8 @@ def test_confident_tokens_keep_their_gradient_in_bfloat16(probability):
         leaf = hidden.detach().clone().requires_grad_()
         return torch.autograd.grad((weight * of(leaf)).sum(), leaf)[0].float()
 
-    inner, (pack, _) = logprobs._Head(OneLayer(head), Drawn()), made_up_pack(torch.arange(K), target)
-    ours = gradient(lambda leaf: logprobs._Score.apply(inner, inner.chunks(pack), leaf, *inner.parameters)[0])
+    inner, (pack, _) = token_logprobs._Head(OneLayer(head), Drawn()), made_up_pack(torch.arange(K), target)
+    ours = gradient(lambda leaf: token_logprobs._Score.apply(inner, inner.chunks(pack), leaf, *inner.parameters)[0])
     plain = gradient(lambda leaf: truth(head, leaf, target, Drawn())[0])
     exact_head = nn.Linear(D, V, bias=False)
     exact_head.weight.data = head.weight.detach().float()

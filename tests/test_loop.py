@@ -19,10 +19,10 @@ import pytest
 from common.config import TaskConfig
 from common.errors import RunFailure, UserError
 from common.protocols import GroupsFuture
-from common.rewards import Scorer
+from common.rewards.scorer import Scorer
 from common.types import Completion, Group, Prompt
-from learner import loop as loops
-from learner.loop import Loop
+from learner import train as loops
+from learner.train import Loop
 from tests.making import config
 
 WAIT_S = 60

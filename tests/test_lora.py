@@ -11,12 +11,12 @@ from transformers.core_model_loading import Chunk, WeightConverter
 from common.device import dtype_of
 from common.errors import UserError
 from common.types import AdapterSpec, SamplerSetup
-from common.weights import FolderWeights, SharedMemoryWeights, fingerprint
-from deploy import local
-from deploy.local import SharedDevice
-from learner.learner import TorchLearner
+from common.weights.handles import FolderWeights, SharedMemoryWeights, fingerprint
+from deploy import components
+from deploy.components import SharedDevice
 from learner.model import adapters, for_sampler, loading, nf4, saving
-from learner.sync import WeightSync, probe_of
+from learner.torch_learner import TorchLearner
+from learner.weight_sync import WeightSync, probe_of
 from sampler.hf import HfSampler
 from sampler.scripted import ScriptedSampler
 from tests.making import GROUPS, config
@@ -335,7 +335,7 @@ def test_a_learner_that_slept_learns_the_same(folder, tmp_path, lora, quantize):
 def test_on_a_cpu_there_is_nowhere_to_wait():
     made = config(memory={"offload_while_sampling": True}, train={"device": "cpu"})
     with pytest.raises(UserError, match=r"memory\.offload_while_sampling=true has no effect on a CPU"):
-        local.prepare(made)
+        components.prepare(made)
 
 
 # -- real vLLM ---------------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_on_a_cpu_there_is_nowhere_to_wait():
 @pytest.mark.vllm
 @pytest.mark.parametrize(("variant", "quantize"), [("rslora", "off"), ("lora", "nf4"), ("dora", "nf4")])
 def test_vllm_computes_what_the_learner_computes(folder, cache, variant, quantize):
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     made = spec(cache, variant, quantize)
     learner = TorchLearner(made, folder, "cpu")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner import losses
+from learner.loss import losses
 from tests import slow_truth, trl_reference
 
 KINDS = get_args(losses.LossKind)

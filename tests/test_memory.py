@@ -10,15 +10,15 @@ from typer.testing import CliRunner
 from common.config import load
 from common.errors import UserError
 from common.types import SamplerSetup
-from deploy import plan as plans
-from deploy import planner as planners
-from deploy import solver
 from deploy.cli import app
-from deploy.local import settled
-from deploy.planner import GIB, Place, Planner
-from learner import logprobs, memory, rehearsal
-from learner.learner import TorchLearner
-from sampler import vllm_arguments
+from deploy.components import settled
+from deploy.memory_plan import estimate as planners
+from deploy.memory_plan import output as plans
+from deploy.memory_plan import search
+from deploy.memory_plan.estimate import GIB, Place, Planner
+from learner import memory_estimate, rehearsal, token_logprobs
+from learner.torch_learner import TorchLearner
+from sampler.engine import arguments
 from tests.benchmarks import shapes
 from tests.tiny import make_tiny
 
@@ -43,7 +43,7 @@ def config_of(folder, *words):
                        *words])  # fmt: skip
 
 
-class Real(memory.Ledger):
+class Real(memory_estimate.Ledger):
     """The same count over real tensors while the learner really computes."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -70,8 +70,8 @@ def test_shapes_alone_take_what_the_real_pass_takes(tiny, words, monkeypatch):
     """The tensors alive at the peak of a real update are those that the plan saw, within what the C library's own
     kernels and index tensors (which the plan sees only on their way to the device) make of it."""
     config = config_of(tiny, *words)
-    monkeypatch.setattr(logprobs, "IN_ROWS", {"cpu", memory.SHAPE})  # the head as on this device
-    planned = memory.measure(config, tiny, 40, on_cpu=False)
+    monkeypatch.setattr(token_logprobs, "IN_ROWS", {"cpu", memory_estimate.SHAPE})  # the head as on this device
+    planned = memory_estimate.measure(config, tiny, 40, on_cpu=False)
     learner = TorchLearner(config, tiny, "cpu")
     pack, more = rehearsal.largest_pack(rehearsal.longest_groups(config, 40), 256, learner.packed, 384)
     assert more
@@ -79,7 +79,7 @@ def test_shapes_alone_take_what_the_real_pass_takes(tiny, words, monkeypatch):
     ledger.watch("weights", learner._model.parameters())
     if learner._reference is not None:
         ledger.watch("reference", learner._reference.parameters())
-    ledger.watch("optimizer", [t for part in memory._optimizer_tensors(learner._optimizer) for t in part])
+    ledger.watch("optimizer", [t for part in memory_estimate._optimizer_tensors(learner._optimizer) for t in part])
     ledger.phase = "learn"
     with ledger:
         learner.update(rehearsal.repeated(pack, 2, 384))
@@ -90,7 +90,7 @@ def test_shapes_alone_take_what_the_real_pass_takes(tiny, words, monkeypatch):
 
 
 def test_weights_masters_and_averages_are_counted_to_the_byte(llama):
-    planned = memory.measure(config_of(llama), llama, 64, on_cpu=False)
+    planned = memory_estimate.measure(config_of(llama), llama, 64, on_cpu=False)
     assert planned.parameters_trained == planned.parameters_total == 1_235_814_400
     parts = planned.phases["load"].parts
     assert parts["weights"] == pytest.approx(2 * 1_235_814_400, rel=1e-4)
@@ -102,8 +102,8 @@ def test_weights_masters_and_averages_are_counted_to_the_byte(llama):
 @pytest.mark.slow
 def test_shallow_copies_tell_of_the_whole(llama):
     config = config_of(llama, "model.lora_rank=8", "learner.microbatch_tokens=512")
-    whole = memory.measure(config, llama, 64, on_cpu=False)
-    quick = memory.measure_quickly(config, llama, 64, on_cpu=False)
+    whole = memory_estimate.measure(config, llama, 64, on_cpu=False)
+    quick = memory_estimate.measure_quickly(config, llama, 64, on_cpu=False)
     for phase, peak in whole.phases.items():
         assert quick.phases[phase].bytes == pytest.approx(peak.bytes, rel=0.05), phase
 
@@ -127,10 +127,10 @@ def test_every_proposal_is_a_right_configuration_that_fits_by_its_own_plan(tiny)
     planner = Planner(config, tiny, 40, Place("host memory", False, needed.peak - activations // 3))
     plan = planner.plan(config)
     assert plan.fits is False
-    proposal = solver.solve(planner, plan, 60, lambda text: None)
+    proposal = search.solve(planner, plan, 60, lambda text: None)
     assert proposal is not None
     assert [key for move in proposal.moves for key, _ in move.changes] == ["learner.microbatch_tokens"]
-    changed = solver.allowed(config, proposal.moves[0].changes)
+    changed = search.allowed(config, proposal.moves[0].changes)
     assert changed is not None
     again = Planner(changed, tiny, 40, planner.place).plan(changed)
     assert again.fits
@@ -139,18 +139,18 @@ def test_every_proposal_is_a_right_configuration_that_fits_by_its_own_plan(tiny)
     # A tenth of what it needs: one setting is not enough, and none that is kept could be done without.
     little = planners.PROCESS_CPU + (needed.peak - planners.PROCESS_CPU) // 10
     planner = Planner(config, tiny, 40, Place("host memory", False, little))
-    proposal = solver.solve(planner, planner.plan(config), 60, lambda text: None)
+    proposal = search.solve(planner, planner.plan(config), 60, lambda text: None)
     assert proposal is not None
     assert len(proposal.moves) > 1
     for move in proposal.moves:
         others = [change for other in proposal.moves if other is not move for change in other.changes]
-        without = solver.allowed(config, others)
+        without = search.allowed(config, others)
         assert without is None or not planner.plan(without).fits
 
 
 def test_the_quicker_format_is_proposed_to_whoever_chose_the_larger(tiny):
     asked = [config_of(tiny, f"model.dtype={dtype}") for dtype in ("float32", "bfloat16")]
-    changes = [[move.changes for knob in solver.moves(config, gpu=True) for move in knob] for config in asked]
+    changes = [[move.changes for knob in search.moves(config, gpu=True) for move in knob] for config in asked]
     assert [(("model.dtype", "bfloat16"),) in one for one in changes] == [True, False]
 
 
@@ -160,7 +160,7 @@ def test_the_cache_is_vllms_own_rule(tiny):
     setup = planner.setup(config)
     assert isinstance(setup, SamplerSetup)
     model = json.loads((tiny / "config.json").read_text())
-    assert planner.plan(config).devices[0].cache == vllm_arguments.cache_bytes(model, setup)
+    assert planner.plan(config).devices[0].cache == arguments.cache_bytes(model, setup)
 
 
 def test_sizes_and_places():
@@ -268,7 +268,7 @@ def test_what_waits_in_host_memory_is_planned(llama):
 @pytest.mark.slow
 def test_copies_of_packed_keys_are_counted_as_the_kernel_makes_them(llama):
     """A run of the pack reads the keys of its whole sequence: the prompt's once for each completion."""
-    measured = memory.measure(config_of(llama, "model.lora_rank=8"), llama, 64, on_cpu=False)
+    measured = memory_estimate.measure(config_of(llama, "model.lora_rank=8"), llama, 64, on_cpu=False)
     assert measured.keys > measured.pack_tokens
     plan = on_a_gpu(llama)
     copied = plan.devices[0].phases["learn"]["copied keys"]
@@ -293,13 +293,13 @@ def test_full_weights_of_llama_1b_do_not_fit_8_gib(llama):
 
 def test_options_of_the_sampler_are_turned_one_by_one(tiny):
     config = config_of(tiny, "sampler.name=vllm", "sampler.options.kv_cache_memory_bytes=1073741824")
-    knobs = {move.changes[0] for knob in solver.moves(config, gpu=True, card=8 * GIB) for move in knob}
+    knobs = {move.changes[0] for knob in search.moves(config, gpu=True, card=8 * GIB) for move in knob}
     assert {
         ("sampler.options.kv_cache_memory_bytes", 512 << 20),
         ("sampler.options.max_num_batched_tokens", 4096),
     } <= knobs
     both = [("sampler.options.kv_cache_memory_bytes", 1 << 28), ("sampler.options.max_num_batched_tokens", 512)]
-    assert solver.allowed(config, both).sampler.options == {
+    assert search.allowed(config, both).sampler.options == {
         "kv_cache_memory_bytes": 1 << 28, "max_num_batched_tokens": 512,
     }  # fmt: skip
 

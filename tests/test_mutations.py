@@ -1,9 +1,9 @@
 """A test that passes with a sign flipped is no test: every line below breaks the maths on purpose, and must be noticed.
 
-Each mutation is a piece of the source of ``learner/losses.py`` or ``learner/advantages.py`` and what replaces it; the
-broken module is made in memory and held against the slow truth. The last word of a loss's line names the check of
-``slow_truth`` that has to fail. ``OTHERS`` are breakages of other modules in the same form. A piece that is not in the
-source exactly once fails too: the list follows the code.
+Each mutation is a piece of the source of ``learner/loss/losses.py`` or ``learner/loss/advantages.py`` and what replaces
+it; the broken module is made in memory and held against the slow truth. The last word of a loss's line names the check
+of ``slow_truth`` that has to fail. ``OTHERS`` are breakages of other modules in the same form. A piece that is not in
+the source exactly once fails too: the list follows the code.
 
 Besides these, every operator, comparison, number and stop-gradient of the two files was changed once by a script. What
 went unnoticed by the slow truth changes no result: ``A >= 0`` for ``A > 0`` (A = 0 multiplies it away), another number
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from learner import advantages, loop, losses, optim
+from learner import optimizer, train
+from learner.loss import advantages, losses
 from tests import slow_truth
 
 LOSSES = [
@@ -217,15 +218,16 @@ ADVANTAGES = [
 
 OTHERS = [
     # what is broken, module, piece of the source, its replacement, the check
-    ("groups without signal dropped", loop, "return sorted(scored, key=lambda group: not advantages.has_signal(group))",
+    ("groups without signal dropped", train,
+     "return sorted(scored, key=lambda group: not advantages.has_signal(group))",
      "return [group for group in scored if advantages.has_signal(group)]", "batch"),
-    ("groups as they came", loop, "return sorted(scored, key=lambda group: not advantages.has_signal(group))",
+    ("groups as they came", train, "return sorted(scored, key=lambda group: not advantages.has_signal(group))",
      "return list(scored)", "batch"),
-    ("groups without signal first", loop, "key=lambda group: not advantages", "key=lambda group: advantages", "batch"),
-    ("more groups than a step has", loop, "has_signal(group))[:size]", "has_signal(group))", "batch"),
-    ("a last step at rate 0", optim, "else updates + 1", "else updates", "rates"),
-    ("no step at the end", optim, "end = updates if", "end = updates + 1 if", "rates"),
-    ("the warm-up counted twice", optim, "(update - config.warmup_steps + 1)", "(update + 1)", "rates"),
+    ("groups without signal first", train, "key=lambda group: not advantages", "key=lambda group: advantages", "batch"),
+    ("more groups than a step has", train, "has_signal(group))[:size]", "has_signal(group))", "batch"),
+    ("a last step at rate 0", optimizer, "else updates + 1", "else updates", "rates"),
+    ("no step at the end", optimizer, "end = updates if", "end = updates + 1 if", "rates"),
+    ("the warm-up counted twice", optimizer, "(update - config.warmup_steps + 1)", "(update + 1)", "rates"),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from common.config import OptimizerConfig
 from common.errors import UserError
-from learner.optim import MasterOptimizer, Parked, check
+from learner.optimizer import MasterOptimizer, Parked, check
 from tests.making import config
 
 STOCHASTIC = {"master": "stochastic"}

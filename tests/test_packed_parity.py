@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from learner import advantages, attention
-from learner.learner import TorchLearner
-from learner.loop import Loop, train
+from learner.attention import packed_cpu
+from learner.loss import advantages
+from learner.torch_learner import TorchLearner
+from learner.train import Loop, train
 from tests import trl_reference
 from tests.making import config, group
 from tests.test_sync import Separate
 from tests.tiny import make_model, make_tiny
 
-attention.register()
+packed_cpu.register()
 LONGEST = 8  # sampler.max_tokens in tests/making.py
 # eps as large as the gradients: AdamW's step then keeps their size, instead of their sign alone.
 OPTIMIZER = {"lr": 0.02, "eps": 1.0, "max_grad_norm": 0, "betas": (0.9, 0.95), "weight_decay": 0.0}

@@ -8,15 +8,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from learner import attention, packing
-from learner.families import FAMILIES
-from learner.logprobs import score
-from learner.packing import Row, plan, stretches, tokens
+from learner.attention import packed_cpu
+from learner.batch import packing
+from learner.batch.packing import Row, plan, stretches, tokens
+from learner.batch.packing_support import FAMILIES
+from learner.token_logprobs import score
 from tests import tiny as tinies
 from tests.parity import MIXED, assert_equal, beginnings, make_rows, naive_logprobs, run
 from tests.tiny import VOCAB_SIZE, make_model
 
-attention.register()
+packed_cpu.register()
 
 
 @pytest.fixture(scope="module")

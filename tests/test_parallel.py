@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM
 
 from common.device import bind_collectives, collective_backend
 from common.errors import RunFailure, UserError
-from learner.learner import TorchLearner
-from learner.packing import Row, share
-from learner.parallel import RankLost, Ranks
+from learner.batch.packing import Row, share
+from learner.distributed import RankLost, Ranks
+from learner.torch_learner import TorchLearner
 from tests.making import GROUPS, config, group
 from tests.tiny import make_tiny
 

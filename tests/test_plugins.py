@@ -316,8 +316,8 @@ def test_options_that_take_anything_and_options_that_are_needed(good):
     [
         ("sampler", "os:getcwd", "called with a common.types.SamplerSetup first, which it does not take"),
         ("sampler", "collections:OrderedDict", "a class that is no sampler: it has no generate, logprobs"),
-        ("tracker", "common.tracking:check_metrics", ""),
-        ("tracker", "common.rewards:Scorer", "a class that is no tracker: it has no log, rollouts, evaluation"),
+        ("tracker", "common.tracking.metrics:check_metrics", ""),
+        ("tracker", "common.rewards.scorer:Scorer", "a class that is no tracker: it has no log, rollouts, evaluation"),
     ],
 )
 def test_what_makes_something_else_is_refused_before_it_is_called(kind, name, said):

@@ -8,17 +8,17 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from common import files, plugins
+from common import atomic_files, plugins
 from common.config import load
 from common.device import dtype_of
 from common.tokenizer import load_tokenizer, render
 from common.types import SamplerSetup
-from common.weights import FolderWeights, fingerprint
+from common.weights.handles import FolderWeights, fingerprint
 from deploy import run as runs
 from learner.checkpoint import Checkpoints
-from learner.learner import TorchLearner
 from learner.model import resolve
-from learner.sync import weighted_difference
+from learner.torch_learner import TorchLearner
+from learner.weight_sync import weighted_difference
 from tests.making import QUIET
 
 pytestmark = pytest.mark.vllm
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 def test_the_two_sides_agree_and_every_sync_was_proved(run):
     config, folder = run
-    rows = files.read_json_lines(folder / "metrics.jsonl")
+    rows = atomic_files.read_json_lines(folder / "metrics.jsonl")
     assert len(rows) == 2
     for row in rows:
         assert 0 < row["probe_diff"] < 0.06
@@ -64,7 +64,7 @@ def test_a_gguf_file_is_converted_once(run, tmp_path):
 
 
 def test_final_gives_the_learners_log_probs_in_transformers_and_a_fresh_vllm(run):
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     config, folder = run
     source = resolve.prepare(config.model)

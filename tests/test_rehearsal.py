@@ -12,10 +12,10 @@ from common.config import load
 from common.errors import OutOfMemory
 from common.types import Completion, Group, Prompt
 from deploy import run as runs
-from learner import loop as loops
 from learner import rehearsal
-from learner.learner import TorchLearner
-from learner.packing import Row, plan
+from learner import train as loops
+from learner.batch.packing import Row, plan
+from learner.torch_learner import TorchLearner
 from tests.test_run import final, metrics, rollouts, run, spec
 from tests.tiny import make_tiny
 

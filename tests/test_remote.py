@@ -26,14 +26,14 @@ import torch
 from common.errors import RunFailure, UserError
 from common.tokenizer import load_tokenizer
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
-from common.weights import FolderWeights
-from learner.learner import TorchLearner
+from common.weights.handles import FolderWeights
 from learner.model import adapters
-from learner.sync import WeightSync, probe_of
-from sampler.contract import CHECKS, Env
-from sampler.remote import RemoteSampler
-from sampler.server import prepare_for_server, server_command, shell_line
-from sampler.truth import Truth
+from learner.torch_learner import TorchLearner
+from learner.weight_sync import WeightSync, probe_of
+from sampler.conformance.reference import Truth
+from sampler.conformance.suite import CHECKS, Env
+from sampler.server.client import RemoteSampler
+from sampler.server.command import prepare_for_server, server_command, shell_line
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
 from tests.tiny import make_tiny

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from common import files
+from common import atomic_files
 from common.config import RunConfig
-from common.tracking import METRICS, JsonlTracker
+from common.tracking.metrics import METRICS, JsonlTracker
 from deploy import report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -157,7 +157,7 @@ def test_of_a_step_said_twice_the_last_word_counts_and_a_torn_line_does_not(tmp_
     tracker.evaluation(3, AFTER)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lr"')
-    rows = report.by_step(files.read_json_lines(run / "metrics.jsonl"))
+    rows = report.by_step(atomic_files.read_json_lines(run / "metrics.jsonl"))
     assert [(row["step"], row["lr"]) for row in rows] == [(1, 1.5), (2, 99.0), (3, 3.5)]
     assert "50.0 % → 84.0 %" in words(page_of(run))
 

@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from common import files
+from common import atomic_files
 from common.config import fields, load, may_change, resolved_toml
 from common.errors import UserError
 from common.prompts import PromptStream
 from common.types import Prompt
-from deploy import guard
 from deploy import run as runs
 from deploy.cli import app
+from deploy.cluster import supervisor
 from deploy.resume import anchored, check_task, kept
 from learner.checkpoint import Checkpoints
 from tests.test_run import ROOT, final, metrics, rollouts, run, spec, words
@@ -61,7 +61,7 @@ class Nothing:
 
 def made(folder, config, step=2, prompts=()):
     """What a run has written at its checkpoint, but for weights."""
-    files.write_text(folder / "config.toml", resolved_toml(config))
+    atomic_files.write_text(folder / "config.toml", resolved_toml(config))
     stream = PromptStream(list(prompts) or [Prompt("0", ({"role": "user", "content": "a"},))], config.train.seed)
     Checkpoints(folder / "checkpoints", 2, kept(config)).save(step, Nothing(), {"stream": stream.state()})
     return folder
@@ -119,8 +119,8 @@ def test_the_back_end_says_which_of_its_options_are_free(tiny, tmp_path):
 
 @pytest.mark.vllm
 def test_vllms_free_options_are_arguments_of_its_engine():
-    from sampler.vllm import VllmSampler
-    from sampler.vllm_arguments import environment
+    from sampler.engine.arguments import environment
+    from sampler.engine.vllm import VllmSampler
 
     environment()
     from vllm.engine.arg_utils import EngineArgs
@@ -295,7 +295,7 @@ def test_a_run_whose_checkpoints_are_gone_says_so(finished, tmp_path):
     shutil.rmtree(folder / "final")
     with pytest.raises(UserError, match=r"none of its checkpoints is left .*put them back"):
         runs.config_of(folder, [])
-    files.truncate_after(folder / "metrics.jsonl", "step", 2)  # killed while it wrote the first
+    atomic_files.truncate_after(folder / "metrics.jsonl", "step", 2)  # killed while it wrote the first
     assert runs.config_of(folder, []).train.steps == 4
 
 
@@ -346,7 +346,7 @@ def test_a_hangup_saves_and_stops(tiny, tmp_path):
 @pytest.mark.usefixtures("hangup")
 def test_under_nohup_a_hangup_is_nothing():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for listening in (runs._stop_signals(Console(quiet=True)), guard._signals()):
+    for listening in (runs._stop_signals(Console(quiet=True)), supervisor._signals()):
         with listening as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not (asked() if callable(asked) else asked)
@@ -387,13 +387,13 @@ def test_a_start_that_was_refused_leaves_its_folder_to_the_settings_it_was_advis
     with pytest.raises(UserError, match="does not fit"):
         run(begun, folder)
     assert (folder / "config.toml").exists()
-    files.append_line(folder / "eval.jsonl", '{"step": 0, "accuracy": 2.0}')
+    atomic_files.append_line(folder / "eval.jsonl", '{"step": 0, "accuracy": 2.0}')
     with pytest.raises(UserError, match=r"train\.group_size=2 cannot change"):
         runs.config_of(folder, ["train.group_size=2"])
     runs.check_folder(folder, resume=False)
     assert run(spec(tiny, "train.steps=1", "train.group_size=2"), folder).finished
     assert load(folder / "config.toml").train.group_size == 2
-    assert [row["accuracy"] <= 1 for row in files.read_json_lines(folder / "eval.jsonl")] == [True, True]
+    assert [row["accuracy"] <= 1 for row in atomic_files.read_json_lines(folder / "eval.jsonl")] == [True, True]
     with pytest.raises(UserError, match="in use by an earlier run"):
         run(begun, folder)
     (tmp_path / "mine").mkdir()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from common.config import TaskConfig
 from common.errors import RunFailure, UserError
-from common.rewards import Scorer, _weights
+from common.rewards.scorer import Scorer, _weights
 from common.types import Completion, Group, Prompt
 
 ROOT = Path(__file__).parent.parent
@@ -423,7 +423,7 @@ def test_closing(task):
 SCRIPT = """
 import sys, time
 from common.config import TaskConfig
-from common.rewards import Scorer, _weights
+from common.rewards.scorer import Scorer, _weights
 from common.types import Completion, Group, Prompt
 
 print("main runs", flush=True)  # no guard: a worker must not run this again

@@ -17,11 +17,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import files
+from common import atomic_files
 from common.config import Config, load
 from common.errors import RunFailure, UserError
 from common.prompts import LOOKED_AT, PromptStream, looked_at
-from common.tracking import METRICS
+from common.tracking.metrics import METRICS
 from common.types import Prompt
 from deploy import run as runs
 from tests.making import EVERYTHING, QUIET
@@ -54,7 +54,10 @@ def run(config, folder, resume=False):
 
 
 def metrics(folder):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in files.read_json_lines(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in TIMES}
+        for row in atomic_files.read_json_lines(folder / "metrics.jsonl")
+    ]
 
 
 def rollouts(folder):
@@ -83,7 +86,7 @@ def test_run_folder_holds_what_the_readme_says(whole, tiny):
         "run.log", "tensorboard",
     }  # fmt: skip
     assert load(whole / "config.toml") == spec(tiny, *EVERYTHING)
-    rows = files.read_json_lines(whole / "metrics.jsonl")
+    rows = atomic_files.read_json_lines(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert {key for key in row if not key.startswith("reward/")} <= METRICS.keys()
@@ -91,7 +94,7 @@ def test_run_folder_holds_what_the_readme_says(whole, tiny):
         assert row["sampler_version_min"] == row["sampler_version_max"] == row["step"] - 1
         assert row["probe_diff"] < 1e-3
         assert row["logprob_diff_max"] < 1e-3
-    assert [row["step"] for row in files.read_json_lines(whole / "eval.jsonl")] == [0, 4]
+    assert [row["step"] for row in atomic_files.read_json_lines(whole / "eval.jsonl")] == [0, 4]
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
 
 
@@ -147,7 +150,7 @@ def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, sampler, lora)
     weights = "final/merged/model.safetensors" if lora else "final/model.safetensors"
     one, other = load_file(folder / weights), load_file(whole / weights)
     assert all(torch.equal(one[name], other[name]) for name in other)
-    assert [row["step"] for row in files.read_json_lines(folder / "eval.jsonl")] == [0, 4]
+    assert [row["step"] for row in atomic_files.read_json_lines(folder / "eval.jsonl")] == [0, 4]
 
 
 class Stop(Console):
@@ -200,9 +203,9 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_end(tiny, tmp_path):
     process = start(tiny, folder)
     while True:
         deadline = time.monotonic() + 120
-        seen = len(files.read_lines(folder / "metrics.jsonl")) if folder.exists() else 0
+        seen = len(atomic_files.read_lines(folder / "metrics.jsonl")) if folder.exists() else 0
         while process.poll() is None and kills < 3 and time.monotonic() < deadline:
-            if folder.exists() and len(files.read_lines(folder / "metrics.jsonl")) > seen:
+            if folder.exists() and len(atomic_files.read_lines(folder / "metrics.jsonl")) > seen:
                 time.sleep(draw.random() * 0.5)
                 process.kill()
                 kills += 1
@@ -307,7 +310,7 @@ def test_overlong_completions_are_penalised(tiny, tmp_path):
 
 def test_evaluation_during_the_run_with_pass_at_k(tiny, tmp_path, whole):
     outcome = run(spec(tiny, "eval.every=2", "eval.samples=3", "eval.k=[1, 3]"), tmp_path / "run")
-    rows = files.read_json_lines(tmp_path / "run" / "eval.jsonl")
+    rows = atomic_files.read_json_lines(tmp_path / "run" / "eval.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert all(row["pass_at_k"]["3"]["value"] >= row["pass_at_k"]["1"]["value"] for row in rows)
     assert outcome.after == rows[-1]

@@ -15,7 +15,7 @@ from torch import nn
 from common.errors import RunFailure, UserError
 from common.protocols import GroupsFuture, Sampler, WeightHandle
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from sampler.contract import CHECKS, ContractError, Env, check_sampler
+from sampler.conformance.suite import CHECKS, ContractError, Env, check_sampler
 from sampler.hf import HfSampler
 from tests.tiny import make_tiny
 
@@ -37,7 +37,7 @@ def _make_hf(setup: SamplerSetup) -> Sampler:
 
 
 def _make_vllm(setup: SamplerSetup) -> Sampler:
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     return VllmSampler(setup)
 

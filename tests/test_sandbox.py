@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reasoning_gym.factory import DATASETS
 
-from common import sandbox
 from common.config import TaskConfig, build
 from common.errors import UserError
 from common.plugins import make_task
-from common.rewards import Scorer
+from common.rewards import sandbox
+from common.rewards.scorer import Scorer
 from common.tasks.literals import readable
 from common.types import Completion, Group, Prompt
 
@@ -223,7 +223,8 @@ def test_a_machine_without_user_namespaces_is_one_sentence():
     """Inside bubblewrap with user namespaces switched off, as in many containers."""
     [*_, own] = sandbox._bubblewraps()
     code = (
-        "from types import SimpleNamespace as S\nfrom common import sandbox\nfrom common.errors import UserError\n"
+        "from types import SimpleNamespace as S\nfrom common.rewards import sandbox\n"
+        "from common.errors import UserError\n"
         "try: sandbox.command(S(sandbox='bubblewrap', name='warmup', sandbox_paths=()))\n"
         "except UserError as e: print(e)"
     )

@@ -11,9 +11,9 @@ import torch
 
 from common.errors import RunFailure, UserError
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
-from common.weights import fingerprint
+from common.weights.handles import fingerprint
+from sampler.conformance.reference import Lora, Truth, lend, perturbed
 from sampler.scripted import ScriptedSampler
-from sampler.truth import Lora, Truth, lend, perturbed
 from tests.tiny import make_tiny
 
 A, B = (Prompt(name, (), text=f"text of {name}", token_ids=(40, 41, 42)) for name in "ab")

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from common.types import AdapterSpec, Prompt, SamplerSetup
-from learner.learner import TorchLearner
 from learner.model import adapters
-from learner.sync import SyncError, WeightSync, beginning_of, probe_of, weighted_difference
+from learner.torch_learner import TorchLearner
+from learner.weight_sync import SyncError, WeightSync, beginning_of, probe_of, weighted_difference
 from sampler.hf import HfSampler
 from sampler.scripted import ScriptedSampler
 from tests.making import GROUPS, config

@@ -1,5 +1,6 @@
 """From a task's messages to the tokens that the model sees, from its tokens to text, and whether the trained model's
-folder reads every text as its base does. What samplers make of tags and stop strings is in sampler/contract.py."""
+folder reads every text as its base does. What samplers make of tags and stop strings is in
+sampler/conformance/suite.py."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from common.errors import UserError
 from common.prompts import LOOKED_AT, looked_at
 from common.tokenizer import Renderer, decode, load_tokenizer, render
 from common.types import Prompt
-from deploy import local
+from deploy import components
 from deploy.run import folder_of
-from learner.learner import TorchLearner
+from learner.distributed import Ranks
 from learner.model import resolve, saving
-from learner.parallel import Ranks
-from learner.sync import probe_of
+from learner.torch_learner import TorchLearner
+from learner.weight_sync import probe_of
 from tests.making import config
 from tests.tiny import CHATML, SPECIAL, make_tiny, make_tokenizer
 
@@ -236,7 +237,7 @@ def changed_json(file: Path, **values: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def prepared(folder: Path, tmp_path: Path, *contents: str, **sections: dict[str, Any]) -> local.Prepared:
+def prepared(folder: Path, tmp_path: Path, *contents: str, **sections: dict[str, Any]) -> components.Prepared:
     """What ``prepare`` makes of a run with these questions; the folder need not hold real weights."""
     code = (
         "from common.types import Prompt\n"
@@ -259,7 +260,7 @@ def prepared(folder: Path, tmp_path: Path, *contents: str, **sections: dict[str,
         "train": {"device": "cpu"},
         "eval": {"questions": 0},
     }
-    return local.prepare(build({key: base.get(key, {}) | sections.get(key, {}) for key in base | sections}))
+    return components.prepare(build({key: base.get(key, {}) | sections.get(key, {}) for key in base | sections}))
 
 
 def test_tokens_beyond_the_embedding(copied, tmp_path):
@@ -285,7 +286,7 @@ def test_the_templates_own_end_of_turn_ends_a_completion(copied, tmp_path, caplo
     for name in ("config.json", "generation_config.json"):
         changed_json(copied / name, eos_token_id=1)
     ready = prepared(copied, tmp_path, "hi")
-    assert ready.end_tokens == local.sampler_setup(ready).end_tokens == (3,)
+    assert ready.end_tokens == components.sampler_setup(ready).end_tokens == (3,)
     assert caplog.text.count("ends a turn with '<|im_end|>', which is no end token of the model") == 1
     assert prepared(copied, tmp_path, "hi", task={"prompt_format": "plain"}).end_tokens == ()
 
@@ -559,13 +560,13 @@ def test_a_plan_for_very_many_prompts_does_not_choose_the_test_questions(tiny, t
         "model": {"name": str(tiny), "dtype": "float32"}, "task": task, "eval": {"questions": 4},
         "sampler": {"name": "hf", "max_tokens": 8}, "train": {"device": "cpu", "prompts_per_step": 2},
     })  # fmt: skip
-    ready, asked = local.prepare(made), local.prepare(made, need_train=False)
+    ready, asked = components.prepare(made), components.prepare(made, need_train=False)
     assert ready.test == asked.test
     assert len(ready.test) == 4
     assert ready.room.longest < ready.longest_prompt == max(len(prompt.token_ids) for prompt in ready.test)
     short = made.model_copy(update={"sampler": made.sampler.model_copy(update={"max_prompt_tokens": 60})})
     with pytest.raises(UserError, match=r"leaves none of the 4 test questions; .* 60 tokens; .*eval\.questions=0"):
-        local.prepare(short, need_train=False)
+        components.prepare(short, need_train=False)
 
 
 @pytest.mark.parametrize(
@@ -588,4 +589,4 @@ def test_prompts_that_are_none_are_one_sentence(tiny, tmp_path, prompts, said):
         f"        return {prompts} if split == 'train' else []\n"
     )
     with pytest.raises(UserError, match=said):
-        local.prepare(config(model={"name": str(tiny), "dtype": "float32"}, task={"name": f"{file}:Mine"}))
+        components.prepare(config(model={"name": str(tiny), "dtype": "float32"}, task={"name": f"{file}:Mine"}))

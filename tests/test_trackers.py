@@ -14,8 +14,8 @@ import pytest
 
 from common import plugins
 from common.errors import RunFailure, UserError
-from common.trackers import Mlflow, Trackio, Wandb
-from common.tracking import OwnTracker
+from common.tracking.metrics import OwnTracker
+from common.tracking.trackers import Mlflow, Trackio, Wandb
 from tests.test_tracking import EVALUATION, Recorder, metrics
 
 ROOT = Path(__file__).parent.parent

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from common import files
+from common import atomic_files
 from common.config import RunConfig, build
-from common.console import ConsoleTracker, duration, evaluation_line
 from common.errors import RunFailure, UserError, printable
-from common.tracking import (
+from common.tracking.console import ConsoleTracker, duration, evaluation_line
+from common.tracking.metrics import (
     ABSENT_WHEN,
     METRICS,
     ROLLOUT_COLUMNS,
@@ -74,7 +74,7 @@ def test_each_step_is_one_line_with_its_step_and_time(tmp_path: Path) -> None:
     tracker.log(1, metrics(1))
     tracker.log(2, metrics(2, kl=math.nan, tokens_learned=900))
     tracker.close()
-    first, second = files.read_json_lines(tmp_path / "metrics.jsonl")
+    first, second = atomic_files.read_json_lines(tmp_path / "metrics.jsonl")
     assert first == metrics(1) | {"step": 1, "time": first["time"]}
     assert before <= first["time"] <= time.time()
     assert second["step"] == 2
@@ -175,7 +175,7 @@ def test_the_folder_declares_its_columns_so_no_step_can_change_their_types(tmp_p
 
 def test_an_odd_value_of_a_task_does_not_cost_the_log(tmp_path: Path) -> None:
     JsonlTracker(tmp_path).rollouts(1, [group(completion("\ud800 half"), data={"set": {1}, "nan": math.inf})])
-    (row,) = files.read_json_lines(tmp_path / "rollouts" / "step-000001.jsonl")
+    (row,) = atomic_files.read_json_lines(tmp_path / "rollouts" / "step-000001.jsonl")
     assert row["completion"] == "\ufffd half"
     assert json.loads(row["data"]) == {"set": "{1}", "nan": None}
 
@@ -198,8 +198,8 @@ def test_rollouts_are_thinned_compressed_and_switched_off(tmp_path: Path) -> Non
     assert [path.name for path in kept] == names
     assert sorted(path.name for path in (tmp_path / "run" / "rollouts").iterdir()) == ["README.md", *names]
     assert [path.read_bytes() for path in kept] == [path.read_bytes() for path in rollout_files(tmp_path / "same")]
-    (row,) = files.read_json_lines(kept[2])
-    assert row == files.read_json_lines(kept[0])[0] | {"step": 7, "completion": "<answer>7 \u2028</answer>"}
+    (row,) = atomic_files.read_json_lines(kept[2])
+    assert row == atomic_files.read_json_lines(kept[0])[0] | {"step": 7, "completion": "<answer>7 \u2028</answer>"}
     assert json.loads(gzip.decompress(kept[2].read_bytes())) == row
     rows = load_rollouts(path=str(tmp_path / "run" / "rollouts"), cache_dir=str(tmp_path / "cache"))
     assert list(rows["step"]) == [3, 7]
@@ -221,7 +221,7 @@ def test_a_damaged_compressed_file_is_one_sentence(tmp_path: Path) -> None:
     for bad in (whole[:-9], b"plain\n", whole[:12] + b"\xff\xff\xff" + whole[15:]):
         (tmp_path / "step-000001.jsonl.gz").write_bytes(bad)
         with pytest.raises(UserError, match=r"step-000001\.jsonl\.gz is damaged \(.*\); remove it"):
-            files.read_json_lines(tmp_path / "step-000001.jsonl.gz")
+            atomic_files.read_json_lines(tmp_path / "step-000001.jsonl.gz")
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
         tracker.rollouts(step, [group(completion("a"))])
         tracker.evaluation(step, EVALUATION)
     rewind(tmp_path, 2)
-    assert [row["step"] for row in files.read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert [row["step"] for row in files.read_json_lines(tmp_path / "eval.jsonl")] == [0, 1, 2]
+    assert [row["step"] for row in atomic_files.read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in atomic_files.read_json_lines(tmp_path / "eval.jsonl")] == [0, 1, 2]
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [
         "README.md", "step-000001.jsonl", "step-000002.jsonl",
     ]  # fmt: skip
@@ -280,7 +280,8 @@ def test_tensorboard_hides_what_a_resumed_run_says_again(tmp_path: Path) -> None
 
 
 def test_tensorboard_is_not_imported_before_it_is_wanted() -> None:
-    code = "import sys, common.tracking, common.console; print('tensorboard' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys, common.tracking.metrics, common.tracking.console\n"
+    code += "print('tensorboard' in sys.modules, 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout == "False False\n"
 

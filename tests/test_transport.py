@@ -22,8 +22,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from common.errors import RunFailure, UserError
-from common.transport import Broadcast, CollectiveWeights
-from common.weights import (
+from common.weights.broadcast import Broadcast, CollectiveWeights
+from common.weights.handles import (
     FolderWeights,
     InlineWeights,
     InProcessWeights,
@@ -359,7 +359,7 @@ def test_full_shared_memory_is_told_in_one_sentence(tiny_place):
 
 def test_folders_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path):
     code = (
-        "import sys, pathlib; from common.weights import shared_memory_folder as make;"
+        "import sys, pathlib; from common.weights.handles import shared_memory_folder as make;"
         "print(make('nanogrpo-left', pathlib.Path(sys.argv[1])), flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import RunFailure, UserError
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
-from common.weights import FolderWeights
-from learner.learner import TorchLearner
+from common.weights.handles import FolderWeights
 from learner.model import adapters
-from learner.sync import SyncError, WeightSync, probe_of
-from sampler.truth import Truth, lend, perturbed
-from sampler.vllm import VllmSampler, _part_seed, _spread_seed
-from sampler.vllm_arguments import CPU_BLOCK, cache_bytes, cache_bytes_per_token, engine_arguments
-from sampler.vllm_worker import _chosen_only
+from learner.torch_learner import TorchLearner
+from learner.weight_sync import SyncError, WeightSync, probe_of
+from sampler.conformance.reference import Truth, lend, perturbed
+from sampler.engine.arguments import CPU_BLOCK, cache_bytes, cache_bytes_per_token, engine_arguments
+from sampler.engine.vllm import VllmSampler, _part_seed, _spread_seed
+from sampler.engine.worker import _chosen_only
 from tests import weight_faults
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def make(folder, kind=None, lora=0, **options):
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     spec = config(model={"name": "unused", "dtype": "float32", "lora_rank": lora}, sync={"tolerance": 0.02})
     learner = TorchLearner(spec, folder, "cpu")
@@ -88,7 +88,7 @@ def test_a_sync_reaches_the_head_however_it_is_tied(tmp_path, closing, family, s
 
 def test_a_tied_head_that_keeps_its_old_weights_is_caught(folder, closing):
     """What vLLM's reload does to a tied output head when it is not untied: everything new but the head."""
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     class Tied(VllmSampler):
         def _must_untie(self):
@@ -102,7 +102,7 @@ def test_a_tied_head_that_keeps_its_old_weights_is_caught(folder, closing):
 
 def test_an_adapter_served_from_the_cache_is_caught(folder, closing):
     """vLLM keeps adapters by id: a new one under an old id is not looked at."""
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     class SameId(VllmSampler):
         def _load_adapter(self, tensors, described):
@@ -131,7 +131,7 @@ def test_an_adapter_served_from_the_cache_is_caught(folder, closing):
     ],
 )
 def test_wrong_options_are_one_sentence(folder, options, said):
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     with pytest.raises(UserError, match=said) as caught:
         VllmSampler(SamplerSetup(str(folder), "float32", 64, 16), **options)
@@ -185,7 +185,7 @@ PROMPTS = [Prompt(f"p{index}", (), token_ids=tuple(range(20 + index, 70 + 9 * in
 
 
 def serve(folder, closing, **changes):
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     sampler = VllmSampler(SamplerSetup(str(folder), "float32", 192, 16, **changes))
     closing(sampler)
@@ -348,7 +348,7 @@ def test_weights_swapped_in_flight(folder, closing):
 
 
 def test_an_adapter_cannot_be_swapped_in_flight(folder):
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     setup = SamplerSetup(str(folder), "float32", 64, 16, adapter=AdapterSpec(4, {}), in_flight_updates=True)
     with pytest.raises(UserError, match=r"sampler\.in_flight_updates=true cannot be had with an adapter"):
@@ -510,7 +510,7 @@ def test_experts_reach_the_engine_under_the_names_of_the_files(tmp_path, closing
 
 def test_experts_that_are_not_packed_again_are_caught(tmp_path, closing):
     """What vLLM's reload does by itself on a CPU."""
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     class Unpacked(VllmSampler):
         def _reload(self, tensors):
@@ -533,8 +533,8 @@ def test_an_adapter_on_experts_is_refused_on_a_cpu_before_anything_loads(tmp_pat
 
 
 def test_the_engine_says_how_many_completions_it_takes_at_once(folder):
-    from deploy.local import at_once
-    from sampler.vllm import VllmSampler
+    from deploy.components import at_once
+    from sampler.engine.vllm import VllmSampler
 
     assert VllmSampler.completions_at_once({}) == 256
     assert at_once(config(sampler={"name": "vllm", "options": {"max_num_seqs": 1024}})) == 1024

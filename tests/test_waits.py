@@ -13,13 +13,13 @@ import pytest
 
 from common.errors import RunFailure
 from common.types import Prompt, SamplingParams
-from common.waits import bounded, result
-from deploy.local import SharedDevice, closing
-from deploy.show import sample
+from common.watchdog import bounded, result
+from deploy.components import SharedDevice, closing
+from deploy.sample import sample
 from learner.evaluate import evaluate
-from learner.loop import Loop, Request, _fill, _result, rehearse
-from learner.sync import WeightSync
-from sampler.vllm import Answer
+from learner.train import Loop, Request, _fill, _result, rehearse
+from learner.weight_sync import WeightSync
+from sampler.engine.vllm import Answer
 from tests.making import config
 
 PROMPT = Prompt("p", (), {}, "", (1, 2, 3))

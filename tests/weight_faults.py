@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from common.atomic_files import read_json_lines
 from common.config import load
-from common.files import read_json_lines
 from common.tokenizer import load_tokenizer
 from common.types import AdapterSpec, SamplerSetup
-from common.weights import FolderWeights
+from common.weights.handles import FolderWeights
 from deploy import run as runs
-from learner.learner import TorchLearner
 from learner.model import adapters, resolve
-from learner.sync import SyncError, WeightSync
-from sampler.vllm import VllmSampler
+from learner.torch_learner import TorchLearner
+from learner.weight_sync import SyncError, WeightSync
+from sampler.engine.vllm import VllmSampler
 from tests.making import group
 from tests.test_sync import Separate
 

@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from common import hints
+from common.config.hints import meant
 from common.config.rules import contradictions, inert
 from common.config.schema import FREE, Config, Section
 from common.errors import UserError
@@ -198,7 +198,7 @@ def _shortened(value: Any) -> str:
 
 def meant_by(key: str) -> str:
     """The key or section that somebody who wrote ``key`` most likely meant; empty when it is like none."""
-    return hints.meant(key, [name for name, _ in fields()])
+    return meant(key, [name for name, _ in fields()])
 
 
 def _nearest(key: str) -> str:

@@ -140,7 +140,7 @@ class LearnerConfig(Section):
     r - mean of the others."""
     loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"] = "dapo"
     """The objective. grpo: mean over sequences of the token mean; bnpo and dapo: mean over all tokens; dr_grpo: sum
-    over tokens by completions x max_tokens; cispo and sapo: their own clipping (see learner/losses.py)."""
+    over tokens by completions x max_tokens; cispo and sapo: their own clipping (see learner/loss/losses.py)."""
     ratio: Literal["token", "sequence"] = "token"
     """Level of the importance ratio: each token's, or the whole sequence's geometric mean (GSPO)."""
     clip_low: NotNegative = 0.2

@@ -3,7 +3,7 @@
 Read through at 0.1.25: of its scorers nine call ``eval`` on an answer, or sympy's ``parse_expr``, which does. What an
 answer may be there is a literal, sums and products of the puzzle's whole numbers, or a formula; anything else never
 reaches them. Two more take what says nothing for right: ``nan`` as a complex number, any text as a yes or no. Others
-read JSON or split text. The walls (``common/sandbox.py``) are for what is overlooked here.
+read JSON or split text. The walls (``common/rewards/sandbox.py``) are for what is overlooked here.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from common.atomic_files import atomic_folder
 from common.config import ModelConfig
 from common.device import dtype_of
-from common.files import atomic_folder
-from common.weights import weight_files
+from common.weights.handles import weight_files
 from learner.model.adapters import sends_adapter
 from learner.model.loading import load, on_shapes
 from learner.model.resolve import head_of

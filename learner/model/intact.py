@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
-from common.weights import weight_files
+from common.weights.handles import weight_files
 
 _POINTER = b"version https://git-lfs.github.com/"
 _BESIDE = (".json", ".jinja", ".model", ".txt")

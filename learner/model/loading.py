@@ -41,8 +41,8 @@ def check_files(folder: Path, config: ModelConfig) -> None:
 def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager", *, blank: bool = False) -> Any:
     """The causal language model on ``device``, in ``config.dtype``, without dropout until ``train()`` is called.
 
-    ``blank`` makes it from its shape alone, reading no weights: for fake tensors (``learner/memory.py``). On the device
-    ``meta`` the headers of its files are read, and no weights.
+    ``blank`` makes it from its shape alone, reading no weights: for fake tensors (``learner/memory_estimate.py``). On
+    the device ``meta`` the headers of its files are read, and no weights.
     Raises ``UserError`` for a model that transformers does not know.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.atomic_files import atomic_folder
 from common.config import ModelConfig
 from common.device import dtype_of
 from common.errors import UserError, first_line
-from common.files import atomic_folder
 from learner.model import intact
 
 # Of a hub's model: all that tokenizers and templates are made of, and what the licence asks to be kept.

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from common.errors import RunFailure, UserError, first_line
+from learner.distributed import Ranks, whole
 from learner.model.loading import causal_of
 from learner.model.nf4 import dense
-from learner.parallel import Ranks, whole
 
 # Of a model's folder, not of the trained model's: weights in any format, what is written for the trained one, the card.
 _NOT_COPIED = (

@@ -33,9 +33,9 @@ from typing import Any
 
 from safetensors import safe_open
 
+from common import atomic_files
 from common import config as configs
-from common import files
-from deploy.local import settled
+from deploy.components import settled
 from learner.model import resolve
 from tests.benchmarks.loads import LOADS, Load, groups_of
 from tests.benchmarks.sides import Side, Spec
@@ -376,7 +376,7 @@ def write(out: Path, letter: str, part: Row) -> None:
     results = json.loads(file.read_text()) if file.exists() else {}
     results = results if isinstance(results.get("sections"), dict) else {"sections": {}}
     results["sections"][letter] = part
-    files.write_json(file, results)
+    atomic_files.write_json(file, results)
     lines = ["# Benchmarks", ""]
     for name, each in sorted(results["sections"].items()):
         head = each["head"]
@@ -397,7 +397,7 @@ def write(out: Path, letter: str, part: Row) -> None:
         lines += [*table(each["rows"]), ""]
         if each.get("plan"):
             lines += ["Plan against measured:", "", *table(each["plan"]), ""]
-    files.write_text(out / "results.md", "\n".join(lines))
+    atomic_files.write_text(out / "results.md", "\n".join(lines))
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.types import Completion, Group, Prompt
-from learner import advantages
+from learner.loss import advantages
 
 
 @dataclass(frozen=True)

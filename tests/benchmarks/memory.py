@@ -53,8 +53,8 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
     from common.config import load
     from common.device import dtype_of, release, set_threads
     from learner import rehearsal
-    from learner.learner import TorchLearner
     from learner.model import resolve
+    from learner.torch_learner import TorchLearner
 
     config = load(None, words)
     folder = resolve.prepare(config.model)
@@ -74,12 +74,12 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
 def planned(words: Sequence[str], prompt_tokens: int) -> int:
     """Bytes of the learner's planned peak."""
     from common.config import load
-    from deploy.planner import parts_of
-    from learner import memory
+    from deploy.memory_plan.estimate import parts_of
+    from learner import memory_estimate
     from learner.model import resolve
 
     config = load(None, words)
-    plan = memory.measure(config, resolve.prepare(config.model), prompt_tokens, on_cpu=True)
+    plan = memory_estimate.measure(config, resolve.prepare(config.model), prompt_tokens, on_cpu=True)
     return max(sum(parts_of(plan, phase, gpu=False).values()) for phase in plan.phases)
 
 
@@ -142,8 +142,8 @@ def table() -> list[dict[str, Any]]:
     """For each way of training the largest model of ``shapes.NAMES`` that fits 8 GiB with ``SPARE`` left, both sides on
     one card."""
     from common.config import load
-    from deploy.local import settled
-    from deploy.planner import Place, Planner
+    from deploy.components import settled
+    from deploy.memory_plan.estimate import Place, Planner
 
     found = []
     with tempfile.TemporaryDirectory() as place:

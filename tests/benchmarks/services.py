@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from common import files
+from common import atomic_files
 from common.config import Config, build, resolved_toml
 from common.types import SamplingParams
-from deploy import cluster, local
+from deploy import components
+from deploy.cluster import resources
 from learner.model import resolve
-from learner.sync import WeightSync, probe_of
+from learner.weight_sync import WeightSync, probe_of
 from tests.benchmarks.loads import Load, groups_of
 
 OUT = Path("runs/bench")
@@ -46,11 +47,11 @@ def spec(folder: Path | None = None, sync: dict[str, Any] | None = None, **servi
 
 
 @contextmanager
-def parts_of(config: Config) -> Iterator[tuple[Any, local.Prepared]]:
+def parts_of(config: Config) -> Iterator[tuple[Any, components.Prepared]]:
     OUT.mkdir(parents=True, exist_ok=True)
-    files.write_text(OUT / "config.toml", resolved_toml(config))
-    ready = local.prepare(config)
-    with cluster.parts(ready, OUT.absolute(), print) as parts:
+    atomic_files.write_text(OUT / "config.toml", resolved_toml(config))
+    ready = components.prepare(config)
+    with resources.parts(ready, OUT.absolute(), print) as parts:
         yield parts, ready
 
 
@@ -94,7 +95,7 @@ def half_billion(like: Path) -> Path:
 
 def sync() -> list[dict[str, Any]]:
     rows = []
-    demo = resolve.prepare(local.settled(build({}), "cpu").model)
+    demo = resolve.prepare(components.settled(build({}), "cpu").model)
     for name, folder in (("135M", None), ("0.5B", half_billion(demo))):
         for transport, samplers, ranks in (
             ("shared_memory", 1, 1), ("collective", 1, 1), ("collective", 2, 1), ("shared_memory", 1, 2),
@@ -134,7 +135,7 @@ def staleness(steps: int = 10) -> list[dict[str, Any]]:
             f"run.folder={folder}",
         ]  # fmt: skip
         subprocess.run(command, check=True)
-        runs[lag] = files.read_json_lines(folder / "metrics.jsonl")
+        runs[lag] = atomic_files.read_json_lines(folder / "metrics.jsonl")
     rows = []
     for lag, metrics in runs.items():
         seconds = [row["seconds_step"] for row in metrics[1:]]
@@ -159,12 +160,12 @@ def main() -> None:
     for name in chosen:
         rows += {"throughput": throughput, "sync": sync, "staleness": staleness}[name]()
     OUT.mkdir(parents=True, exist_ok=True)
-    dtype = local.settled(build({}), "cpu").model.dtype
+    dtype = components.settled(build({}), "cpu").model.dtype
     head = f"{datetime.date.today().isoformat()}, SmolLM2-135M (and random weights in Qwen2.5-0.5B's shape), {dtype}"
-    files.write_json(OUT / "services.json", {"head": head, "rows": rows})
+    atomic_files.write_json(OUT / "services.json", {"head": head, "rows": rows})
     lines = [head, "", "| what | value | unit |", "|---|---|---|"]
     lines += [f"| {row['what']} | {row['value']:.2f} | {row['unit']} |" for row in rows]
-    files.write_text(OUT / "services.md", "\n".join(lines) + "\n")
+    atomic_files.write_text(OUT / "services.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

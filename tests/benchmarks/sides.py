@@ -5,7 +5,7 @@ pipe and computes nothing. Kinds of side:
 
 - ``trl``: TRL's trainer (``trl_side.py``). ``learn``: a step on the load's own completions; ``step``: a whole step.
 - ``learner``: ``TorchLearner`` alone. ``learn``: ``update`` on the same; ``rate``: the machine's matrix products.
-- ``loop``: the run's own loop (``learner/loop.py``) with vLLM in process, rewards in a worker process, sync and proof.
+- ``loop``: the run's own loop (``learner/train.py``) with vLLM in process, rewards in a worker process, sync and proof.
   ``step``: one of its steps; ``copy``: a plain copy of the bytes that a sync sends; ``write`` and ``bare``: the load's
   requests through ``VllmSampler`` and through its engine's own ``generate``.
 
@@ -158,7 +158,7 @@ def config_of(spec: Spec) -> Config:
 
 
 def learner_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
-    from learner.learner import TorchLearner
+    from learner.torch_learner import TorchLearner
 
     config = config_of(spec)
     learner = TorchLearner(config, Path(spec.folder), "cpu")
@@ -250,13 +250,13 @@ class Watch:
 
 def loop_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
     from common.prompts import PromptStream
-    from common.rewards import Scorer
-    from deploy.local import AT_ONCE, SharedDevice
+    from common.rewards.scorer import Scorer
+    from deploy.components import AT_ONCE, SharedDevice
     from learner.checkpoint import Checkpoints
-    from learner.learner import TorchLearner
-    from learner.loop import Loop, train
-    from learner.sync import WeightSync, probe_of
-    from sampler.vllm import VllmSampler
+    from learner.torch_learner import TorchLearner
+    from learner.train import Loop, train
+    from learner.weight_sync import WeightSync, probe_of
+    from sampler.engine.vllm import VllmSampler
 
     config, one, prompts = config_of(spec), Load(**spec.load), [group.prompt for group in groups]
     with Scorer(config.task) as scorer, never_ending(Path(spec.folder)) as folder:
@@ -392,7 +392,7 @@ def main() -> None:
     values = json.loads(sys.argv[1])
     spec = Spec(**{**values, "words": tuple(values["words"])})
     # A side's memory begins after its imports.
-    importlib.import_module("tests.benchmarks.trl_side" if spec.kind == "trl" else "learner.learner")
+    importlib.import_module("tests.benchmarks.trl_side" if spec.kind == "trl" else "learner.torch_learner")
     importlib.import_module("transformers.models.auto.modeling_auto")
     set_threads(0)
     groups = groups_of(Load(**spec.load), vocabulary_of(Path(spec.folder)))

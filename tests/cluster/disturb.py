@@ -24,8 +24,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from common import files
-from common.tracking import METRICS
+from common import atomic_files
+from common.tracking.metrics import METRICS
 from tests.making import QUIET
 from tests.tiny import make_tiny
 
@@ -65,7 +65,7 @@ class Run:
 
     def step(self) -> int:
         """The last step in its metrics."""
-        rows = files.read_json_lines(self.folder / "metrics.jsonl")
+        rows = atomic_files.read_json_lines(self.folder / "metrics.jsonl")
         return int(rows[-1]["step"]) if rows else 0
 
     def wait_for_step(self, step: int, limit_s: float = 240) -> None:
@@ -137,7 +137,7 @@ def weights(folder: Path, merged: bool = False) -> dict[str, torch.Tensor]:
 def numbers(folder: Path) -> list[dict[str, float]]:
     """The metrics, without what a clock, a replaced service or another transport changes."""
     kept = {name for name in METRICS if not name.startswith(("seconds", "memory"))} - _NOT_COMPARED
-    rows = files.read_json_lines(folder / "metrics.jsonl")
+    rows = atomic_files.read_json_lines(folder / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k in kept or k.startswith("reward/")} for row in rows]
 
 

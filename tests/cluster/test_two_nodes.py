@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common import files
+from common import atomic_files
 from tests.cluster.disturb import Run, words
 from tests.cluster.two_nodes import HEAD, NODE, SETTINGS, SPREAD, furthest, lacking, two_nodes, wait_for
 from tests.tiny import make_tiny
@@ -47,11 +47,13 @@ def assert_learned_alike(folder: Path, plain: Path) -> None:
     that rounding of a boundary and becomes another token, from where on the runs rightly part.
     """
     for step in range(1, STEPS + 1):
-        mine, theirs = (files.read_json_lines(one / "rollouts" / f"step-{step:06d}.jsonl") for one in (folder, plain))
+        mine, theirs = (
+            atomic_files.read_json_lines(one / "rollouts" / f"step-{step:06d}.jsonl") for one in (folder, plain)
+        )
         if [row["token_ids"] for row in mine] != [row["token_ids"] for row in theirs]:
             assert step > 5, f"other tokens at step {step}"
             return
-        a, b = (files.read_json_lines(one / "metrics.jsonl")[step - 1] for one in (folder, plain))
+        a, b = (atomic_files.read_json_lines(one / "metrics.jsonl")[step - 1] for one in (folder, plain))
         for key in ("loss", "grad_norm", "entropy", "reward_mean"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (step, key)
     assert furthest(folder, plain) < 1e-5
@@ -69,7 +71,7 @@ def test_waits_for_another_node_and_ends_as_one_process_would(cluster, model, on
 
     for service in ("sampler", "learner"):
         assert {HEAD, NODE} == places(run, service), run.said
-    rows = files.read_json_lines(run.folder / "metrics.jsonl")
+    rows = atomic_files.read_json_lines(run.folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert {row["sync_transport"] for row in rows[:3]} == {2.0}, "a collective broadcast, before the loss"
     assert rows[-1]["restarts"] >= 2, "a sampler and the learner were lost"
@@ -107,7 +109,7 @@ def test_goes_on_with_what_is_left(cluster, model, one_process, tmp_path):
     cluster.kill_node()
     assert run.wait() == 0, run.said
     assert "the learner goes on with 1 of 2 ranks" in run.said
-    rows = files.read_json_lines(run.folder / "metrics.jsonl")
+    rows = atomic_files.read_json_lines(run.folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert (rows[0]["sync_transport"], rows[-1]["sync_transport"]) == (2.0, 1.0)  # all on one host now
     assert rows[0]["restarts"] == 0 and rows[-1]["restarts"] >= 2

@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from common import files
+from common import atomic_files
 from tests.cluster.disturb import ROOT, Run, weights, words
 from tests.tiny import make_tiny
 
@@ -386,7 +386,7 @@ def demo(folder: Path, steps: int = 8) -> None:
         run = cluster.submit(settings, run_file="deploy/configs/demo.toml")
         code = run.wait(3600)
         print(run.said)
-        for row in files.read_json_lines(place / "metrics.jsonl"):
+        for row in atomic_files.read_json_lines(place / "metrics.jsonl"):
             print({name: round(row[name], 3) for name in ("step", "reward_mean", "sync_transport", "time")})
         sys.exit(code)
 

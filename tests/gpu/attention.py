@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from learner import attention, flex
+from learner.attention import packed_cpu, packed_gpu
 from tests import parity
 from tests.gpu.place import device, seconds
 from tests.gpu.runner import Report
@@ -26,13 +26,13 @@ def kernels(report: Report) -> None:
     few = [(None, None), (7, None), (16, 0.5)]  # flex_attention is compiled for each, some ten seconds a time
     wide = [(4, 2, 64), (4, 4, 128), (6, 2, 96), (4, 1, 256)]
     ways: list[tuple[str, torch.dtype, Any, list[Any], list[Any]]] = [
-        ("flex float32", torch.float32, flex.by_flex, wide[:1], few),
-        ("flex bfloat16", torch.bfloat16, flex.by_flex, wide[::3], few),
+        ("flex float32", torch.float32, packed_gpu.by_flex, wide[:1], few),
+        ("flex bfloat16", torch.bfloat16, packed_gpu.by_flex, wide[::3], few),
         ("varlen bfloat16", torch.bfloat16, _varlen, wide, parity.WAYS),
     ]
     if where == "cpu":
         ways = [("tiled float32", torch.float32, _tiled, wide[:1], parity.WAYS)]
-    report.note(flash_attn=flex._flash_installed())
+    report.note(flash_attn=packed_gpu._flash_installed())
     for window in (None, 7):
         shapes, wanted = parity.varlen_on_shapes(window)
         assert shapes == wanted, f"varlen_attn answers {shapes} where {wanted} is right"
@@ -44,7 +44,7 @@ def kernels(report: Report) -> None:
         for heads in shapes:
             for sizes in parity.SIZES[:3]:
                 for window, softcap in settings:
-                    if call is _varlen and softcap is not None and not flex._flash_installed():
+                    if call is _varlen and softcap is not None and not packed_gpu._flash_installed():
                         continue  # torch's own has none: ``flex.choose`` gives it no such model
                     label = f"{way}, heads {heads}, sizes {sizes}, window {window}, softcap {softcap}"
                     print(label, flush=True)  # the last one, should the card be lost in it
@@ -84,11 +84,11 @@ def _attention_error(
 
 
 def _varlen(query: Any, key: Any, value: Any, layout: Any, scale: float, window: Any, softcap: Any) -> torch.Tensor:
-    return flex.by_varlen(query, key, value, layout, scale, window, softcap, flex._kernel())
+    return packed_gpu.by_varlen(query, key, value, layout, scale, window, softcap, packed_gpu._kernel())
 
 
 def _tiled(query: Any, key: Any, value: Any, layout: Any, scale: float, window: Any, softcap: Any) -> torch.Tensor:
-    out, _ = attention.packed_attention(
+    out, _ = packed_cpu.packed_attention(
         None, query, key, value, None, scaling=scale, sliding_window=window, softcap=softcap, layout=layout
     )  # fmt: skip
     return out.transpose(1, 2)
@@ -99,8 +99,10 @@ def _kernel_speed(report: Report, where: str) -> None:
     for name, sizes in (("gsm8k", [(160, [200] * 8)] * 4), ("few_shot", [(1500, [150] * 16)])):
         layout, tokens = parity.layout_of(sizes, device=where)
         mine = [one.detach().to(where, torch.bfloat16).requires_grad_() for one in parity.states(tokens, 16, 8, 64)]
-        report.note(**{f"{name}_tokens": tokens, f"{name}_chooses_varlen": flex.choose(mine[0], mine[2], layout, None)})
-        for way, call in (("flex", flex.by_flex), ("varlen", _varlen)):
+        report.note(
+            **{f"{name}_tokens": tokens, f"{name}_chooses_varlen": packed_gpu.choose(mine[0], mine[2], layout, None)}
+        )
+        for way, call in (("flex", packed_gpu.by_flex), ("varlen", _varlen)):
 
             def both(call: Any = call, mine: Any = mine, layout: Any = layout) -> None:
                 out = call(*mine, layout, SCALE, None, None)

@@ -20,10 +20,10 @@ HEAVY = (
     "tensorboard", "torchao", "trl", "vllm",
 )  # fmt: skip
 MODULES = (
-    "common.config", "common.device", "common.rewards", "common.tokenizer", "common.tracking", "common.transport",
-    "deploy.local", "deploy.planner", "learner.evaluate", "learner.learner", "learner.loop", "learner.memory",
-    "learner.parallel", "learner.sync", "sampler.contract", "sampler.hf", "sampler.vllm", "tests.making",
-    "tests.parity", "tests.tiny",
+    "common.config", "common.device", "common.rewards.scorer", "common.tokenizer", "common.tracking.metrics",
+    "common.weights.broadcast", "deploy.components", "deploy.memory_plan.estimate", "learner.evaluate",
+    "learner.torch_learner", "learner.train", "learner.memory_estimate", "learner.distributed", "learner.weight_sync",
+    "sampler.conformance.suite", "sampler.hf", "sampler.engine.vllm", "tests.making", "tests.parity", "tests.tiny",
 )  # fmt: skip
 
 

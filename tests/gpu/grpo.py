@@ -14,11 +14,11 @@ from typing import Any
 
 from common import device as devices
 from common.config import Config, load
-from common.rewards import Scorer
-from deploy import local
+from common.rewards.scorer import Scorer
+from deploy import components
 from learner.checkpoint import Checkpoints
-from learner.loop import Loop, rehearse, train
-from learner.sync import WeightSync, probe_of
+from learner.train import Loop, rehearse, train
+from learner.weight_sync import WeightSync, probe_of
 from tests.gpu.runner import ROOT
 
 TOY = f"{ROOT / 'tests' / 'toy.py'}:Toy"
@@ -54,9 +54,9 @@ def made(config: Config) -> Iterator[Any]:
     """The loop of this run, its sampler holding the learner's weights by a proven sync, and the rows it logs."""
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ready = local.prepare(config)
+        ready = components.prepare(config)
         scorer = stack.enter_context(Scorer(ready.config.task))
-        parts = stack.enter_context(local.parts(ready))
+        parts = stack.enter_context(components.parts(ready))
         probe = probe_of(ready.train, ready.config.sync.probe_tokens, ready.longest_prompt)
         sync = WeightSync(parts.learner, parts.sampler, parts.placement, probe, ready.config.sync, parts.sync_s)
         rows = _Rows()

@@ -19,8 +19,8 @@ from torch import nn
 
 from common.config import load
 from common.device import dtype_of, quick_dtype
-from learner import logprobs
-from learner.learner import TorchLearner
+from learner import token_logprobs
+from learner.torch_learner import TorchLearner
 from tests.gpu.place import GIB, device, folder_of, seconds
 from tests.gpu.runner import Report, Skip
 from tests.making import GROUPS, config, group
@@ -34,10 +34,10 @@ def head(report: Report) -> None:
 
     where = device()
     wrong = []
-    cases: list[tuple[logprobs.Drawn, dict[str, float]]] = [
-        (logprobs.Drawn(chunk=16), {}),
-        (logprobs.Drawn(temperature=0.7, top_k=9), {}),
-        (logprobs.Drawn(temperature=2.0), {"final_logit_softcapping": 5.0, "logit_scale": 0.5}),
+    cases: list[tuple[token_logprobs.Drawn, dict[str, float]]] = [
+        (token_logprobs.Drawn(chunk=16), {}),
+        (token_logprobs.Drawn(temperature=0.7, top_k=9), {}),
+        (token_logprobs.Drawn(temperature=2.0), {"final_logit_softcapping": 5.0, "logit_scale": 0.5}),
     ]
     for dtype in (torch.float32, torch.bfloat16):
         worst = 0.0
@@ -59,8 +59,8 @@ def head(report: Report) -> None:
                 if isinstance(value, torch.Tensor):
                     setattr(pack, name, value.to(where))
             layer, mine = layer.to(where), hidden.to(where).requires_grad_()
-            inner = logprobs._Head(OneLayer(layer, **settings), drawn)
-            got = logprobs._Score.apply(inner, inner.chunks(pack), mine[inner.positions(pack)], *inner.parameters)
+            inner = token_logprobs._Head(OneLayer(layer, **settings), drawn)
+            got = token_logprobs._Score.apply(inner, inner.chunks(pack), mine[inner.positions(pack)], *inner.parameters)
             weight = weight[order].to(where)
             scored = (weight * got[0]).sum() + 0.3 * (weight * got[1]).sum()
             gradients = torch.autograd.grad(scored, [mine, *layer.parameters()])
@@ -150,7 +150,7 @@ def bfloat16(report: Report) -> None:
 def optimizers(report: Report) -> None:
     """Every optimizer: the same steps here as on the CPU, the same with offload, and saved and restored bit for bit."""
     from common.config import OptimizerConfig
-    from learner.optim import MasterOptimizer, Parked
+    from learner.optimizer import MasterOptimizer, Parked
     from tests.test_optim import KINDS, MATRICES, named, parameters
 
     where = device()
@@ -225,7 +225,7 @@ def optimizers(report: Report) -> None:
 
 def memory(report: Report) -> None:
     """The learner's planned peak against what the card's allocator saw, full weights and LoRA, and tokens a second."""
-    from learner import memory as memories
+    from learner import memory_estimate as memories
     from learner import rehearsal
     from learner.model import resolve
     from tests.benchmarks.memory import GROUP_SIZE, LONG, METHODS, SHORT, random_model

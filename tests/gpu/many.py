@@ -17,12 +17,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.tensor import DTensor
 
-from common import transport
 from common.device import collective_backend
-from common.transport import Broadcast
-from common.weights import fingerprint
-from learner.learner import TorchLearner
-from learner.parallel import Ranks, read_state, shapes_in, write_state
+from common.weights import broadcast
+from common.weights.broadcast import Broadcast
+from common.weights.handles import fingerprint
+from learner.distributed import Ranks, read_state, shapes_in, write_state
+from learner.torch_learner import TorchLearner
 from tests.gpu.place import GIB, device
 from tests.gpu.runner import Report, Skip
 from tests.making import GROUPS, config
@@ -75,7 +75,7 @@ def broadcast_one(report: Report) -> None:
     where = device()
     with tempfile.TemporaryDirectory() as place:
         here = str(torch.empty(0, device=where).device)
-        group, store = transport._connect(f"file://{place}/store", 0, 1, "nccl", here, 60)
+        group, store = broadcast._connect(f"file://{place}/store", 0, 1, "nccl", here, 60)
         alone = Broadcast(group, store, 0, 1, here, 60)
         for _ in range(2):
             tensors = _tensors(where)

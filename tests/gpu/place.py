@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from common.device import pick, set_threads
-from learner import attention
+from learner.attention import packed_cpu
 from tests.tiny import make_tiny
 
 GIB = 2**30
@@ -27,7 +27,7 @@ def device() -> str:
     found = pick("auto")
     if found == "cpu":
         set_threads(1)
-    attention.register()
+    packed_cpu.register()
     return found
 
 

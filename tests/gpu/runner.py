@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import files
+from common import atomic_files
 
 ROOT = Path(__file__).parent.parent.parent
 LINES = 12  # of its traceback that a failed check's result keeps
@@ -84,11 +84,11 @@ class Report:
     def note(self, **figures: Any) -> None:
         """Measured figures; units are in their names."""
         self.figures |= {name: _short(value) for name, value in figures.items()}
-        files.write_json(self._path, {"figures": self.figures})
+        atomic_files.write_json(self._path, {"figures": self.figures})
 
     def end(self, outcome: str, why: str = "", last_lines: Sequence[str] = ()) -> None:
         told = {"figures": self.figures, "outcome": outcome, "why": why, "last_lines": list(last_lines)}
-        files.write_json(self._path, told)
+        atomic_files.write_json(self._path, told)
 
 
 def _short(value: Any) -> Any:
@@ -151,7 +151,7 @@ def run(
 def write(path: Path, header: dict[str, Any], results: Sequence[Result], seconds: float) -> None:
     counts = {name: sum(one.outcome == name for one in results) for name in ("passed", "failed", "skipped", "not run")}
     told = [asdict(one) for one in results]
-    files.write_json(path, {**header, "seconds": round(seconds, 1), "counts": counts, "checks": told})
+    atomic_files.write_json(path, {**header, "seconds": round(seconds, 1), "counts": counts, "checks": told})
 
 
 def _alone(check: Check, left_s: float) -> Result:

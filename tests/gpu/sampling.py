@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from common.types import SamplerSetup, SamplingParams
-from sampler.contract import CHECKS, ContractError, Env
-from sampler.truth import Truth, lend, perturbed
+from sampler.conformance.reference import Truth, lend, perturbed
+from sampler.conformance.suite import CHECKS, ContractError, Env
 from tests.gpu import grpo
 from tests.gpu.place import GIB, device, folder_of
 from tests.gpu.runner import Report, Skip
@@ -66,7 +66,7 @@ def hf_run(report: Report) -> None:
 
 
 def _vllm() -> Any:
-    from sampler.vllm import VllmSampler
+    from sampler.engine.vllm import VllmSampler
 
     VllmSampler.check_options({})  # sets its environment before it is imported
     return VllmSampler
@@ -267,7 +267,7 @@ def rehearsal_8gb(report: Report) -> None:
     """The rehearsal of deploy/configs/gsm8k-8gb.toml with 8 GiB of the card free: the longest request, the largest
     pack and a sync; the most used, against the plan."""
     from common.config import load
-    from deploy.planner import CONTEXT, Place, Planner
+    from deploy.memory_plan.estimate import CONTEXT, Place, Planner
 
     device()
     total = torch.cuda.get_device_properties(0).total_memory

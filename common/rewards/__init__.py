@@ -1,0 +1,1 @@
+"""Scores of completions: by the user's task, in processes of their own, inside walls."""

@@ -1,0 +1,1 @@
+"""Several processes on several machines, by Ray."""

@@ -1,0 +1,1 @@
+"""Attention over a packed sequence, on a CPU and on a GPU."""

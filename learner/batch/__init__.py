@@ -1,0 +1,1 @@
+"""How completions become forward passes: packing, and which models may be packed."""

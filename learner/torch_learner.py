@@ -1,0 +1,519 @@
+"""``TorchLearner``: groups in, one optimizer step and its metrics out.
+
+It owns the model that is trained, its reference, the optimizer and the version. Randomness in a step (dropout) is
+seeded by the run's seed, the version and the rank, so there is no random state to keep. Alone it is one process; with
+``learner/distributed.py``'s ranks several processes are one learner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from common import atomic_files
+from common.config import Config
+from common.device import dtype_of, release
+from common.errors import RunFailure, UserError
+from common.types import Group
+from common.weights.handles import InProcessWeights
+from learner import rehearsal
+from learner.attention import packed_cpu
+from learner.batch import packing_support
+from learner.batch.packing import Pack, Row, plan, share
+from learner.distributed import (
+    Ranks,
+    collective,
+    forward,
+    local,
+    lost_in_words,
+    own_slice,
+    read_state,
+    shapes_in,
+    whole,
+    write_state,
+)
+from learner.loss import losses
+from learner.model import adapters, loading, nf4, saving
+from learner.optimizer import MasterOptimizer, Parked, learning_rate
+from learner.optimizer import check as check_optimizer
+from learner.token_logprobs import Drawn, from_logits, learn, score
+
+log = logging.getLogger("nanogrpo.learner")
+ALONE = Ranks()
+# Of a weight's spread, in the challenge. An old output head alone then puts SmolLM2's log-probs 0.5 nats off (0.07 to
+# 0.2 with half as much), where bfloat16 puts them 0.04 to 0.06; with twice as much that would be 0.4 to 1.
+NOISE = 0.2
+
+
+@dataclasses.dataclass
+class _Batch:
+    """The step's tensors; B completions, T the longest. Among ranks a last row counts for nothing: a pass over it
+    keeps a rank that has fewer passes in step with the others."""
+
+    rows: list[Row]
+    advantages_B: torch.Tensor
+    mask_BT: torch.Tensor
+    sampler_BT: torch.Tensor
+    coef_BT: torch.Tensor
+    num_tokens: float
+    """That count, whether or not they are learned from."""
+    old_BT: torch.Tensor | None = None
+    reference_BT: torch.Tensor | None = None
+
+
+class TorchLearner:
+    """A ``Learner`` in this process, on one device; or one of several ranks that are a learner together.
+
+    Among ranks every method is called on each of them with the same arguments, ends with the same results, and raises
+    ``parallel.RankLost`` when a rank is gone; what ``publish_weights`` offers is opened on each of them. Groups are
+    shared out, everything computed from them is a sum over ranks, so the weights are those of one process.
+
+    ``blank`` reads no weights and checks nothing: for the memory plan, under fake tensors.
+    """
+
+    def __init__(self, config: Config, folder: Path, device: str, ranks: Ranks = ALONE, *, blank: bool = False) -> None:
+        packed_cpu.register()
+        self.version = 0
+        self._config, self._folder, self._device, self._ranks = config, folder, device, ranks
+        self._dtype = dtype_of(config.model.dtype)
+        self._lora, self._blank = config.model.lora_rank > 0, blank
+        loading.check(config.model, ranks.size)
+        check_optimizer(config, ranks.size)
+        if ranks.size > 1 and config.optimizer.offload:
+            raise UserError(
+                f"optimizer.offload=true cannot be had with cluster.learner_ranks={ranks.size}, which divide the "
+                "optimizer's memory among them; set it to false, or learn with one rank"
+            )
+        sampler = config.sampler
+        self._plain = Drawn(chunk=config.learner.head_tokens)
+        self._drawn = Drawn(sampler.temperature, sampler.top_p, sampler.top_k, config.learner.head_tokens)
+        self._model: Any = self._loaded(adapter=self._lora)
+        if not adapters.sends_adapter(config.model) or config.run.export_merged:
+            saving.check_names(self._model)
+        for sentence in [] if blank or ranks.rank else adapters.left_out(self._model, config.model):
+            log.warning("%s", sentence)
+        self._reference: Any = None
+        if config.learner.kl_coef > 0 and not self._lora:
+            self._reference = self._loaded(adapter=False, trained=False)
+        self._kind_of = packing_support.kind_of_length(loading.causal_of(self._model).config)
+        if not blank:
+            with lost_in_words(ranks.rank, "loading"):
+                self._check_forward()
+            saving.try_export(self._model, folder, ranks)
+        self.packed = self._choose_packing()
+        if config.learner.gradient_checkpointing:
+            loading.checkpoint_layers(self._model)
+        compiled = loading.compiles(config.learner.compile, device)
+        if compiled and not blank:
+            loading.compile_layers(self._model)
+        trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        self._optimizer = MasterOptimizer(
+            trained, config.optimizer, matrices=loading.layer_matrices(self._model), seed=config.train.seed,
+            compiled=device != "cpu" or compiled,
+        )  # fmt: skip
+        self._held = [p for _, p in trained if not isinstance(p, DTensor)]
+        assert ranks.size == 1 or all(p.dtype == torch.float32 for p in self._held), "their gradients would be missed"
+        self._weights, self._averages = self._parts()
+        self.parameters_trained = sum(p.numel() for _, p in trained)
+        self.parameters_total = sum(nf4.weights_in(p) for p in self._model.parameters())
+
+    def _loaded(self, adapter: bool, trained: bool = True) -> Any:
+        """The model on the device; among ranks it is read into host memory, and only its slices go to the device."""
+        config, ranks = self._config, self._ranks
+        model = loading.load(self._folder, config.model, self._device if ranks.size == 1 else "cpu", blank=self._blank)
+        model.requires_grad_(trained and not adapter)
+        if adapter:
+            model = adapters.add_adapter(model, config.model, self._folder, config.train.seed)
+        held = [p for p in model.parameters() if p.requires_grad] if adapter else []
+        ranks.shard(loading.causal_of(model), self._dtype, held)
+        return model
+
+    def _score(self, model: Any, pack: Pack, drawn: Drawn | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [K] of the distribution that the sampler draws from, unless told otherwise."""
+        return forward(loading.causal_of(model), lambda: score(model, pack.to(self._device), drawn or self._drawn))
+
+    def _choose_packing(self) -> bool:
+        wish = self._config.learner.packing
+        if wish == "padded":
+            return False
+        why = packing_support.why_not_packed(self._model)
+        if not why and not self._blank:
+            with lost_in_words(self._ranks.rank, "loading"):
+                why = packing_support.wrong_when_packed(self._model, self._plainly, self._dtype)
+                if self._ranks.most(int(bool(why))):  # or ranks might choose apart
+                    why = why or "another rank's packed log-probs are wrong"
+        if why and wish == "packed":
+            family = loading.causal_of(self._model).config.model_type
+            raise UserError(
+                f"learner.packing='packed' but this {family!r} model cannot be packed: {why}; "
+                "use learner.packing='auto'"
+            )
+        if why and not self._blank:
+            log.warning("every prompt is repeated for each of its completions (padded path): %s", why)
+        return not why
+
+    def _plainly(self, model: Any, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._score(model, pack, self._plain)
+
+    def _check_forward(self) -> None:
+        if wrong := packing_support.check(self._model, self._plainly, from_logits, self._dtype):
+            other = "" if self._dtype == torch.float32 else " or model.dtype='float32'"
+            raise UserError(f"model.name={self._config.model.name!r}: {wrong}; use another model{other}")
+
+    # -- learning ----------------------------------------------------------------------------------------------------
+
+    @collective("updating")
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """``inner_updates`` optimizer steps on these groups, whose completions carry advantages; none, and no
+        metrics, when no token of them counts.
+
+        Raises ``RunFailure`` before a step whose loss or gradient is not finite.
+        """
+        learner = self._config.learner
+        batch = self._batch(groups)
+        if not batch.rows:
+            self.version += 1
+            return {}
+        packs, passes = self._share_of(batch.rows, len(batch.mask_BT) - 1, self.packed)
+        seed = self._config.train.seed * 1_000_003 + self.version
+        torch.manual_seed(seed * self._ranks.size + self._ranks.rank)
+        if learner.inner_updates > 1:
+            batch.old_BT = self._no_grad_logprobs(self._model, passes, batch)
+        if learner.kl_coef > 0:
+            batch.reference_BT = self._reference_logprobs(passes, batch)
+        metrics: dict[str, float] = {}
+        try:
+            with loading.training(self._model):
+                for inner in range(learner.inner_updates):
+                    metrics = self._step(passes, batch, inner)
+        finally:
+            self._optimizer.zero_grad()
+        self.version += 1
+        if learner.inner_updates == 1:  # the ratio was 1 everywhere
+            del metrics["ratio_mean"], metrics["clip_fraction"]
+        if learner.importance == "off":
+            del metrics["importance_mean"], metrics["importance_max"]
+        counts_P3 = [(pack.prompt_tokens, len(pack.row_K), pack.token_ids.numel()) for pack in packs] or [(0, 0, 0)]
+        prompt_tokens, completion_tokens, computed = self._ranks.sum(
+            torch.tensor(counts_P3, device=self._device).sum(0)
+        ).tolist()
+        return metrics | {
+            "tokens_prompt": float(prompt_tokens),
+            "tokens_completion": float(completion_tokens),
+            "tokens_computed": float(computed),
+            "tokens_learned": batch.num_tokens,
+            "packed": float(self.packed),
+        }
+
+    def _step(self, passes: Sequence[Pack], batch: _Batch, inner: int) -> dict[str, float]:
+        """Update ``inner`` on this batch."""
+        parts = []
+        if len(passes) > 1:
+            self._optimizer.blank_gradients()
+        for pack in passes:
+            parts.append(self._learn(pack, batch))
+            pack.forget()
+        self._optimizer.drop_blanks()
+        total = losses.mean_stats(self._ranks.gather_stats(parts))
+        if not math.isfinite(total["loss"]):  # only now: a rank that stopped earlier would leave the others
+            raise RunFailure(self._not_finite("loss", total["loss"]))
+        self._ranks.sum_gradients(self._held)
+        norm = self._optimizer.clip()
+        if not math.isfinite(norm):
+            raise RunFailure(self._not_finite("gradient norm", norm))
+        updates = self._config.learner.inner_updates
+        lr = learning_rate(self._config.optimizer, self.version * updates + inner, self._config.train.steps * updates)
+        self._optimizer.step(lr)
+        return _named(total) | {"grad_norm": norm, "lr": lr}
+
+    def _share_of(self, rows: Sequence[Row], idle: int, packed: bool) -> tuple[list[Pack], list[Pack]]:
+        """This rank's packs, and the passes it makes: the same, and idle ones (row ``idle``) until all ranks have as
+        many, because each pass gathers weights from all."""
+        ranks, budget = self._ranks, self._config.learner.microbatch_tokens
+        own = rows if ranks.size == 1 else share(rows, ranks.size, packed)[ranks.rank]
+        packs = [pack.to(self._device) for pack in plan(own, budget, packed, self._kind_of)]
+        if ranks.size == 1:
+            return packs, packs
+        missing = ranks.most(len(packs)) - len(packs)
+        (nothing,) = plan([Row(idle, rows[0].prompt[:1], rows[0].completion[:1])], budget, packed)
+        return packs, packs + [nothing.to(self._device)] * missing
+
+    def _learn(self, pack: Pack, batch: _Batch) -> dict[str, torch.Tensor]:
+        """Adds this pack's part of the step's gradient; returns the statistics of its tokens."""
+        spec = self._config.learner
+        if spec.ratio == "sequence" or (spec.importance != "off" and spec.importance_level == "sequence"):
+            # A token's loss depends on all of its sequence: first every log-prob, then the gradients.
+            rows_R, local_K = pack.row_K.unique(return_inverse=True)
+            blank_RT = torch.zeros(len(rows_R), batch.mask_BT.shape[1], device=self._device)
+            logprob_K, entropy_K = self._score(self._model, pack)
+            logprobs_RT, entropy_RT = (
+                blank_RT.index_put((local_K, pack.column_K), values_K)
+                for values_K in (logprob_K, entropy_K if spec.entropy_coef else entropy_K.detach())
+            )
+            loss, stats = self._loss(batch, logprobs_RT, entropy_RT, lambda values_BT: values_BT[rows_R])
+            loss.backward()
+            return stats
+
+        def loss_of(logprob_C: torch.Tensor, entropy_C: torch.Tensor, part: slice) -> Any:
+            if not spec.entropy_coef:  # a gradient of zeros would cost as much as a real one
+                entropy_C = entropy_C.detach()
+            at = (pack.row_K[part], pack.column_K[part])
+            return self._loss(batch, logprob_C[:, None], entropy_C[:, None], lambda values_BT: values_BT[at][:, None])
+
+        causal = loading.causal_of(self._model)
+        return losses.total_stats(forward(causal, lambda: learn(self._model, pack, loss_of, self._drawn)))
+
+    def _loss(
+        self, batch: _Batch, logprobs_RT: torch.Tensor, entropy_RT: torch.Tensor,
+        pick: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+        """The part of the step's loss of those rows, or tokens as rows of one, that ``pick`` takes of a [B, T]."""
+        spec = self._config.learner
+        mask_RT = pick(batch.mask_BT)
+        return losses.total_loss(
+            spec.loss,
+            logprobs_RT,
+            # On policy the old policy is this one: the ratio is 1 and its gradient is the policy gradient.
+            logprobs_RT.detach() if batch.old_BT is None else pick(batch.old_BT),
+            pick(batch.sampler_BT),
+            pick(batch.advantages_B[:, None].expand_as(batch.mask_BT))[:, 0],
+            mask_RT,
+            pick(batch.coef_BT),
+            ratio=spec.ratio,
+            clip_low=spec.clip_low,
+            clip_high=spec.clip_high,
+            delta=spec.delta,
+            dual_clip=spec.dual_clip,
+            tau_positive=spec.sapo_tau_positive,
+            tau_negative=spec.sapo_tau_negative,
+            importance=spec.importance,
+            importance_level=spec.importance_level,
+            importance_cap=spec.importance_cap,
+            reference_logprobs_BT=None if batch.reference_BT is None else pick(batch.reference_BT),
+            kl_coef=spec.kl_coef,
+            kl_estimator=spec.kl_estimator,
+            entropy_BT=entropy_RT,
+            entropy_coef=spec.entropy_coef,
+            num_tokens=batch.num_tokens,
+        )
+
+    def _batch(self, groups: Sequence[Group]) -> _Batch:
+        pairs = [(group.prompt.token_ids, one) for group in groups for one in group.completions]
+        B, T = len(pairs), max((len(one.token_ids) for _, one in pairs), default=0)
+        spec = self._config.learner
+        advantages_B = torch.zeros(B)
+        mask_BT, sampler_BT = torch.zeros(B, T), torch.zeros(B, T)
+        rows: list[Row] = []
+        for index, (prompt, one) in enumerate(pairs):
+            assert one.advantage is not None, "a completion without advantage reached the learner"
+            length = len(one.token_ids)
+            advantages_B[index] = one.advantage
+            sampler_BT[index, :length] = torch.tensor(one.logprobs)
+            if length and not (spec.truncated == "mask" and one.finish_reason == "length"):
+                mask_BT[index, :length] = 1.0
+                # Else it has no gradient.
+                if one.advantage or spec.kl_coef or spec.entropy_coef or not spec.drop_zero_variance:
+                    rows.append(Row(index, prompt, one.token_ids))
+        coef_BT = losses.token_coefficients(spec.loss, mask_BT, self._config.sampler.max_tokens)
+        idle = int(self._ranks.size > 1)
+        num_tokens = float(mask_BT.sum())
+        advantages_B, mask_BT, sampler_BT, coef_BT = (
+            torch.cat([values, values.new_zeros((idle, *values.shape[1:]))]).to(self._device)
+            for values in (advantages_B, mask_BT, sampler_BT, coef_BT)
+        )
+        return _Batch(rows, advantages_B, mask_BT, sampler_BT, coef_BT, num_tokens)
+
+    def _no_grad_logprobs(self, model: Any, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:
+        out_BT = torch.zeros_like(batch.mask_BT)
+        with torch.no_grad():
+            for pack in packs:
+                out_BT[pack.row_K, pack.column_K] = self._score(model, pack)[0]
+                pack.forget()
+        return out_BT
+
+    def _reference_logprobs(self, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:
+        if not self._lora:
+            assert self._reference is not None
+            return self._no_grad_logprobs(self._reference, packs, batch)
+        with self._model.disable_adapter():
+            return self._no_grad_logprobs(self._model, packs, batch)
+
+    def _not_finite(self, what: str, value: float) -> str:
+        return (
+            f"the learner stopped before step {self.version + 1}: the {what} is {value}; the batch is kept in the "
+            "rollouts. Lower optimizer.lr or optimizer.max_grad_norm, and look at the batch's rewards and log-probs"
+        )
+
+    def rehearse(self, groups: Sequence[Group]) -> None:
+        """The largest pack that groups of these prompts can make, every completion ``max_tokens`` long, through
+        forward, backward and optimizer at rate 0. Weights, moments, version and random state are as before, bit for
+        bit."""
+        rehearsal.rehearse(self, groups)
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def publish_weights(self, merged: bool = False) -> InProcessWeights:
+        """Lends the live tensors: the adapter under LoRA, unless ``merged`` or DoRA; every weight else.
+
+        Among ranks a full offer is opened by all, each of which gets every whole tensor in turn, gathered for it alone.
+        """
+        self.wake("weights")
+        if not self._lora:
+            return InProcessWeights("full", lambda: self._gathered(saving.full_tensors))
+        if merged or not adapters.sends_adapter(self._config.model):
+            return InProcessWeights("full", lambda: self._gathered(saving.merged_tensors))
+        described = adapters.adapter_dict(self._model)
+        return InProcessWeights("adapter", lambda: iter(adapters.adapter_tensors(self._model).items()), described)
+
+    def _gathered(
+        self, tensors: Callable[[Any, torch.dtype], Iterator[tuple[str, torch.Tensor]]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        with lost_in_words(self._ranks.rank, "gathering weights"):
+            yield from tensors(self._model, self._dtype)
+
+    @collective("computing log-probs")
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Teacher-forced log-probs at temperature 1; [T - 1] numbers for a sequence of T tokens."""
+        rows = [Row(i, tuple(one[:1]), tuple(one[1:])) for i, one in enumerate(sequences)]
+        longest = max((len(one) - 1 for one in sequences), default=0)
+        if longest < 1:
+            return [[] for _ in sequences]
+        _, passes = self._share_of(rows, len(rows), packed=False)
+        answer_BT = torch.zeros(len(rows) + 1, longest)
+        # A probe of some ten tokens is not worth the seconds that compiling this pass would take. The compiled pass
+        # is held against the sampler by the step's logprob_diff_mean.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for pack in passes:
+                answer_BT[pack.row_K, pack.column_K] = self._score(self._model, pack, self._plain)[0].cpu()
+        answer_BT[-1] = 0  # the idle row
+        answer_BT = self._ranks.sum(answer_BT.to(self._device))
+        return [row_T[: len(one) - 1] for row_T, one in zip(answer_BT.tolist(), sequences, strict=False)]
+
+    @contextlib.contextmanager
+    def perturbed(self, seed: int) -> Iterator[None]:
+        """Seeded noise on every trained weight: ``NOISE`` of each tensor's own spread, so each layer's part shows in
+        the log-probs; an adapter's zero half gets noise that makes its update as large."""
+        self.wake("weights")
+        generator = torch.Generator().manual_seed(seed)
+        trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        kept = {name: local(p.detach()).to("cpu", copy=True) for name, p in trained.items()}
+        with torch.no_grad(), lost_in_words(self._ranks.rank, "gathering weights"):
+            for name, parameter in trained.items():
+                full = whole(parameter, self._dtype)
+                noise = torch.randn(full.shape, generator=generator) * self._noise_scale(name, full)
+                # Rounded as the model's own weights are, also where this rank keeps float32 ones of its own.
+                local(parameter).copy_(own_slice(full + noise.to(full.device, full.dtype), parameter))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    local(parameter).copy_(kept[name])
+
+    def _noise_scale(self, name: str, parameter: torch.Tensor) -> float:
+        """Of noise on this whole weight; a collective under LoRA."""
+        if self._lora and ".lora_B." in name:
+            layer = self._model.get_submodule(name.split(".lora_B.")[0])
+            down = layer.lora_A["default"].weight
+            # The spread of scaling x B x A for B ~ 1.
+            update = layer.scaling["default"] * math.sqrt(len(down)) * float(down.float().std())
+            base = float(whole(nf4.dense(layer.base_layer.weight)).float().std())
+            return NOISE * base / max(update, 1e-12)
+        if ".lora_magnitude_vector." in name:  # of rows of much the same length: their spread would be no noise
+            return NOISE * float(parameter.float().abs().mean())
+        spread = parameter.float().std() if parameter.numel() > 1 else parameter.float().abs().mean()
+        return NOISE * float(spread if float(spread) > 0 else 1.0)
+
+    # -- the device, shared with a sampler ---------------------------------------------------------------------------
+
+    def _parts(self) -> tuple[Parked, Parked]:
+        """The device's tensors that can wait on the host: the weights, and what only the optimizer needs. None of them
+        unless memory.offload_while_sampling asks for it."""
+        if not self._config.memory.offload_while_sampling or self._blank:
+            return Parked(()), Parked(())
+        weights = Parked(t for model in (self._model, self._reference) if model for t in nf4.stored(model))
+        moments = (t for t in self._optimizer.state().values() if t.device.type == torch.device(self._device).type)
+        return weights, Parked(moments, besides=weights)
+
+    def sleep(self, part: Literal["moments", "all"] = "all") -> None:
+        """Gives unused device memory back while the sampler works; with memory.offload_while_sampling the optimizer's
+        moments and masters, or all that is held, wait on the host until ``wake``."""
+        self._averages.park()
+        if part == "all":
+            self._weights.park()
+        release(self._device)
+
+    def wake(self, part: Literal["weights", "all"] = "all") -> None:
+        """Undo of ``sleep``, of the weights alone or of everything."""
+        self._weights.unpark()
+        if part == "all":
+            self._averages.unpark()
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    @collective("saving")
+    def save(self, folder: Path) -> None:
+        """Masters (or weights) and moments in ``folder``: ``state.safetensors``, or each rank's slices in a file
+        of its own; the version in ``learner.json``. Any number of ranks can read them."""
+        state = {name: self._weights.held(self._averages.held(t)) for name, t in self._optimizer.state().items()}
+        try:
+            if self._ranks.size == 1:  # the same as write_state would, without a second copy in memory
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+                save_file(tensors, folder / "state.safetensors")
+            else:
+                write_state(state, folder)
+        except (SafetensorError, RunFailure) as error:
+            raise RunFailure(
+                f"the checkpoint of step {self.version} cannot be written ({error}); free space on that disk"
+            ) from error
+        with self._ranks.together("saving"):
+            if self._ranks.rank == 0:
+                atomic_files.write_json(folder / "learner.json", {"version": self.version, "ranks": self._ranks.size})
+
+    @collective("restoring")
+    def restore(self, folder: Path) -> None:
+        """Undo of ``save``, by any number of ranks. Raises ``UserError`` when the state belongs to another model."""
+        self.wake()
+        shapes = shapes_in(folder)
+        own = {name: value.shape for name, value in self._optimizer.state().items()}
+        weights = tuple(name for name in own if name.endswith(("/master", "/weight")))
+        if {name.rpartition("/")[0] for name in shapes} != {name.rpartition("/")[0] for name in weights} or any(
+            shapes.get(name, own[name]) != own[name] for name in weights
+        ):
+            raise UserError(f"checkpoint {str(folder)!r} belongs to another model or adapter; resume with its own")
+        if not set(weights) <= shapes.keys() <= own.keys() or any(own[name] != shapes[name] for name in shapes):
+            raise UserError(
+                f"checkpoint {str(folder)!r} was written by another optimizer than "
+                f"{self._config.optimizer.name!r} with master={self._config.optimizer.master!r}; resume with its own "
+                "(optimizer.name, optimizer.master)"
+            )
+        tensors = self._optimizer.blank_state(shapes)
+        read_state(tensors, folder)
+        self._optimizer.load_state(tensors)
+        self.version = int(json.loads((folder / "learner.json").read_text())["version"])
+
+    @collective("exporting")
+    def export(self, folder: Path, merged: bool = False) -> None:
+        self.wake("weights")
+        saving.export(self._model, self._folder, folder, merged, self._dtype, self._ranks)
+
+
+def _named(stats: dict[str, float]) -> dict[str, float]:
+    """The losses' statistics under their documented names."""
+    names = {
+        "loss": "loss", "ratio_mean": "ratio_mean", "clipped_mean": "clip_fraction", "kl_mean": "kl",
+        "entropy_mean": "entropy", "importance_mean": "importance_mean", "importance_max": "importance_max",
+        "sampler_difference_mean": "logprob_diff_mean", "sampler_difference_max": "logprob_diff_max",
+    }  # fmt: skip
+    return {new: stats[old] for old, new in names.items() if old in stats}
