@@ -60,7 +60,7 @@ def open_model(name: str, words: Sequence[str], step: int | None = None) -> Iter
             raise UserError(f"--step {step} has no effect on {name!r}, which is no run folder; remove it")
         yield *_model(name, words), name
         return
-    config = load(folder / "config.toml", words, drop_idle=True)
+    config = load(folder / "config.toml", words, drop_unused=True)
     checkpoints, final = Checkpoints(folder / "checkpoints", 1), folder / "final"
     steps = checkpoints.steps()
     # A run that was resumed with more steps has a final model of an earlier end.
@@ -93,7 +93,7 @@ def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
 def _config_at(run: Path, place: Path) -> Config:
     """As the checkpoint has it; the run folder's where it has none (written by an earlier version)."""
     file = place / "config.toml"
-    return reread(file.read_text(encoding="utf-8")) if file.is_file() else load(run / "config.toml", drop_idle=True)
+    return reread(file.read_text(encoding="utf-8")) if file.is_file() else load(run / "config.toml", drop_unused=True)
 
 
 def _write(place: Path, config: Config, folder: Path, merged: bool) -> None:

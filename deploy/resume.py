@@ -38,7 +38,7 @@ def config_of(folder: Path, words: Sequence[str]) -> Config:
         raise UserError(f"--resume {str(folder)!r}: there is no run (no config.toml in it); name a run folder")
     if any(word.partition("=")[0].strip() == "run.folder" for word in words):
         raise UserError(f"run.folder has no effect with --resume, which names the folder {str(folder)!r}; remove it")
-    return same_run(folder, load(folder / _CONFIG, words, drop_idle=True))
+    return same_run(folder, load(folder / _CONFIG, words, drop_unused=True))
 
 
 def same_run(folder: Path, config: Config) -> Config:
@@ -49,7 +49,7 @@ def same_run(folder: Path, config: Config) -> Config:
     checkpoints = Checkpoints(folder / "checkpoints", 1)
     text = checkpoints.text(_CONFIG)
     # A run ended before its first checkpoint, or whose checkpoints are of a version that kept no configuration there.
-    before = anchored(reread(text) if text is not None else load(folder / _CONFIG, drop_idle=True))
+    before = anchored(reread(text) if text is not None else load(folder / _CONFIG, drop_unused=True))
     if not checkpoints.steps():
         _check_none_is_lost(folder, before)
     config = anchored(config)

@@ -1,10 +1,7 @@
-"""The whole configuration of a run.
+"""The whole configuration of a run: a TOML file plus ``section.key=value`` words.
 
-A run is a TOML file plus ``section.key=value`` words. Two rules hold everywhere: an unknown key is an error that
-names the nearest right one, and a setting that would have no effect in this run is an error that says why
-(``inert``). Where plain words are wanted instead of errors (writing the resolved file), the inert keys are left out.
-
-Imports without torch.
+An unknown key is an error that names the nearest right one, and a setting without effect in this run is an error that
+says why (``unused_settings``); the resolved file leaves such keys out. Imports without torch.
 """
 
 from common.config.reading import (
@@ -20,7 +17,7 @@ from common.config.reading import (
     reread,
     resolved_toml,
 )
-from common.config.rules import inert
+from common.config.rules import unused_settings
 from common.config.schema import Config, ModelConfig, OptimizerConfig, RunConfig, SyncConfig, TaskConfig, TimeoutConfig
 
 __all__ = [
@@ -36,11 +33,11 @@ __all__ = [
     "commented_toml",
     "described",
     "fields",
-    "inert",
     "load",
     "may_change",
     "meant_by",
     "read_toml",
     "reread",
     "resolved_toml",
+    "unused_settings",
 ]

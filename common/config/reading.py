@@ -13,24 +13,24 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from common.config.hints import meant
-from common.config.rules import contradictions, inert
+from common.config.rules import conflicts, unused_settings
 from common.config.schema import FREE, Config, Section
 from common.errors import UserError
 
 
-def load(path: Path | None, overrides: Sequence[str] = (), *, drop_idle: bool = False) -> Config:
+def load(path: Path | None, overrides: Sequence[str] = (), *, drop_unused: bool = False) -> Config:
     """The configuration of a run: defaults, then the TOML file, then the ``section.key=value`` words.
 
-    ``drop_idle`` leaves out what stands in the file and has no effect any more because of the words.
+    ``drop_unused`` leaves out what stands in the file and has no effect any more because of the words.
 
     Raises ``UserError`` for a file that cannot be read, an unknown key, a wrong value or a setting without effect.
     """
     values = read_toml(path) if path is not None else {}
     for word in overrides:
         _override(values, word)
-    if drop_idle:
+    if drop_unused:
         said = {word.partition("=")[0].strip() for word in overrides}
-        _drop_idle(values, said)
+        _drop_unused(values, said)
     return build(values)
 
 
@@ -60,16 +60,16 @@ def reread(text: str) -> Config:
         for section, part in tomllib.loads(text).items()
         if section in Config.model_fields
     }
-    _drop_idle(values, set())
+    _drop_unused(values, set())
     return build(values)
 
 
-def _drop_idle(values: dict[str, Any], said: set[str]) -> None:
+def _drop_unused(values: dict[str, Any], said: set[str]) -> None:
     try:
-        idle = inert(Config.model_validate(values))
+        unused = unused_settings(Config.model_validate(values))
     except ValidationError:
         return  # ``build`` says what is wrong
-    for key in idle.keys() - said:
+    for key in unused.keys() - said:
         section, name = key.split(".")
         values.get(section, {}).pop(name, None)
 
@@ -80,11 +80,11 @@ def build(values: dict[str, Any]) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(_sentence(item) for item in error.errors())) from None
-    without_effect = {key: why for key, why in inert(config).items() if _is_set(config, key)}
+    without_effect = {key: why for key, why in unused_settings(config).items() if _is_set(config, key)}
     if without_effect:
         listed = "; ".join(f"{key}={_get(config, key)!r} has no effect: {why}" for key, why in without_effect.items())
         raise UserError(f"{listed}. Remove it or change what it depends on")
-    for sentence in contradictions(config):
+    for sentence in conflicts(config):
         raise UserError(sentence)
     return config
 
@@ -101,7 +101,7 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
 def resolved_toml(config: Config) -> str:
     """Every setting that has an effect in this run, as TOML that ``load`` takes back to an equal configuration."""
     values = config.model_dump()
-    for key in inert(config):
+    for key in unused_settings(config):
         section, name = key.split(".")
         values[section].pop(name, None)
     return tomli_w.dumps(values)
@@ -142,7 +142,7 @@ def type_words(field: FieldInfo) -> str:
 def commented_toml() -> str:
     """A TOML file with every key at its default, each under its explanation; keys without effect commented out."""
     default = Config()
-    silent = inert(default)
+    silent = unused_settings(default)
     lines = ["# Every setting of nanogrpo with its default. Lines that start with '# key =' have no effect as the file",
              "# stands; setting them asks for another setting too."]  # fmt: skip
     section = ""

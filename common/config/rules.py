@@ -1,4 +1,4 @@
-"""The rules between settings: which have no effect beside others (``inert``), and which contradict each other."""
+"""The rules between settings: which have no effect beside others, and which conflict with each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from common.config.schema import ClusterConfig, Config
 
 
-def inert(config: Config) -> dict[str, str]:
+def unused_settings(config: Config) -> dict[str, str]:
     """The keys that change nothing in this run, each with the reason."""
     found: dict[str, str] = {}
 
@@ -81,7 +81,7 @@ def inert(config: Config) -> dict[str, str]:
     return found
 
 
-def contradictions(config: Config) -> Iterator[str]:
+def conflicts(config: Config) -> Iterator[str]:
     """Settings that are each right but cannot stand together."""
     learner, optimizer = config.learner, config.optimizer
     if "" in config.sampler.stop:

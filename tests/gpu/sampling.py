@@ -278,12 +278,12 @@ def rehearsal_8gb(report: Report) -> None:
         folder = large_folder(Path(place))
         words = [f"model.name={folder}", f"task.name={grpo.TOY}", "task.options.words=115", "model.dtype=bfloat16",
                  "eval.questions=0", "run.console=off"]  # fmt: skip
-        spec = load(recipe, words, drop_idle=True)
+        spec = load(recipe, words, drop_unused=True)
         plan = Planner(spec, folder, 512, Place("GPU", True, CARD)).plan(spec)
         report.note(planned_gib=plan.peak / GIB, planned_worst=plan.devices[0].worst, plan_fits=plan.fits)
         # vLLM's share is of the whole card, this one's.
         share = spec.sampler.options["gpu_memory_utilization"] * CARD / total
-        spec = load(recipe, [*words, f"sampler.options.gpu_memory_utilization={share}"], drop_idle=True)
+        spec = load(recipe, [*words, f"sampler.options.gpu_memory_utilization={share}"], drop_unused=True)
         with _small_card(CARD - CONTEXT), _least_free() as least:  # this process has its context already
             found = grpo.rehearsed(spec)
         report.note(**found, used_gib=(CARD - least[0]) / GIB)
