@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,15 @@ class Checkpoints:
 
         A damaged one is passed over with a warning. Raises ``UserError`` when none but damaged ones are left.
         """
-        for path in reversed(self._all()):
-            damage = _damage(path)
-            if damage:
-                log.warning("checkpoint %s is damaged (%s); the one before it is used", path, damage)
-                continue
-            learner.restore(path)
-            return dict(json.loads((path / "state.json").read_text()))
-        if self._all():
+        if not self._all():
+            return None
+        path = self._newest_whole()
+        if path is None:
             raise UserError(
                 f"every checkpoint in {str(self._folder)!r} is damaged; start the run again in another folder"
             )
-        return None
+        learner.restore(path)
+        return dict(json.loads((path / "state.json").read_text()))
 
     def steps(self) -> list[int]:
         """Of the checkpoints there, damaged ones included, in order."""
@@ -82,26 +79,32 @@ class Checkpoints:
     def text(self, name: str) -> str | None:
         """This file of the newest checkpoint that holds it undamaged, whatever its other files are like."""
         for path in reversed(self._all()):
-            if name in _manifest(path) and not _damage(path, name):
+            if not _damage(path, name):
                 return (path / name).read_text(encoding="utf-8")
         return None
 
     def whole(self, step: int | None = None) -> Path:
         """The folder of the newest whole checkpoint, or of this step's. Raises ``UserError`` where there is none."""
-        there = ", ".join(str(number) for number in self.steps()) or "none"
-        if step is not None and step not in self.steps():
-            raise UserError(f"--step {step}: {str(self._folder)!r} has no checkpoint of that step; there are: {there}")
-        damage = ""
+        there = f"there are: {', '.join(map(str, self.steps())) or 'none'}"
+        if step is None:
+            if path := self._newest_whole():
+                return path
+            if self._all():
+                raise UserError(f"{str(self._folder)!r}: every checkpoint is damaged; {there}")
+            raise UserError(f"{str(self._folder)!r} holds no checkpoint yet; one is written every run.save_every steps")
+        if step not in self.steps():
+            raise UserError(f"--step {step}: {str(self._folder)!r} has no checkpoint of that step; {there}")
+        path = self._folder / _name(step)
+        if damage := _damage(path):
+            raise UserError(f"{str(self._folder)!r}: the checkpoint is damaged ({damage}); {there}")
+        return path
+
+    def _newest_whole(self) -> Path | None:
         for path in reversed(self._all()):
-            if step is None or path.name == _name(step):
-                damage = _damage(path)
-                if not damage:
-                    return path
-                if step is None:
-                    log.warning("checkpoint %s is damaged (%s); the one before it is used", path, damage)
-        if damage:
-            raise UserError(f"{str(self._folder)!r}: the checkpoint is damaged ({damage}); there are: {there}")
-        raise UserError(f"{str(self._folder)!r} holds no checkpoint yet; one is written every run.save_every steps")
+            if not (damage := _damage(path)):
+                return path
+            log.warning("checkpoint %s is damaged (%s); the one before it is used", path, damage)
+        return None
 
     def _all(self) -> list[Path]:
         named = (path for path in self._folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
@@ -117,7 +120,7 @@ def export(checkpoint: Path, config: Config, base: Path, out: Path, merged: bool
     adapter = config.model.lora_rank > 0
     # A base in 4 bits on shapes alone cannot be asked for its state, and only a merge needs its numbers.
     model = loading.load(base, config.model.model_copy(update={"quantize": "off"}), "meta", blank=True)
-    if merged or (not adapter and any(_kept_buffers(model))):
+    if merged or (not adapter and any(not isinstance(tensor, nn.Parameter) for _, tensor in saving.held(model))):
         model = loading.load(base, config.model, "cpu")
     model.requires_grad_(not adapter)
     if adapter:
@@ -135,31 +138,16 @@ def export(checkpoint: Path, config: Config, base: Path, out: Path, merged: bool
     saving.export(model, base, out, merged, dtype_of(config.model.dtype), Ranks())
 
 
-def _kept_buffers(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Tensors that are not trained and that its files hold all the same."""
-    for part in model.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None and name not in part._non_persistent_buffers_set:
-                yield buffer
-
-
 def _name(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def _manifest(path: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads((path / "manifest.json").read_text()))
-    except (OSError, ValueError):
-        return {}
 
 
 def _damage(path: Path, only: str = "") -> str:
     """What is wrong with this checkpoint, or with one file of it, or nothing."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, checksum in manifest.items():
-            if only in ("", name) and _checksum(path / name) != checksum:
+        for name in [only] if only else manifest:
+            if _checksum(path / name) != manifest.get(name):
                 return f"{name} has another checksum"
     except (OSError, ValueError) as error:
         return str(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,31 +67,15 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for ``eval.jsonl``."""
-        return {
-            "questions": self.questions,
-            "accuracy": self.accuracy.value,
-            "accuracy_low": self.accuracy.low,
-            "accuracy_high": self.accuracy.high,
-            "samples": self.samples,
-            "pass_at_k": {str(k): at_k._asdict() for k, at_k in self.pass_at_k.items()},
-            "completion_tokens_mean": self.completion_tokens_mean,
-            "truncated_fraction": self.truncated_fraction,
-            "by_kind": {
-                kind: {"questions": number, "accuracy": part.value, "low": part.low, "high": part.high}
-                for kind, (number, part) in self.by_kind.items()
-            },
-            "transcripts": [
-                {
-                    "prompt_id": shown.prompt_id,
-                    "question": shown.question,
-                    "prompt": shown.prompt,
-                    "completion": shown.completion,
-                    "correct": shown.correct,
-                }
-                for shown in self.transcripts
-            ],
-            "seconds": self.seconds,
+        kinds = {
+            kind: {"questions": number, "accuracy": share.value, "low": share.low, "high": share.high}
+            for kind, (number, share) in self.by_kind.items()
         }
+        return asdict(self) | {
+            "accuracy": self.accuracy.value, "accuracy_low": self.accuracy.low, "accuracy_high": self.accuracy.high,
+            "pass_at_k": {str(k): share._asdict() for k, share in self.pass_at_k.items()}, "by_kind": kinds,
+            "transcripts": [asdict(transcript) for transcript in self.transcripts],
+        }  # fmt: skip
 
 
 def evaluate(
@@ -109,9 +93,8 @@ def evaluate(
     """Asks every prompt once greedily and, with ``sampled``, ``sampled.n`` times at its temperature.
 
     ``correct`` tells for each completion of each group whether it is right; a group it could not judge (an empty row)
-    is left out of the questions. ``completions_at_once`` limits a request
-    (0: one request for all); a seeded request counts its seed up, so that no two draw alike. ``timeout_s`` is the limit
-    of each request; past it this raises ``RunFailure``.
+    is left out. ``completions_at_once`` limits a request (0: one for all); each further request of a seeded one counts
+    the seed up, so that no two draw alike. Raises ``RunFailure`` for a request that takes more than ``timeout_s``.
     """
     assert prompts, "an evaluation needs at least one question"
     assert (greedy.temperature, greedy.n) == (0, 1), f"greedy means temperature 0 and n 1, not {greedy}"
@@ -232,6 +215,4 @@ def _shown(prompts: Sequence[Prompt], number: int) -> list[int]:
     first_of_kind: dict[Any, int] = {}
     for index, prompt in enumerate(prompts):
         first_of_kind.setdefault(prompt.data.get("kind"), index)
-    chosen = list(first_of_kind.values())
-    chosen += [index for index in range(len(prompts)) if index not in set(chosen)]
-    return chosen[:number]
+    return list(dict.fromkeys([*first_of_kind.values(), *range(len(prompts))]))[:number]

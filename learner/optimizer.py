@@ -2,20 +2,19 @@
 
 A bfloat16 weight near 1 cannot hold a change below 0.004, so small updates would be lost to rounding. Two cures:
 
-- masters: the optimizer steps a float32 copy, and the model gets its rounding. Gradients are added up in float32 too,
-  each as soon as its backward pass has made it, so no bfloat16 gradient outlives its layer. With ``offload`` all of
-  this lives in host memory, and only weights cross over;
-- stochastic rounding: the bfloat16 weights are stepped themselves and rounded up or down at random, right on average.
-  No copy, but gradients stay where autograd puts them and are added up over micro-batches in bfloat16.
+- float32 master weights: the optimizer steps a float32 copy, and the model gets its rounding. Gradients are added up in
+  float32 too, as soon as the backward pass has made them. With ``offload`` all of this lives in host memory;
+- stochastic rounding: the bfloat16 weights themselves are stepped and rounded up or down at random, right on average.
+  No copy, but gradients are added up over micro-batches in bfloat16.
 
-What an optimizer keeps, by a weight: adamw 8 bytes; adamw_8bit 2 and adamw_4bit 1 (tensors of fewer than 4096 values,
-or of no whole number of blocks, 8); muon 4 for the layers' matrices and 8 for the rest; adafactor next to nothing. All
-of it exists from the start, so that memory is honest before the first step.
+Moments, bytes a weight: adamw 8; adamw_8bit 2 and adamw_4bit 1 (8 for tensors of fewer than 4096 values, or of no whole
+number of blocks); muon 4 for the layers' matrices and 8 for the rest; adafactor next to nothing. All exist from the
+start, so that memory is honest before the first step.
 
-torchao's steps compile themselves, a good ten seconds a shape at the first step. On a GPU that is worth it: uncompiled,
-the float32 intermediates of the largest weight exist at once. On a CPU they run as they are unless ``compiled`` is
-asked for (one core: 0.2 us a weight for adamw_8bit, 0.09 for adamw_4bit, 0.02 for adamw with stochastic rounding;
-compiled 0.06, 0.09, 0.02), which needs no C++ compiler. The two ways differ in rounding, so a run keeps to one.
+torchao's steps compile, ten seconds a shape at the first step. On a GPU that is worth it: uncompiled, the float32
+intermediates of the largest weight exist at once. On a CPU they run uncompiled unless ``compiled`` is asked for (one
+core, us a weight: adamw_8bit 0.2, compiled 0.06; adamw_4bit 0.09; stochastic adamw 0.02). The two ways differ in
+rounding, so a run keeps to one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from common.config import Config, OptimizerConfig
 from common.errors import UserError
 from learner.distributed import local
 
-QUANTIZED = ("codes", "scale")  # what changes of a torchao average held in 8 or 4 bits
+QUANTIZED = ("codes", "scale")  # what changes of a torchao moment held in 8 or 4 bits
 MUON_MOMENTUM = 0.95  # as in both papers; ``betas`` are AdamW's
 
 
@@ -284,8 +283,8 @@ def _blank(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> dict[str, 
         return {"step": step, "row_var": torch.zeros_like(p[..., :1]), "col_var": torch.zeros_like(p[..., :1, :])}
     torchao: Any = optimizer
     made = {"exp_avg": torchao._new_buffer(p, True), "exp_avg_sq": torchao._new_buffer(p, False)}
-    # What is not held in few bits would be as coarse as the weight, and an average of bfloat16 stands still.
-    return {"step": step} | {part: one if hasattr(one, "codes") else one.float() for part, one in made.items()}
+    # A moment not held in few bits would be as coarse as the weight, and one in bfloat16 stands still.
+    return {"step": step} | {name: buf if hasattr(buf, "codes") else buf.float() for name, buf in made.items()}
 
 
 def _noter(reached: set[str], name: str) -> Callable[[torch.Tensor], None]:

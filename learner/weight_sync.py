@@ -1,21 +1,17 @@
-"""Handing the learner's weights to the sampler, with proof that the sampler holds them.
-
-Four things are checked after every sync, because other trainers have lost months to each of them:
+"""Handing the learner's weights to the sampler, with proof that the sampler holds them. After every sync:
 
 - the bytes: the fingerprint of what was sent equals that of what arrived;
 - what is stored: the sampler compares every tensor that it computes with, bit for bit, with the one that arrived
-  (``Sampler.check_weights``, where a back end has it). A layer, a head or half an adapter that stayed old, or was
-  scaled, is seen at that sync, however little it changes;
-- what the engine computes: on a fixed probe the sampler's log-probs agree with the learner's within a tolerance. An
-  engine may take the bytes and go on using old ones (packed copies, a tied output head, a cached adapter). Each token
-  counts by its probability, because rounding moves the log-probs of tokens that nobody draws by up to a nat;
+  (``Sampler.check_weights``, where a back end has it);
+- what the engine computes: on a fixed probe its log-probs agree with the learner's within a tolerance. An engine may
+  take the bytes and use old ones (packed copies, a tied output head, a cached adapter). Each token counts by its
+  probability: rounding moves the log-probs of tokens that nobody draws by up to a nat;
 - movement: once the learner's log-probs have moved, a sampler whose log-probs are bit for bit the old ones is stale.
-  This sees a single small step that the tolerance, which must allow for bfloat16, does not.
+  This sees a single small step that the tolerance does not.
 
-Before the first step a challenge makes the second check sharp: weights with noise on every tensor are sent, and the
-sampler must follow them. The challenge and the first sync are proved on the whole probe; the syncs of every step on its
-first ``EACH_TIME`` tokens, because the probe, and not the bytes, is what a sync's time goes to; the whole probe decides
-where those disagree. The fingerprint and what is stored always cover every byte.
+Before the first step a challenge makes the third check sharp: weights with noise on every tensor are sent, and the
+sampler must follow them. The challenge and the first sync are proved on the whole probe; later syncs on its first
+``EACH_TIME`` tokens, because a sync's time goes to the probe, and on the whole where those disagree.
 """
 
 from __future__ import annotations
@@ -31,9 +27,7 @@ from common.protocols import Learner, Placement, Sampler, Transport
 from common.types import Prompt
 from common.watchdog import bounded
 
-# Tokens of the probe in the sync of each step: about half of the time goes to reading all the weights once, on both
-# sides, so that fewer tokens would hardly be cheaper; more would cost in proportion.
-EACH_TIME = 32
+EACH_TIME = 32  # probe tokens at each step's sync; half the time goes to reading the weights, so fewer save little
 _SETTING = "timeouts.sync_s"
 TOLERANCE = {"float32": 0.005, "float16": 0.03, "bfloat16": 0.12}  # nats; where sync.tolerance is 0
 # Times the tolerance, in the challenge: under its noise bfloat16's rounding came to 0.06 to 0.14 nats on SmolLM2, one

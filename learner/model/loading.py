@@ -50,23 +50,21 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
     label = f"model.name={config.name!r}"
     try:
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        for key, value in shape.to_dict().items():
-            if key == "is_encoder_decoder" and value:
-                raise UserError(f"{label} is an encoder-decoder; name a causal language model")
+        if getattr(shape, "is_encoder_decoder", False):
+            raise UserError(f"{label} is an encoder-decoder; name a causal language model")
         if looks_both_ways(shape):
             raise UserError(f"{label}: in this model tokens see those that follow; name a causal language model")
-            if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
-                setattr(shape, key, 0.0)  # the sampler has none, and the two must compute the same
         if hasattr(shape, "rescale_every"):
             # Else RWKV halves the weights of later layers, in place, in its first pass in evaluation mode, and these
             # would be trained, sent and saved. Without it the outputs are the same but for float16's range.
             shape.rescale_every = 0
+        how = {
+            "dtype": dtype_of(config.dtype), "attn_implementation": attention,
+            "trust_remote_code": config.trust_remote_code,
+        }  # fmt: skip
         if blank:
             with torch.device(device):
-                model = AutoModelForCausalLM.from_config(
-                    shape, dtype=dtype_of(config.dtype), attn_implementation=attention,
-                    trust_remote_code=config.trust_remote_code,
-                )  # fmt: skip
+                model = AutoModelForCausalLM.from_config(shape, **how)
                 if config.quantize == "nf4":
                     blank_nf4(model, dtype_of(config.dtype))
             if (folder / "generation_config.json").is_file():
@@ -77,15 +75,10 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
         if device == "meta":
             quantized = {"device_map": device}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=shape,
-            dtype=dtype_of(config.dtype),
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
+            folder, config=shape, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below, and refused
-            **quantized,
-        )
+            **how, **quantized,
+        )  # fmt: skip
         model, report = loaded
     except (torch.OutOfMemoryError, UserError):
         raise
@@ -96,8 +89,7 @@ def load(folder: Path, config: ModelConfig, device: str, attention: str = "eager
     if absent:
         raise UserError(
             f"{label}: its files lack {len(absent)} weights or hold them in another shape "
-            f"({', '.join(absent[:3])}...); "
-            "download or convert it again"
+            f"({', '.join(absent[:3])}...); download or convert it again"
         )
     for name, parameter in model.named_parameters():
         intact.refuse_not_finite(name, parameter, label)

@@ -107,12 +107,10 @@ def check_names(model: Any) -> None:
 
 
 def _on_meta(causal: Any) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, tensor in held(causal):
-        about = getattr(tensor, "quant_state", None)
-        shape = tensor.shape if about is None else about.shape
-        found[name] = torch.empty(shape, dtype=tensor.dtype, device="meta")
-    return found
+    return {
+        name: torch.empty((getattr(tensor, "quant_state", None) or tensor).shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in held(causal)
+    }
 
 
 def _turned_back(causal: Any, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
