@@ -1,24 +1,15 @@
 """Files written whole or not at all, so that a kill, a full disk or a power cut leaves no half of one behind.
 
-Three kinds of writing, by what they promise:
-
-- ``write_text``, ``write_json``: a whole file; readers see the old one or the new one.
-- ``atomic_folder``: a whole folder (a checkpoint, an exported model); the same promise.
-- ``append_line``, ``append_bytes``: a log that grows; at worst the last line is torn, and every reader and writer here
-  drops it.
-
-Whatever goes wrong with the disk becomes one sentence with the path and the cure, and the previous file stays. Used by
-the trackers, the checkpoints and whatever else writes into a run folder; what the files hold is none of its business.
+``write_text``, ``write_json``, ``write_bytes`` and ``atomic_folder`` put a whole file or folder where the old one was;
+``append_line`` grows a log, whose last line a kill may tear: every reader and writer here drops it then. Whatever goes
+wrong with the disk is one sentence with the path and the cure, and the previous file stays.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import gzip
 import json
-import math
 import os
 import re
 import secrets
@@ -27,8 +18,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from common.errors import RunFailure, UserError
 
@@ -51,19 +43,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """The bytes as a whole file; missing folders are made."""
-    with _in_words(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _beside(path, "partial")
         try:
-            with open(partial, "xb") as file:
-                file.write(data)
-                file.flush()
-                # Before the rename: a power cut could otherwise keep the new name and lose the bytes.
-                os.fsync(file.fileno())
+            partial.write_bytes(data)
+            _fsync(partial)  # before the rename: a power cut could otherwise keep the new name and lose the bytes
             os.replace(partial, path)
-        except BaseException:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
         _fsync(path.parent)
 
 
@@ -74,26 +62,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     If the body raises, nothing of it stays, ``path`` is as it was, and the error goes on as it is; but a full disk is
     a ``RunFailure`` even where a library reported it in its own words (torch and safetensors do).
     """
-    with _in_words(path):
+    with disk_errors(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     with scratch_folder(path) as partial:
         yield partial
-        with _in_words(path):
+        with disk_errors(path):
             for folder, _, names in os.walk(partial):
-                for name in names:
+                for name in [*names, ""]:
                     _fsync(Path(folder, name))
-                _fsync(Path(folder))
             _put(partial, path)
-    with _in_words(path):
-        _fsync(path.parent)
+            _fsync(path.parent)
 
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """Inside, an empty folder beside ``path``, on the same disk; after it, gone with what is in it. Errors go on as
     ``atomic_folder``'s do."""
-    with _in_words(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = _beside(path, "partial")
         # Not tempfile.mkdtemp: its folders are closed to other users, and the exported model should not be.
@@ -109,16 +95,25 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, text: str) -> None:
-    """One whole line at the end of the file. A torn line that a killed process left there is dropped first."""
+    """One whole line at the end of the file, or none if the disk is full. A torn line that a killed process left there
+    is dropped first."""
     assert "\n" not in text, f"a line of a log cannot hold a line break: {text!r}"
-    with _in_words(path):
-        _append(path, text.encode("utf-8") + b"\n", lines=True)
-
-
-def append_bytes(path: Path, data: bytes) -> None:
-    """The bytes at the end of the file, in one write; none of them if the disk is full."""
-    with _in_words(path):
-        _append(path, data, lines=False)
+    data = text.encode("utf-8") + b"\n"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                end = os.pread(file.fileno(), end, 0).rfind(b"\n") + 1
+                file.truncate(end)
+            try:
+                while data:  # once, unless the disk fills up: then the second write says so
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)
+                raise
 
 
 def read_lines(path: Path) -> list[str]:
@@ -131,7 +126,8 @@ def read_lines(path: Path) -> list[str]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged ({error}); remove it") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)}); check the path and its permissions") from error
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{path} cannot be read ({reason}); check the path and its permissions") from error
     # Not str.splitlines: it also breaks at U+2028 and its like, which JSON text may hold as they are.
     return [line.decode("utf-8", errors="replace") for line in data.split(b"\n")[:-1]]
 
@@ -170,59 +166,39 @@ def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any]
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=default)
     except ValueError:  # a number that is not finite somewhere
-        text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent, default=default)
+        finite = json.loads(json.dumps(value, default=default), parse_constant=lambda _: None)
+        text = json.dumps(finite, ensure_ascii=False, indent=indent)
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-class FolderLock:
-    """Says that a live process works in the folder; released by ``release``, at the end of ``with``, or by the
-    process's death, however it died. Made by ``lock_folder``."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        _held.add(descriptor)
-
-    def release(self) -> None:
-        """Lets another process in. Releasing twice is allowed."""
-        if self._descriptor in _held:
-            _held.discard(self._descriptor)
-            os.close(self._descriptor)
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.release()
-
-
-def lock_folder(path: Path) -> FolderLock:
-    """Takes the folder for this process, making it if need be.
+@contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Inside, the folder (made if need be) is this process's. The process's death, however it died, lets another in,
+    and a forked worker that outlives it does not keep it.
 
     Raises ``UserError`` with the other's process id if a live process holds it.
     """
-    with _in_words(path):
+    with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        # The file is never removed: a process that had just opened it would then lock a file nobody else sees.
-        descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock, file = FileLock(path / LOCK_NAME, fallback_to_soft=False), path / LOCK_NAME
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 64, 0).decode("ascii", errors="replace").strip() or "unknown"
-            os.close(descriptor)
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = file.read_text(encoding="ascii", errors="replace").strip() or "unknown"
             raise UserError(
                 f"{path} is in use by the running process {holder}; wait for it, stop it, or choose another folder"
             ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-        return FolderLock(descriptor)
+    try:
+        with disk_errors(path):
+            file.write_text(f"{os.getpid()}\n")  # for the message above only
+        yield
+    finally:
+        lock.release()
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left half written below the folder. Only for who holds its lock."""
-    with _in_words(folder):
+    with disk_errors(folder):
         for left in sorted(folder.rglob(".*")):
             match = _LEFT_OVER.fullmatch(left.name)
             if match is None or not left.exists():  # gone: it was inside another leftover
@@ -236,71 +212,18 @@ def remove_leftovers(folder: Path) -> None:
                 left.unlink()
 
 
-# A forked child shares the lock with its parent, and a worker that outlived a killed run would keep the folder taken.
-_held: set[int] = set()
-
-
-def _let_go_in_child() -> None:
-    while _held:
-        os.close(_held.pop())
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-def _append(path: Path, data: bytes, *, lines: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-    try:
-        end = os.lseek(descriptor, 0, os.SEEK_END)
-        if lines and end and os.pread(descriptor, 1, end - 1) != b"\n":
-            end = os.pread(descriptor, end, 0).rfind(b"\n") + 1
-            os.ftruncate(descriptor, end)
-        try:
-            written = 0
-            while written < len(data):  # once, unless the disk fills up: then the second try says so
-                written += os.write(descriptor, data[written:])
-            os.fsync(descriptor)
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(descriptor, end)
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _put(new: Path, place: Path) -> None:
-    """Renames a folder into place. Where another stands the two swap names at once: ``place`` always exists."""
+    """Renames a folder into place, over one that stands there. Killed between the two renames that this takes,
+    ``remove_leftovers`` puts the old one back."""
     try:
         os.rename(new, place)
-        return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    if _exchange(new, place):
-        shutil.rmtree(new, ignore_errors=True)
-    else:
-        _put_in_two_steps(new, place)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Linux's renameat2(RENAME_EXCHANGE); False where the system or the file system has none (macOS, some NFS)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    current_folder, exchange = -100, 2
-    if not hasattr(libc, "renameat2"):
-        return False
-    result: int = libc.renameat2(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange)
-    if result and ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
-    return result == 0
-
-
-def _put_in_two_steps(new: Path, place: Path) -> None:
-    """The same without an exchange. Killed in the middle, ``remove_leftovers`` puts the old folder back."""
-    aside = _beside(place, "replaced")
-    os.rename(place, aside)
-    os.rename(new, place)
-    shutil.rmtree(aside, ignore_errors=True)
+        old = _beside(place, "replaced")
+        os.rename(place, old)
+        os.rename(new, place)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -322,24 +245,22 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def _in_words(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turns an ``OSError`` into one sentence with the path and the cure."""
     try:
         yield
     except OSError as error:
-        code = error.errno
-        if code in _NO_SPACE:
+        if error.errno in _NO_SPACE:
             raise _no_space(path) from error
-        if code in _NOT_ALLOWED:
-            raise UserError(
-                f"{path} cannot be written ({_reason(error)}); choose another folder or fix its permissions"
-            ) from error
-        if code in _WRONG_KIND:
-            where = f" at {error.filename}" if error.filename and str(error.filename) != str(path) else ""
-            raise UserError(
-                f"{path} cannot be written ({_reason(error)}{where}); choose another folder or move that away"
-            ) from error
-        raise RunFailure(f"{path} cannot be written ({_reason(error)}); check the disk and try again") from error
+        kind: type[Exception] = UserError
+        reason, cure = (error.strerror or str(error)).lower(), "choose another folder or fix its permissions"
+        if error.errno in _WRONG_KIND:
+            if error.filename and str(error.filename) != str(path):
+                reason += f" at {error.filename}"
+            cure = "choose another folder or move that away"
+        elif error.errno not in _NOT_ALLOWED:
+            kind, cure = RunFailure, "check the disk and try again"
+        raise kind(f"{path} cannot be written ({reason}); {cure}") from error
 
 
 def _no_space(path: Path) -> RunFailure:
@@ -357,17 +278,3 @@ def _is_no_space(error: BaseException, partial: Path) -> bool:
     with suppress(OSError):
         return shutil.disk_usage(partial).free < 2**16  # what did not fit has used up the rest
     return False
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -294,7 +294,7 @@ def _metric_rows(steps: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
         if values:
             meaning = METRICS.get(key) or METRICS["reward/<name>"]
             mean = sum(values) / len(values)
-            rows.append((key, f"{values[0]:.4g}", f"{values[-1]:.4g}", f"{mean:.4g}", meaning))
+            rows.append((key, f"{values[0]:.4g}", f"{values[-1]:.4g}", f"{mean:.4g}", str(meaning)))
     return rows
 
 

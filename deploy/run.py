@@ -27,6 +27,8 @@ from common.protocols import Learner, Tracker
 from common.rewards.scorer import Scorer
 from common.tracking import metrics
 from common.tracking.console import ConsoleTracker
+from common.tracking.health import HealthTracker
+from common.tracking.trackers import OwnTracker, TensorBoardTracker, Trackers
 from common.watchdog import bounded
 from deploy import components, disk, report
 from deploy.cluster import connection
@@ -137,13 +139,13 @@ def _train(
     with contextlib.ExitStack() as stack:
         trackers: list[Tracker] = [metrics.JsonlTracker(folder, config.run, config.train.steps)]
         if config.run.tensorboard:
-            trackers.append(metrics.TensorBoardTracker(folder, learner.version))
+            trackers.append(TensorBoardTracker(folder, learner.version))
         shown = ConsoleTracker(config.run.console, config.train.steps, learner.version, console)
         done = atomic_files.read_json_lines(folder / "metrics.jsonl")
-        watched = metrics.HealthTracker(done, lambda text: _tell(console, text))
+        watched = HealthTracker(done, lambda text: _tell(console, text))
         trackers += [shown, watched]
-        stack.callback(metrics.Trackers(trackers).close)
-        tracker = metrics.Trackers([*trackers, *own])
+        stack.callback(Trackers(trackers).close)
+        tracker = Trackers([*trackers, *own])
         loop = Loop(
             config, learner, sampler, placement, scorer, stream, sync, tracker, checkpoints,
             memory_gib=parts.memory_gib, restarts=parts.restarts, answer_s=parts.answer_s,
@@ -197,9 +199,9 @@ def _rehearse(loop: Loop, ready: Prepared, planned: output.Plan | None, console:
     output.check_disk(ready.config, folder, int(took["checkpoint_bytes"]), model)
 
 
-def _own_tracker(name: str, folder: Path) -> metrics.OwnTracker:
+def _own_tracker(name: str, folder: Path) -> OwnTracker:
     try:
-        return metrics.OwnTracker(name, lambda: plugins.make("tracker", name, {}, folder))
+        return OwnTracker(name, lambda: plugins.make("tracker", name, {}, folder))
     except (UserError, RunFailure):
         raise
     except (Exception, SystemExit) as error:

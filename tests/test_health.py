@@ -5,9 +5,7 @@ import re
 
 import pytest
 
-from common.tracking import health
-from common.tracking.health import LOOKED_AT, Watch, findings, unlearned
-from common.tracking.metrics import HealthTracker
+from common.tracking.health import LOOKED_AT, HealthTracker, Watch, findings, unlearned
 
 
 def row(step, **changed):
@@ -112,4 +110,4 @@ def test_a_long_run_costs_no_more_a_step():
     watch = Watch()
     for step in range(1, 5000):
         watch.add(row(step, truncated_fraction=1.0))
-    assert len(watch._last) == len(watch._last_updates) == health.LOOKED_AT
+    assert len(watch.last) == len(watch.last_updates) == LOOKED_AT

@@ -14,8 +14,7 @@ import pytest
 
 from common import plugins
 from common.errors import RunFailure, UserError
-from common.tracking.metrics import OwnTracker
-from common.tracking.trackers import Mlflow, Trackio, Wandb
+from common.tracking.trackers import Mlflow, OwnTracker, Trackio, Wandb
 from tests.test_tracking import EVALUATION, Recorder, metrics
 
 ROOT = Path(__file__).parent.parent

@@ -22,18 +22,17 @@ from common.config import RunConfig, build
 from common.errors import RunFailure, UserError, printable
 from common.tracking.console import ConsoleTracker, duration, evaluation_line
 from common.tracking.metrics import (
-    ABSENT_WHEN,
     METRICS,
     ROLLOUT_COLUMNS,
     JsonlTracker,
-    TensorBoardTracker,
-    Trackers,
     rewind,
     rollout_files,
 )
+from common.tracking.trackers import TensorBoardTracker, Trackers
 from common.types import Completion, Group, Prompt
 
 ROOT = Path(__file__).parent.parent
+MAY_BE_ABSENT = {key for key, metric in METRICS.items() if metric.absent_when}
 
 
 def metrics(step: int, **changed: float) -> dict[str, float]:
@@ -95,7 +94,7 @@ def test_only_documented_metrics_are_written(tmp_path: Path) -> None:
 def test_only_what_does_not_apply_may_be_missing(tmp_path: Path) -> None:
     tracker = JsonlTracker(tmp_path)
     full = metrics(1)
-    for key in METRICS.keys() - ABSENT_WHEN.keys() - {"step", "time", "reward/<name>"}:
+    for key in METRICS.keys() - MAY_BE_ABSENT - {"step", "time", "reward/<name>"}:
         with pytest.raises(AssertionError, match=rf"missing: \['{key}'\]"):
             tracker.log(1, {name: value for name, value in full.items() if name != key})
     with pytest.raises(AssertionError, match="no named reward"):
@@ -103,14 +102,15 @@ def test_only_what_does_not_apply_may_be_missing(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"every update are missing: \['grad_norm'\]"):
         tracker.log(1, {name: value for name, value in full.items() if name != "grad_norm"})
     tracker.log(1, {name: value for name, value in full.items() if name not in ("kl", "seconds_proof", "ratio_mean")})
-    tracker.log(2, {name: value for name, value in full.items() if name not in ABSENT_WHEN})
+    tracker.log(2, {name: value for name, value in full.items() if name not in MAY_BE_ABSENT})
 
 
 def test_every_metric_says_its_meaning_and_every_absence_its_reason() -> None:
-    assert ABSENT_WHEN.keys() <= METRICS.keys()
-    assert all(text and "\n" not in text for text in (*METRICS.values(), *ABSENT_WHEN.values()))
-    assert all("(seconds" in text for key, text in METRICS.items() if key.startswith("seconds_"))
-    assert all("(0 to 1)" in text for key, text in METRICS.items() if key.endswith("_fraction"))
+    assert all(metric.meaning and "\n" not in "".join(metric) for metric in METRICS.values())
+    units = {key: metric.unit for key, metric in METRICS.items()}
+    assert all(unit == "seconds" for key, unit in units.items() if key.startswith("seconds_"))
+    assert all(unit == "0 to 1" for key, unit in units.items() if key.endswith("_fraction"))
+    assert str(METRICS["seconds_sync"]).endswith("without the proof (seconds)")
 
 
 # --- rollouts ---
@@ -280,7 +280,7 @@ def test_tensorboard_hides_what_a_resumed_run_says_again(tmp_path: Path) -> None
 
 
 def test_tensorboard_is_not_imported_before_it_is_wanted() -> None:
-    code = "import sys, common.tracking.metrics, common.tracking.console\n"
+    code = "import sys, common.tracking.trackers, common.tracking.console\n"
     code += "print('tensorboard' in sys.modules, 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout == "False False\n"

@@ -1,15 +1,16 @@
 """What a run's own numbers say is going wrong, with likely causes: for the terminal, the log and the report.
 
 Everything comes from the rows of ``metrics.jsonl``, so that a report of a killed run finds what the live run found. A
-sign must hold for ``LOOKED_AT`` steps in a row, or for the whole of a shorter run. Left out: what stops a run at once
-(a loss that is not finite, a proof that fails). Used by deploy/run.py and deploy/report.py.
+sign must hold for ``LOOKED_AT`` steps in a row, or for the whole of a shorter run. Left out: what stops a run at once.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from common.types import Group
 
 Row = Mapping[str, Any]
 LOOKED_AT = 3
@@ -48,42 +49,70 @@ def findings(rows: Sequence[Row], finished: bool = False) -> list[Finding]:
 
 
 class Watch:
-    """The same, a step at a time."""
+    """The same, a step at a time. What it keeps does not grow with the run."""
 
     def __init__(self) -> None:
-        self._steps = self._updates = 0
-        self._last: deque[Row] = deque(maxlen=LOOKED_AT)
-        self._first_update: Row = {}
-        self._last_updates: deque[Row] = deque(maxlen=LOOKED_AT)
+        self.last: deque[Row] = deque(maxlen=LOOKED_AT)
+        self.first_update: Row = {}
+        self.last_updates: deque[Row] = deque(maxlen=LOOKED_AT)
+        self.steps = self.updates = 0
+        self.equal_groups, self.had_signal = 0.0, False
         self._found: set[str] = set()
-        self._equal_groups, self._had_signal = 0.0, False
 
     def add(self, row: Row) -> list[Finding]:
         """What is to be seen from this step on."""
-        self._steps += 1
-        self._last.append(row)
+        self.steps += 1
+        self.last.append(row)
         equal = row.get("zero_variance_fraction") == 1
-        self._equal_groups = self._equal_groups + (row.get("groups_sampled") or 0) if equal else 0.0
-        self._had_signal |= not equal
+        self.equal_groups = self.equal_groups + (row.get("groups_sampled") or 0) if equal else 0.0
+        self.had_signal |= not equal
         if row.get("entropy") is not None:
-            self._first_update = self._first_update or row
-            self._updates += 1
-            self._last_updates.append(row)
-        return self._look() if self._steps >= LOOKED_AT else []
+            self.first_update = self.first_update or row
+            self.updates += 1
+            self.last_updates.append(row)
+        return self._look() if self.steps >= LOOKED_AT else []
 
     def finish(self) -> list[Finding]:
-        return self._look() if 0 < self._steps < LOOKED_AT else []
+        """What a run shows that ends before it had ``LOOKED_AT`` steps."""
+        return self._look() if 0 < self.steps < LOOKED_AT else []
 
     def _look(self) -> list[Finding]:
-        signs = {kind: sign(self._last) for kind, sign in _OF_STEPS.items()}
-        if self._had_signal and self._equal_groups < EQUAL_GROUPS:
-            signs["rewards all equal"] = ""
-        if self._updates > min(LOOKED_AT, self._steps - 1):  # the first is what the others are compared with
-            signs |= {kind: sign(self._first_update, self._last_updates) for kind, sign in _OF_UPDATES.items()}
-        new = [Finding(kind, int(self._last[-1]["step"]), text) for kind, text in signs.items() if text]
-        new = [finding for finding in new if finding.kind not in self._found]
+        signs = {kind: sign(self) for kind, sign in _SIGNS.items() if kind not in self._found}
+        new = [Finding(kind, int(self.last[-1]["step"]), text) for kind, text in signs.items() if text]
         self._found |= {finding.kind for finding in new}
         return new
+
+
+class HealthTracker:
+    """Says once what the run's numbers show to go wrong, as soon as they do."""
+
+    def __init__(self, rows: Sequence[Row], say: Callable[[str], None]) -> None:
+        """``rows``: the steps that a resumed run has behind it; what they show was said before."""
+        self._rows, self._say, self._watch = list(rows), say, Watch()
+        for row in rows:
+            self._watch.add(row)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._rows.append({"step": step, **metrics})
+        self._report(self._watch.add(self._rows[-1]))
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """Left out: the metrics are enough."""
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """Left out."""
+
+    def finish(self) -> str:
+        """The run has come to its end: says what a short one showed. Returns why nothing was learned, if nothing."""
+        self._report(self._watch.finish())
+        return unlearned(self._rows)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _report(self, found: Sequence[Finding]) -> None:
+        for finding in found:
+            self._say(f"step {finding.step}: {finding.text}")
 
 
 def unlearned(rows: Sequence[Row]) -> str:
@@ -93,10 +122,12 @@ def unlearned(rows: Sequence[Row]) -> str:
     return ""
 
 
-def _flat_rewards(last: Collection[Row]) -> str:
-    if not all(row.get("zero_variance_fraction") == 1 for row in last):
+def _flat_rewards(seen: Watch) -> str:
+    if not all(row.get("zero_variance_fraction") == 1 for row in seen.last):
         return ""
-    reward, cut = _mean(last, "reward_mean"), _mean(last, "truncated_fraction")
+    if seen.had_signal and seen.equal_groups < EQUAL_GROUPS:
+        return ""
+    reward, cut = _mean(seen.last, "reward_mean"), _mean(seen.last, "truncated_fraction")
     causes = [
         "the task is too hard or too easy for this model",
         "the prompt does not ask for the form that the reward reads",
@@ -110,19 +141,20 @@ def _flat_rewards(last: Collection[Row]) -> str:
     )
 
 
-def _cut(last: Collection[Row]) -> str:
-    if not all((row.get("truncated_fraction") or 0) >= MANY for row in last):
+def _cut(seen: Watch) -> str:
+    if not all((row.get("truncated_fraction") or 0) >= MANY for row in seen.last):
         return ""
+    cut = _mean(seen.last, "truncated_fraction")
     return (
-        f"{_mean(last, 'truncated_fraction'):.0%} of the completions are cut at sampler.max_tokens. Likely: it is too "
+        f"{cut:.0%} of the completions are cut at sampler.max_tokens. Likely: it is too "
         "low for this task; or the model does not end its turns (a base model, or another chat template than it knows: "
         "a string in sampler.stop ends them)"
     )
 
 
-def _entropy(at_first: Row, updates: Collection[Row]) -> str:
-    first, last = at_first["entropy"], [row["entropy"] for row in updates]
-    if max(last) >= min(FLAT_NATS, first / 10):
+def _entropy(seen: Watch) -> str:
+    first, last = _since_the_first(seen, "entropy")
+    if not last or max(last) >= min(FLAT_NATS, first / 10):
         return ""
     return (
         f"the model's entropy has gone from {first:.3g} to {last[-1]:.3g} nats a token: it writes one answer and tries "
@@ -131,9 +163,9 @@ def _entropy(at_first: Row, updates: Collection[Row]) -> str:
     )
 
 
-def _apart(at_first: Row, updates: Collection[Row]) -> str:
-    first, last = (at_first.get("logprob_diff_mean") or 0), [row.get("logprob_diff_mean") or 0 for row in updates]
-    if min(last) <= max(APART_NATS, 2 * first):
+def _apart(seen: Watch) -> str:
+    first, last = _since_the_first(seen, "logprob_diff_mean")
+    if not last or min(last) <= max(APART_NATS, 2 * first):
         return ""
     return (
         f"sampler and learner differ by {last[-1]:.3g} nats on the sampled tokens, {first:.3g} at first. Likely: "
@@ -142,25 +174,29 @@ def _apart(at_first: Row, updates: Collection[Row]) -> str:
     )
 
 
-def _failing_rewards(last: Collection[Row]) -> str:
-    lost = sum(row.get("groups_skipped_reward_error") or 0 for row in last)
-    asked = lost + sum(row.get("groups_sampled") or 0 for row in last)
+def _failing_rewards(seen: Watch) -> str:
+    lost = sum(row.get("groups_skipped_reward_error") or 0 for row in seen.last)
+    asked = lost + sum(row.get("groups_sampled") or 0 for row in seen.last)
     if not asked or lost / asked < FAILED:
         return ""
     return f"{lost:.0f} of {asked:.0f} groups were left out, because a reward failed on them; run.log says how"
 
 
-_OF_STEPS: Mapping[str, Callable[[Collection[Row]], str]] = {
+_SIGNS: Mapping[str, Callable[[Watch], str]] = {
     "rewards all equal": _flat_rewards,
     "completions cut": _cut,
     "rewards failing": _failing_rewards,
-}
-_OF_UPDATES: Mapping[str, Callable[[Row, Collection[Row]], str]] = {
     "entropy gone": _entropy,
     "sampler and learner apart": _apart,
 }
 
 
-def _mean(rows: Collection[Row], key: str) -> float:
+def _since_the_first(seen: Watch, key: str) -> tuple[float, list[float]]:
+    """Of the first update, and of the last ones; of these none while there are too few to compare with it."""
+    enough = seen.updates > min(LOOKED_AT, seen.steps - 1)
+    return seen.first_update.get(key) or 0, [row.get(key) or 0 for row in seen.last_updates] if enough else []
+
+
+def _mean(rows: Iterable[Row], key: str) -> float:
     values = [row[key] for row in rows if row.get(key) is not None]
     return sum(values) / len(values) if values else 0.0
