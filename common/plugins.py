@@ -1,12 +1,8 @@
 """Finds a task, sampler or tracker by name, and makes it with the options of the run file.
 
-A name is one of three things: an installed entry point (``warmup``), ``module:attr`` (``my_package.tasks:MyTask``) or
-``path/file.py:attr`` (``my_task.py:MyTask``). Whatever goes wrong on the way is a ``UserError`` of one sentence.
-
-Left out: any list of our own back ends. They are entry points of this distribution like anyone else's; where it is not
-installed (a Ray job's working directory on a node that has only the requirements) they are read from the
-``pyproject.toml`` beside this package. Used by the composition root and, for tasks, by every reward worker
-(``common/rewards/scorer.py``), which is why nothing here may import torch.
+A name is an installed entry point (``warmup``), ``module:attr`` or ``path/file.py:attr``. Our own back ends are entry
+points like anyone else's, read from ``pyproject.toml`` where only the requirements are installed (a Ray job's working
+directory). Whatever goes wrong is a ``UserError`` of one sentence. Every reward worker imports this: no torch here.
 """
 
 from __future__ import annotations
@@ -16,15 +12,17 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import operator
 import os
 import sys
 import sysconfig
 import tomllib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.errors import UserError
 
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from common.protocols import Task
 
 Kind = Literal["task", "sampler", "tracker"]
+_KEYS = {"task": "task.name", "sampler": "sampler.name", "tracker": "run.trackers"}
 _GIVEN = {"task": "nothing", "sampler": "a common.types.SamplerSetup", "tracker": "the run folder"}
 _METHODS = {
     "sampler": ("generate", "logprobs", "load_weights", "sleep", "wake", "close"),
@@ -40,31 +39,35 @@ _METHODS = {
 }
 
 
+class _NotFoundError(Exception):
+    """What is wrong with a name, and the cure, to be read after the setting that has it."""
+
+
 def find(kind: Kind, name: str) -> Callable[..., Any]:
     """The callable behind a name. Finding the same one twice gives the same object."""
-    assert kind in get_args(Kind), kind
-    place, colon, attr = name.rpartition(":")
-    if not colon:
-        if name.endswith(".py"):
-            raise UserError(f"{_key(kind)}={name!r} does not say what to take from the file; write {name}:NAME")
-        return _from_entry_point(kind, name)
-    if not place or not attr:
-        raise UserError(f"{_key(kind)}={name!r} is neither module:NAME nor path/file.py:NAME")
-    module = _file(kind, name, place) if place.endswith(".py") else _module(kind, name, place)
-    return _attribute(kind, name, module, attr)
+    module, _, attr = name.rpartition(":")
+    try:
+        if not module or not attr:
+            entry = _entry_point(kind, name)
+            module, attr = entry.module, entry.attr
+        found = _attribute(_import(module), attr)
+        if not callable(found):
+            raise _NotFoundError(f"it is a {type(found).__name__}, no class or function that makes a {kind}; name one")
+    except _NotFoundError as error:
+        raise UserError(f"{_KEYS[kind]}={name!r}: {error}") from error.__cause__
+    return found  # type: ignore[no-any-return]
 
 
 def installed(kind: Kind) -> list[tuple[str, str]]:
     """Every installed name with one line about it: the first line of its docstring, or why it cannot be imported."""
     lines = []
-    for entry in _entries(kind):
+    for entry in _entry_points(kind):
         try:
-            found = _from_entry_point(kind, entry.name)
+            found = find(kind, entry.name)
+            text = found.__doc__ or getattr(sys.modules.get(found.__module__), "__doc__", None) or ""
+            lines.append((entry.name, next(iter(text.strip().splitlines()), "")))
         except UserError as error:
             lines.append((entry.name, f"cannot be used: {error}"))
-            continue
-        text = found.__doc__ or getattr(sys.modules.get(found.__module__), "__doc__", None) or ""
-        lines.append((entry.name, next((line.strip() for line in text.splitlines() if line.strip()), "")))
     return lines
 
 
@@ -90,15 +93,6 @@ def check(kind: Kind, name: str, options: Mapping[str, Any], given: int) -> Call
     return found
 
 
-def _check_methods(kind: Kind, name: str, thing: Any, what: str) -> None:
-    lacking = [method for method in _METHODS.get(kind, ()) if not callable(getattr(thing, method, None))]
-    if lacking:
-        raise UserError(
-            f"{_key(kind)}={name!r} {what} that is no {kind}: it has no {', '.join(lacking)} (see common.protocols."
-            f"{kind.title()}); name a {kind}"
-        )
-
-
 def make_task(name: str, options: Mapping[str, Any]) -> Task:
     """The task, checked to have the shape of ``common.protocols.Task``."""
     try:
@@ -107,18 +101,11 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
         raise
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"task.name={name!r} cannot be made with task.options={dict(options)}: {_brief(error)}"
+            f"task.name={name!r} cannot be made with task.options={dict(options)}: {one_line(error)}"
         ) from error
-    _check_task(name, task)
+    if mistake := _mistake_in(task):
+        raise UserError(f"task.name={name!r} {mistake} (see common.protocols.Task)")
     return task
-
-
-def version() -> str:
-    """The version of nanogrpo, installed or run from its source; empty where neither says."""
-    try:
-        return distribution("nanogrpo").version
-    except PackageNotFoundError:
-        return str(_own_project().get("version", ""))
 
 
 def find_task(config: TaskConfig) -> Task:
@@ -126,179 +113,12 @@ def find_task(config: TaskConfig) -> Task:
     return make_task(config.name, config.options)
 
 
-def _entries(kind: Kind) -> list[EntryPoint]:
-    """Installed entry points by name; one that is listed twice (an old egg-info beside a wheel) counts once."""
-    group = f"nanogrpo.{kind}s"
-    unique = {(entry.name, entry.value): entry for entry in (*entry_points(group=group), *_declared(group))}
-    return [unique[key] for key in sorted(unique)]
-
-
-def _declared(group: str) -> list[EntryPoint]:
-    """Our own entry points out of ``pyproject.toml``, where nanogrpo runs from its source without being installed."""
+def version() -> str:
+    """The version of nanogrpo, installed or run from its source; empty where neither says."""
     try:
-        distribution("nanogrpo")
-        return []
+        return distribution("nanogrpo").version
     except PackageNotFoundError:
-        pass
-    declared = _own_project().get("entry-points", {}).get(group, {})
-    return [EntryPoint(name, value, group) for name, value in declared.items()]
-
-
-def _own_project() -> dict[str, Any]:
-    """``[project]`` of our ``pyproject.toml``; empty where only the packages were copied."""
-    file = Path(__file__).parent.parent / "pyproject.toml"
-    try:
-        project = dict(tomllib.loads(file.read_text(encoding="utf-8"))["project"])
-    except (OSError, KeyError, ValueError):
-        return {}
-    return project if project.get("name") == "nanogrpo" else {}
-
-
-def _key(kind: Kind) -> str:
-    """The setting that names it."""
-    return "run.trackers" if kind == "tracker" else f"{kind}.name"
-
-
-def _from_entry_point(kind: Kind, name: str) -> Callable[..., Any]:
-    entries = _entries(kind)
-    matching = [entry for entry in entries if entry.name == name]
-    if not matching:
-        names = list(dict.fromkeys(entry.name for entry in entries))
-        if not names:
-            raise UserError(
-                f"{_key(kind)}={name!r}: no {kind} is installed; install nanogrpo itself (pip install -e .)"
-            )
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(
-            f"{_key(kind)}={name!r} is not installed; {hint}There are {', '.join(names)}, "
-            "and your own as path/file.py:NAME or module:NAME"
-        )
-    if len(matching) > 1:
-        places = " and ".join(entry.value for entry in matching)
-        raise UserError(f"{_key(kind)}={name!r} is offered by {places}; write the one you want as module:NAME")
-    entry = matching[0]
-    return _attribute(kind, name, _module(kind, name, entry.module), entry.attr)
-
-
-def _module(kind: Kind, name: str, module: str) -> Any:
-    # A console script does not have the current folder on its path, where users keep their modules.
-    _add_to_path(os.getcwd())
-    try:
-        return importlib.import_module(module)
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
-            raise UserError(
-                f"{_key(kind)}={name!r}: there is no module {module!r}; install it, or name a file as path/file.py:NAME"
-            ) from None
-        needed = error.name or str(error)
-        raise UserError(
-            f"{_key(kind)}={name!r} needs the Python module {needed!r}, which is not installed; install it"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{_key(kind)}={name!r} does not import ({where(error)}): {_brief(error)}; fix it") from error
-
-
-def _file(kind: Kind, name: str, place: str) -> Any:
-    path = Path(place).expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"{_key(kind)}={name!r}: there is no file {str(path)!r}; give its path from {os.getcwd()!r}")
-    # Its neighbours are importable too. Last on the path, so that a user's random.py or learner.py shadows nothing.
-    _add_to_path(str(path.parent))
-    module_name = f"nanogrpo_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None, path
-    assert spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # before it runs: dataclasses and pickle look there for its classes
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        del sys.modules[module_name]
-        raise
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise UserError(f"{_key(kind)}={name!r} does not import ({where(error)}): {_brief(error)}; fix it") from error
-    return module
-
-
-def _attribute(kind: Kind, name: str, module: Any, attr: str) -> Callable[..., Any]:
-    found = module
-    for part in attr.split("."):
-        if not hasattr(found, part):
-            own = [key for key, value in vars(module).items() if inspect.isclass(value) and not key.startswith("_")]
-            close = difflib.get_close_matches(attr, [key for key in vars(module) if not key.startswith("_")], n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"its classes are {', '.join(own) or 'none'}"
-            raise UserError(f"{_key(kind)}={name!r}: {attr!r} is not in {_place(module)}; {hint}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(
-            f"{_key(kind)}={name!r} is a {type(found).__name__}, not a class or function that makes a {kind}; name one"
-        )
-    return found  # type: ignore[no-any-return]
-
-
-def _check_options(kind: Kind, name: str, found: Callable[..., Any], options: Mapping[str, Any], given: int) -> None:
-    try:
-        parameters = list(inspect.signature(found).parameters.values())
-    except (TypeError, ValueError):  # some classes written in C have no signature; the call itself will tell
-        return
-    if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        first = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(first) < given:
-            raise UserError(
-                f"{_key(kind)}={name!r} is called with {_GIVEN[kind]} first, which it does not take; name a class or "
-                f"function that makes a {kind}"
-            )
-        parameters = [p for p in parameters if p not in first[:given]]
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for key, value in options.items():
-            if key not in named:
-                close = difflib.get_close_matches(key, named, n=1)
-                hint = f"did you mean {close[0]!r}? It" if close else "it"
-                takes = f"takes {', '.join(named)}" if named else "takes no options"
-                raise UserError(f"{kind}.options.{key}={value!r} is not an option of {kind} {name!r}; {hint} {takes}")
-    missing = [key for key, p in named.items() if p.default is p.empty and key not in options]
-    if missing:
-        raise UserError(f"{kind}.options.{missing[0]} is missing, and {kind} {name!r} needs it; set it")
-
-
-def _check_task(name: str, task: Any) -> None:
-    for part in ("rewards", "reward_weights", "prompts", "is_correct"):
-        if not hasattr(task, part):
-            raise UserError(f"task.name={name!r} has no {part!r}, which every task needs (see common.protocols.Task)")
-    for part in ("prompts", "is_correct"):
-        if not callable(getattr(task, part)):
-            raise UserError(f"task.name={name!r}: {part!r} is not a method; make it one (see common.protocols.Task)")
-    for part in ("rewards", "reward_weights"):
-        if not isinstance(getattr(task, part), Mapping):
-            raise UserError(
-                f"task.name={name!r}: {part!r} is not a dictionary; make it one (see common.protocols.Task)"
-            )
-    if not task.rewards:
-        raise UserError(f"task.name={name!r} has no rewards; give it at least one")
-    for reward, function in task.rewards.items():
-        if not callable(function):
-            raise UserError(
-                f"task.name={name!r}: reward {reward!r} is not a function; make it (prompt, completion) -> number"
-            )
-    if set(task.rewards) != set(task.reward_weights):
-        odd = ", ".join(sorted(set(task.rewards) ^ set(task.reward_weights)))
-        raise UserError(f"task.name={name!r}: {odd} is in only one of rewards and reward_weights; put it in both")
-
-
-def _add_to_path(folder: str) -> None:
-    if folder not in sys.path:
-        sys.path.append(folder)
-
-
-def _place(module: Any) -> str:
-    return repr(getattr(module, "__file__", None) or module.__name__)
+        return str(_project().get("version", ""))
 
 
 def where(error: BaseException, *ours: str) -> str:
@@ -313,7 +133,151 @@ def where(error: BaseException, *ours: str) -> str:
     return f"{own[-1].filename}, line {own[-1].lineno}" if own else "before its first line"
 
 
-def _brief(error: BaseException) -> str:
-    """The exception in one line."""
+def one_line(error: BaseException) -> str:
+    """The exception's type and text in one line."""
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     return f"{type(error).__name__}: {' '.join(text.split())}" if text else type(error).__name__
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """``did you mean 'NAME'? ``, where one of the names is close; else nothing."""
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _entry_points(kind: Kind) -> list[EntryPoint]:
+    """By name; one that is listed twice (an old egg-info beside a wheel) counts once."""
+    group = f"nanogrpo.{kind}s"
+    found = list(entry_points(group=group))
+    try:
+        distribution("nanogrpo")
+    except PackageNotFoundError:
+        ours = _project().get("entry-points", {}).get(group, {})
+        found += [EntryPoint(name, value, group) for name, value in ours.items()]
+    unique = {(entry.name, entry.value): entry for entry in found}
+    return [unique[key] for key in sorted(unique)]
+
+
+def _project() -> dict[str, Any]:
+    """``[project]`` of our ``pyproject.toml``; empty where only the packages were copied."""
+    try:
+        text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+        project: dict[str, Any] = tomllib.loads(text)["project"]
+        return project if project["name"] == "nanogrpo" else {}
+    except (OSError, KeyError, ValueError):
+        return {}
+
+
+def _entry_point(kind: Kind, name: str) -> EntryPoint:
+    entries = _entry_points(kind)
+    matching = [entry for entry in entries if entry.name == name]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        values = " and ".join(entry.value for entry in matching)
+        raise _NotFoundError(f"it is offered by {values}; write the one you want as module:NAME")
+    if not entries:
+        raise _NotFoundError(f"no {kind} is installed; install nanogrpo itself (pip install -e .)")
+    names = list(dict.fromkeys(entry.name for entry in entries))
+    hint = f"{did_you_mean(name, names)}there are {', '.join(names)}, and your own as path/file.py:NAME or module:NAME"
+    raise _NotFoundError(f"it is not installed; {hint}")
+
+
+def _import(place: str) -> ModuleType:
+    """The module of this name, or of this file."""
+    path = Path(place).expanduser().resolve()
+    is_file = place.endswith(".py")
+    if is_file and not path.is_file():
+        raise _NotFoundError(f"there is no file {str(path)!r}; give its path from {os.getcwd()!r}")
+    # Where users keep their modules, which a console script does not have on its path; and a file's neighbours. Last,
+    # so that a user's random.py or learner.py shadows nothing.
+    folder = str(path.parent) if is_file else os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        return _import_file(path) if is_file else importlib.import_module(place)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        if missing and not is_file and f"{place}.".startswith(f"{missing}."):
+            advice = "install it, or name a file as path/file.py:NAME"
+            raise _NotFoundError(f"there is no module {place!r}; {advice}") from None
+        cure = f"install {missing!r}" if missing else "fix it"
+        raise _NotFoundError(f"it does not import ({where(error)}): {one_line(error)}; {cure}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"nanogrpo_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None, path
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # first: dataclasses look there for their module
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _attribute(module: ModuleType, attr: str) -> Any:
+    try:
+        return operator.attrgetter(attr)(module)
+    except AttributeError:
+        public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        classes = ", ".join(name for name, value in public.items() if inspect.isclass(value)) or "none"
+        hint = did_you_mean(attr, public) or f"its classes are {classes}"
+        raise _NotFoundError(f"{attr!r} is not in {module.__file__ or module.__name__!r}; {hint}") from None
+
+
+def _check_methods(kind: Kind, name: str, thing: Any, what: str) -> None:
+    lacking = [method for method in _METHODS.get(kind, ()) if not callable(getattr(thing, method, None))]
+    if lacking:
+        raise UserError(
+            f"{_KEYS[kind]}={name!r} {what} that is no {kind}: it has no {', '.join(lacking)} (see common.protocols."
+            f"{kind.title()}); name a {kind}"
+        )
+
+
+def _check_options(kind: Kind, name: str, found: Callable[..., Any], options: Mapping[str, Any], given: int) -> None:
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # some classes written in C have no signature; the call itself will tell
+        return
+    try:
+        taken = signature.bind_partial(*range(given)).arguments
+    except TypeError:
+        raise UserError(
+            f"{_KEYS[kind]}={name!r} is called with {_GIVEN[kind]} first, which it does not take; name a class or "
+            f"function that makes a {kind}"
+        ) from None
+    free = [p for p in signature.parameters.values() if p.name not in taken]
+    named = {p.name: p for p in free if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for key, value in options.items():
+        if key not in named and not any(p.kind is p.VAR_KEYWORD for p in free):
+            hint = f"{did_you_mean(key, named)}it takes {', '.join(named) or 'none'}"
+            raise UserError(f"{kind}.options.{key}={value!r} is not an option of {kind} {name!r}; {hint}")
+    for key, parameter in named.items():
+        if parameter.default is parameter.empty and key not in options:
+            raise UserError(f"{kind}.options.{key} is missing, and {kind} {name!r} needs it; set it")
+
+
+def _mistake_in(task: Any) -> str:
+    """What a task lacks, with the cure; empty for one that lacks nothing."""
+    for part, kind in {
+        "rewards": Mapping,
+        "reward_weights": Mapping,
+        "prompts": Callable,
+        "is_correct": Callable,
+    }.items():
+        if not isinstance(getattr(task, part, None), kind):
+            what = "dictionary" if kind is Mapping else "method"
+            return f"has no {what} {part!r}, which every task needs; give it one"
+    if not task.rewards:
+        return "has no rewards; give it at least one"
+    for reward, function in task.rewards.items():
+        if not callable(function):
+            return f"has a reward {reward!r} that is not a function; make it (prompt, completion) -> number"
+    odd = ", ".join(sorted(set(task.rewards) ^ set(task.reward_weights)))
+    return f"has {odd} in only one of rewards and reward_weights; put it in both" if odd else ""
