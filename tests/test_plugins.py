@@ -360,7 +360,7 @@ def test_a_task_that_cannot_be_made(good, name, error):
         ),
         (
             "Right.__init__ = lambda self: vars(self).update(rewards={'a': len}, reward_weights={'b': 1})",
-            "a, b is in only one of",
+            "a, b in only one of",
         ),
     ],
 )

@@ -526,7 +526,7 @@ def test_gsm8k_csv_columns_by_name_and_numbers_of_few_bits(tmp_path):
     import datasets
 
     (tmp_path / "train.csv").write_text(
-        '\ufeffid,Problem,Solution\n1,"a, b","70,000"\n2,c,0.1\n3,d,007\n', encoding="utf-8"
+        '\ufeffid,Solution,Problem\n1,"70,000","a, b"\n2,0.1,c\n3,007,d\n', encoding="utf-8"
     )
     (tmp_path / "test.csv").write_text('id,Problem,Solution\n1,e,"so #### 3"\n')
     task = Gsm8k(str(tmp_path), question="Problem", answer="Solution")
@@ -535,7 +535,7 @@ def test_gsm8k_csv_columns_by_name_and_numbers_of_few_bits(tmp_path):
         ("c", "0.1"),
         ("d", "7"),
     ]
-    with pytest.raises(UserError, match=r"no column 'question', only id, Problem, Solution; .*task\.options\.question"):
+    with pytest.raises(UserError, match=r"no column 'question', only id, Solution, Problem; .*task\.options\.question"):
         Gsm8k(str(tmp_path)).prompts("train")
     with pytest.raises(UserError, match=r"task\.options\.question='x'"):
         Gsm8k(question="x", answer="x")
@@ -642,7 +642,7 @@ def test_reasoning_gym_with_too_few_questions():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dataset": "basic_aritmetic"}, "did you mean basic_arithmetic"),
+        ({"dataset": "basic_aritmetic"}, "did you mean 'basic_arithmetic'?"),
         ({"dataset": "zzzzzz"}, "there are "),
         ({"dataset": "chain_sum", "settings": {"min_term": 2}}, "did you mean 'min_terms'"),
         ({"dataset": "chain_sum", "settings": {"seed": 2}}, "one level up: task.options.seed"),
@@ -691,17 +691,20 @@ def test_gsm8k_reads_very_many_rows_when_they_are_looked_at(tmp_path):
     assert many[-1].data["question"] == f"How many are {LOOKED_AT + 1}?"
 
 
-def test_gsm8k_csv_goes_to_the_disk_in_parts(tmp_path):
-    """A row that is wrong is named by its number in the file, whichever part it is in."""
+def test_gsm8k_csv_goes_to_the_disk_and_is_read_again_when_it_changes(tmp_path):
+    """A row that is wrong is named by its number in the file."""
     rows = [f'"How many are {n},\nin all?",{n}' for n in range(9000)]
     file = tmp_path / "all.csv"
     file.write_text("question,answer\n" + "\n".join(rows) + "\n")
     prompts = [prompt for split in SPLITS for prompt in Gsm8k(str(file)).prompts(split)]
     written = {(f"How many are {n},\nin all?", str(n)) for n in range(9000)}
     assert {(asked(prompt), prompt.data["answer"]) for prompt in prompts} == written
-    assert gsm8k._csv_table(file).cache_files, "it is mapped from a file"
+    assert gsm8k._load_files("source", [file]).cache_files, "it is mapped from a file"
     file.write_text("question,answer\n" + "\n".join([*rows[:5000], "a,1,2"]) + "\n")
-    with pytest.raises(UserError, match="row 5001 has 3 values, and the first line names 2 columns"):
+    with pytest.raises(UserError, match="row 5001 has not the 2 values that the first line names"):
+        Gsm8k(str(file)).prompts("train")
+    file.write_text("question,answer\n")
+    with pytest.raises(UserError, match="it has no rows"):
         Gsm8k(str(file)).prompts("train")
     file.write_text("\n")
     with pytest.raises(UserError, match="no line that names the columns"):

@@ -1,5 +1,4 @@
-"""The built-in tasks, one a file, and the two things they share: prompts made when they are looked
-at, and how a final answer is read from a completion.
+"""The built-in tasks, one a file, and what they share: prompts made when they are looked at, how an answer is read.
 
 A task that needs a package of its own (``datasets``, ``reasoning_gym``) is the only file that imports it. Nothing
 here imports torch: every reward worker imports its task.
@@ -7,11 +6,13 @@ here imports torch: every reward worker imports its task.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import overload
 
-from common.types import Prompt
+from common.errors import UserError
+from common.types import Completion, Prompt
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>\s*\Z", re.DOTALL)
 _TAG = re.compile(r"</?answer>")
@@ -27,6 +28,18 @@ def answer_in(text: str) -> str | None:
         return None
     match = _ANSWER.search(text)
     return match[1].strip() or None if match else None
+
+
+def format_reward(prompt: Prompt, completion: Completion) -> float:
+    """1 where the completion gives an answer, right or wrong."""
+    return float(answer_in(completion.text) is not None)
+
+
+def check_whole(key: str, value: object, least: int, most: float = math.inf) -> None:
+    """Raises ``UserError`` for an option that is no whole number from ``least`` to ``most``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        limit = "" if most == math.inf else f" and at most {most}"
+        raise UserError(f"task.options.{key}={value!r} must be a whole number of at least {least}{limit}")
 
 
 class Prompts(Sequence[Prompt]):

@@ -8,7 +8,6 @@ Nothing is downloaded.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import os
@@ -19,8 +18,9 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from common.errors import UserError
+from common.plugins import did_you_mean
 from common.protocols import RewardFunction, Split
-from common.tasks import Prompts, answer_in
+from common.tasks import Prompts, answer_in, check_whole, format_reward
 from common.tasks.literals import readable
 from common.types import Completion, Prompt
 
@@ -47,11 +47,9 @@ class ReasoningGym:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         for key, value, least in (("size", size, 1), ("test_size", test_size, 1), ("seed", seed, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _TEST_SEED:
-                raise UserError(f"task.options.{key}={value!r} must be a whole number from {least} to {_TEST_SEED - 1}")
+            check_whole(key, value, least, _TEST_SEED - 1)
         if dataset not in DATASETS:
-            close = difflib.get_close_matches(str(dataset), DATASETS, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(DATASETS))}"
+            hint = did_you_mean(dataset, DATASETS).strip() or f"there are {', '.join(sorted(DATASETS))}"
             raise UserError(f"task.options.dataset={dataset!r} is no generator of reasoning-gym; {hint}")
         if dataset in _CHANGES_WITH_HASH_SEED and not os.environ.get("PYTHONHASHSEED", "").isdigit():
             raise UserError(_unsteady(dataset))
@@ -69,7 +67,7 @@ class ReasoningGym:
                 "use another generator"
             )
         self.reward_weights: Mapping[str, float] = {"correct": 1.0, "format": 0.1}
-        self.rewards: Mapping[str, RewardFunction] = {"correct": self._correct, "format": self._format}
+        self.rewards: Mapping[str, RewardFunction] = {"correct": self._correct, "format": format_reward}
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """Test entries are all made at once (to tell which questions training must leave out), training ones lazily."""
@@ -97,9 +95,6 @@ class ReasoningGym:
         except Exception:  # what no author of a scorer has thought of is no right answer
             return 0.0
         return mark if math.isfinite(mark) else 0.0
-
-    def _format(self, prompt: Prompt, completion: Completion) -> float:
-        return float(answer_in(completion.text) is not None)
 
     @functools.cached_property
     def _test(self) -> list[Prompt]:
@@ -148,25 +143,21 @@ class ReasoningGym:
         except (AssertionError, TypeError, ValueError) as error:  # how its generators refuse their settings
             raise UserError(
                 f"task.options.settings={self._settings} is refused by {self._dataset!r} "
-                f"({error or 'no reason given'}); it takes {self._known_settings()}"
+                f"({error or 'no reason given'}); it takes {', '.join(self._known_settings()) or 'none'}"
             ) from error
 
     def _check_settings(self) -> None:
-        names = [field.name for field in dataclasses.fields(DATASETS[self._dataset][1])]
+        known = self._known_settings()
         for key in self._settings:
             if key in ("size", "seed"):
                 raise UserError(f"task.options.settings.{key} belongs one level up: task.options.{key}")
-            if key not in names:
-                close = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                raise UserError(
-                    f"task.options.settings.{key} is not a setting of {self._dataset!r}; {hint}"
-                    f"It takes {self._known_settings()}"
-                )
+            if key not in known:
+                hint = f"{did_you_mean(key, known)}it takes {', '.join(known) or 'none'}"
+                raise UserError(f"task.options.settings.{key} is not a setting of {self._dataset!r}; {hint}")
 
-    def _known_settings(self) -> str:
+    def _known_settings(self) -> list[str]:
         fields = dataclasses.fields(DATASETS[self._dataset][1])
-        return ", ".join(field.name for field in fields if field.name not in ("size", "seed")) or "none"
+        return [field.name for field in fields if field.name not in ("size", "seed")]
 
 
 def _unsteady(dataset: str) -> str:
