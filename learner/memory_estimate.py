@@ -193,8 +193,6 @@ class LearnerMemory:
     parameters_total: int
     pack_tokens: int
     packed: bool
-    keys: int
-    """Tokens of that pack's keys where each run of it has copies of its whole sequence (``flex.by_varlen``)."""
     probe: int
     """The proof's log-probs, beyond what is resident."""
     trained_bytes: int
@@ -243,11 +241,10 @@ def _measure(config: Config, folder: Path, prompt_tokens: int, on_cpu: bool) -> 
     trained = [p.nbytes for p in model.parameters() if p.requires_grad]
     probe = ledger.peaks.pop("probe").bytes - resident if config.sync.proof else 0
     rows = [Row(0, group.prompt.token_ids, one.token_ids) for group in pack for one in group.completions]
-    tokens = packing.tokens(packing.stretches(rows), learner.packed)
-    layouts = [one.layout for one in packing.plan(rows, config.learner.microbatch_tokens, learner.packed)]
-    keys = max((len(layout.key_S) for layout in layouts if layout is not None), default=0)
+    passes = packing.make_microbatches(rows, config.learner.microbatch_tokens, learner.packed)
+    tokens = sum(one.token_ids.numel() for one in passes)
     return LearnerMemory(
-        ledger.peaks, learner.parameters_trained, learner.parameters_total, tokens, learner.packed, keys,
+        ledger.peaks, learner.parameters_trained, learner.parameters_total, tokens, learner.packed,
         probe, sum(trained), max(trained), sum(t.nbytes for t in optimizer.state().values()),
     )  # fmt: skip
 
@@ -301,7 +298,6 @@ def measure_quickly(config: Config, folder: Path, prompt_tokens: int, *, on_cpu:
         on(low.parameters_total, high.parameters_total),
         high.pack_tokens,
         high.packed,
-        high.keys,
         on(low.probe, high.probe),
         on(low.trained_bytes, high.trained_bytes),
         high.largest_trained,

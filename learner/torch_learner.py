@@ -30,7 +30,7 @@ from common.weights.handles import InProcessWeights
 from learner import rehearsal
 from learner.attention import packed_cpu
 from learner.batch import packing_support
-from learner.batch.packing import Pack, Row, plan, share
+from learner.batch.packing import Pack, Row, make_microbatches, shard
 from learner.distributed import (
     Ranks,
     collective,
@@ -223,7 +223,7 @@ class TorchLearner:
             self._optimizer.blank_gradients()
         for pack in passes:
             parts.append(self._learn(pack, batch))
-            pack.forget()
+            pack.free_cache()
         self._optimizer.drop_blanks()
         total = losses.mean_stats(self._ranks.gather_stats(parts))
         if not math.isfinite(total["loss"]):  # only now: a rank that stopped earlier would leave the others
@@ -241,12 +241,12 @@ class TorchLearner:
         """This rank's packs, and the passes it makes: the same, and idle ones (row ``idle``) until all ranks have as
         many, because each pass gathers weights from all."""
         ranks, budget = self._ranks, self._config.learner.microbatch_tokens
-        own = rows if ranks.size == 1 else share(rows, ranks.size, packed)[ranks.rank]
-        packs = [pack.to(self._device) for pack in plan(own, budget, packed, self._kind_of)]
+        own = rows if ranks.size == 1 else shard(rows, ranks.size, packed)[ranks.rank]
+        packs = [pack.to(self._device) for pack in make_microbatches(own, budget, packed, self._kind_of)]
         if ranks.size == 1:
             return packs, packs
         missing = ranks.most(len(packs)) - len(packs)
-        (nothing,) = plan([Row(idle, rows[0].prompt[:1], rows[0].completion[:1])], budget, packed)
+        (nothing,) = make_microbatches([Row(idle, rows[0].prompt[:1], rows[0].completion[:1])], budget, packed)
         return packs, packs + [nothing.to(self._device)] * missing
 
     def _learn(self, pack: Pack, batch: _Batch) -> dict[str, torch.Tensor]:
@@ -339,7 +339,7 @@ class TorchLearner:
         with torch.no_grad():
             for pack in packs:
                 out_BT[pack.row_K, pack.column_K] = self._score(model, pack)[0]
-                pack.forget()
+                pack.free_cache()
         return out_BT
 
     def _reference_logprobs(self, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:

@@ -3,14 +3,11 @@
 Used by the tests of packing and attention, and on a device by ``tests/gpu``. Needs neither pytest nor hypothesis.
 """
 
-import itertools
 import random
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from learner.attention import packed_gpu
-from learner.batch.packing import Row, plan
+from learner.batch.packing import Row, make_microbatches
 from learner.token_logprobs import Drawn, score
 from tests.tiny import VOCAB_SIZE
 
@@ -44,7 +41,7 @@ def run(model, rows, packed, budget=10**6, **options):
     shape = (len(rows), max(len(row.completion) for row in rows))
     weights = torch.linspace(0.5, 1.5, shape[0] * shape[1], device=device).view(shape)
     logprobs, entropies = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-    for pack in plan(rows, budget, packed):
+    for pack in make_microbatches(rows, budget, packed):
         pack = pack.to(str(device))
         logprob_K, entropy_K = score(model, pack, Drawn(**options))
         at = (pack.row_K, pack.column_K)
@@ -105,7 +102,7 @@ WAYS = [(None, None), (7, None), (1, None), (None, 2.0), (16, 0.5)]
 
 
 def layout_of(sizes, alphabet=VOCAB_SIZE, device="cpu"):
-    (pack,) = plan(make_rows(sizes, alphabet=alphabet), 10**6, packed=True)
+    (pack,) = make_microbatches(make_rows(sizes, alphabet=alphabet), 10**6, packed=True)
     return pack.to(device).layout, pack.token_ids.numel()
 
 
@@ -134,32 +131,3 @@ def seen_from_the_words(sizes, window, alphabet=VOCAB_SIZE):
         for k, other in enumerate(once):
             seen[q, k] = mine[: len(other)] == other and len(mine) - len(other) < (window or 10**9)
     return seen
-
-
-def reference_kernel(query_THD, key_SJD, value_SJD, spans, scaling, window, softcap):
-    """What variable-length flash attention promises: causal, the last query beside the last key, ``window`` back."""
-    out = []
-    query_ends, key_ends = spans.query_ends.tolist(), spans.key_ends.tolist()
-    assert spans.most_queries == max(b - a for a, b in itertools.pairwise(query_ends))
-    assert spans.most_keys == max(b - a for a, b in itertools.pairwise(key_ends))
-    for n in range(len(query_ends) - 1):
-        one = [query_THD[query_ends[n] : query_ends[n + 1]]]
-        one += [each[key_ends[n] : key_ends[n + 1]] for each in (key_SJD, value_SJD)]
-        query, key, value = (each.transpose(0, 1)[None] for each in one)
-        behind = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2] - torch.arange(key.shape[2])
-        seen = (behind >= 0) & (behind <= (10**9 if window is None else window - 1))
-        out.append(dense(query, key, value, seen, scaling, softcap)[0].transpose(0, 1))
-    return torch.cat(out)
-
-
-def varlen_on_shapes(window):
-    """Output and gradients of torch's variable-length attention on tensors without memory, whose queries have twice
-    as many heads as their keys: its kernel runs on a GPU alone, what it is called with is looked at anywhere."""
-    with FakeTensorMode():
-        shapes = [(20, 4, 64), (30, 2, 64), (30, 2, 64)]
-        query, key, value = (torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
-        ends = torch.zeros(3, dtype=torch.int32)
-        spans = packed_gpu.Spans(ends, ends, 10, 15, ends, ends, ends)
-        out = packed_gpu._torch_varlen(query, key, value, spans, 0.3, window, None)
-        found = [out, *torch.autograd.grad(out, (query, key, value), torch.empty_like(out))]
-        return [tuple(one.shape) for one in found], [(20, 4, 64), *shapes]

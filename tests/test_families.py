@@ -15,7 +15,7 @@ from common.errors import UserError
 from learner.attention import packed_cpu
 from learner.attention.packed_cpu import packed_attention
 from learner.batch import packing_support
-from learner.batch.packing import plan
+from learner.batch.packing import make_microbatches
 from learner.model import resolve
 from learner.token_logprobs import from_logits, score
 from tests import tiny
@@ -84,7 +84,7 @@ def test_the_padded_path_computes_what_the_model_computes(family):
     by eager attention, which leaves nothing out."""
     model = make_model(family)
     rows = make_rows(MIXED)
-    (pack,) = plan(rows, 10**6, packed=False)
+    (pack,) = make_microbatches(rows, 10**6, packed=False)
     with torch.no_grad():
         model.config._attn_implementation = packing_support.plain_attention(model)
         logits = model(pack.token_ids, attention_mask=pack.attention_mask, use_cache=False).logits
@@ -114,8 +114,8 @@ def test_rows_beside_a_longer_one_are_as_alone_where_a_state_is_carried(family):
     assert checked(model) == ""
     rows = make_rows([(9, [31, 1]), (30, [10])])
     together, alone = run(model, rows, packed=False), run(model, rows, packed=False, budget=1)
-    assert len(plan(rows, 10**6, packed=False)) == 1
-    assert len(plan(rows, 1, packed=False)) == len(rows)
+    assert len(make_microbatches(rows, 10**6, packed=False)) == 1
+    assert len(make_microbatches(rows, 1, packed=False)) == len(rows)
     assert_equal(together, alone)
     for row in rows:
         assert torch.allclose(alone[0][row.index, : len(row.completion)], naive_logprobs(model, row), atol=1e-4)
@@ -189,7 +189,7 @@ def test_rows_of_unlike_length_do_not_change_each_other(moving, packed):
     assert packing_support.why_not_packed(model) == ""
     rows = make_rows([(9, [31, 1, 3, 11]), (12, [4, 5, 8]), (30, [10])])
     kind_of = packing_support.kind_of_length(model.config)
-    packs = plan(rows, 10**6, packed, kind_of)
+    packs = make_microbatches(rows, 10**6, packed, kind_of)
     assert len(packs) == (2 if moving == "longrope" else 4)
     for pack in packs:
         logprob_K, _ = score(model, pack)
@@ -198,7 +198,7 @@ def test_rows_of_unlike_length_do_not_change_each_other(moving, packed):
             truth = naive_logprobs(make_model(family, **copy.deepcopy(settings)), row)
             assert torch.allclose(logprob_K[mine][pack.column_K[mine].argsort()], truth, atol=1e-4), row.index
     # Sharing one pass they do change each other, or this would show nothing.
-    (pack,) = plan(rows, 10**6, packed)
+    (pack,) = make_microbatches(rows, 10**6, packed)
     mine = pack.row_K == 2
     with torch.no_grad():
         shared = score(model, pack)[0][mine][pack.column_K[mine].argsort()]
@@ -251,7 +251,7 @@ def test_what_stands_behind_the_head_is_known(family, settings):
     model = make_model(family, **settings)
     assert checked(model) == ""
     for row in make_rows([(5, [7])]):
-        (pack,) = plan([row], 100, packed=False)
+        (pack,) = make_microbatches([row], 100, packed=False)
         with torch.no_grad():
             assert torch.allclose(score(model, pack)[0], naive_logprobs(model, row), atol=1e-4)
     if family not in ("jetmoe", "llama4_text"):  # whose experts rounding might change
@@ -363,7 +363,7 @@ def test_the_probe_in_bfloat16_is_rounding():
 
 
 def test_sinks_and_biases_are_refused_by_the_attention_itself():
-    (pack,) = plan(make_rows([(3, [2])]), 100, packed=True)
+    (pack,) = make_microbatches(make_rows([(3, [2])]), 100, packed=True)
     states = torch.zeros(1, 2, 4, 8)
     for extra in ({"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1)}):
         with pytest.raises(UserError, match="sinks or biases"):

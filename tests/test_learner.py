@@ -474,4 +474,4 @@ def test_what_is_made_for_a_pack_goes_with_its_pass(folder):
     learner.update(GROUPS)
     passes = made[0][1]
     assert len(passes) > 1
-    assert not any(tile._bias for pack in passes for tile in pack.layout.tiles)
+    assert not any(pack.layout.cache for pack in passes)

@@ -265,19 +265,6 @@ def test_what_waits_in_host_memory_is_planned(llama):
     assert plan.peak == gpu.peaks[gpu.worst]  # the host's is not the card's
 
 
-@pytest.mark.slow
-def test_copies_of_packed_keys_are_counted_as_the_kernel_makes_them(llama):
-    """A run of the pack reads the keys of its whole sequence: the prompt's once for each completion."""
-    measured = memory_estimate.measure(config_of(llama, "model.lora_rank=8"), llama, 64, on_cpu=False)
-    assert measured.keys > measured.pack_tokens
-    plan = on_a_gpu(llama)
-    copied = plan.devices[0].phases["learn"]["copied keys"]
-    token = 16 * 2 * 8 * 64 * 2  # layers, key and value, heads, width, bytes
-    assert copied == measured.keys * token * 17 // 16
-    checked = on_a_gpu(llama, "learner.gradient_checkpointing=true").devices[0].phases["learn"]["copied keys"]
-    assert checked == measured.keys * token * 2 // 16
-
-
 def test_full_weights_of_llama_1b_do_not_fit_8_gib(llama):
     """By the settings that docs/memory.md names for full weights."""
     config = load(None, [f"model.name={llama}", "model.dtype=bfloat16", "train.device=gpu", "sampler.max_tokens=300",

@@ -9,8 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from learner.attention import packed_cpu
-from learner.batch import packing
-from learner.batch.packing import Row, plan, stretches, tokens
+from learner.batch.packing import Row, make_microbatches
 from learner.batch.packing_support import FAMILIES
 from learner.token_logprobs import score
 from tests import tiny as tinies
@@ -123,7 +122,7 @@ def test_any_groups_in_any_budget(tiny, sizes, budget, family, alphabet):
 )
 def test_plan_holds_every_token_once_and_keeps_the_budget(sizes, budget, packed, alphabet):
     rows = make_rows(sizes, alphabet=alphabet)
-    packs = plan(rows, budget, packed)
+    packs = make_microbatches(rows, budget, packed)
     wanted = {(row.index, t): token for row in rows for t, token in enumerate(row.completion)}
     found = {}
     for pack in packs:
@@ -138,8 +137,8 @@ def test_plan_holds_every_token_once_and_keeps_the_budget(sizes, budget, packed,
 
 def test_each_prompt_once_in_a_group():
     rows = make_rows([(50, [4] * 8)])
-    (pack,) = plan(rows, 1000, packed=True)
-    assert pack.token_ids.numel() == 50 + 8 * 3 == stretches(rows)[0].tokens
+    (pack,) = make_microbatches(rows, 1000, packed=True)
+    assert pack.token_ids.numel() == 50 + 8 * 3
     assert pack.prompt_tokens == 50
     assert len(pack.predict_U) == 8 * 3 + 1, "all first tokens are predicted by the prompt's last one"
 
@@ -149,11 +148,10 @@ def test_a_pack_holds_each_beginning_once_in_the_order_of_the_tokens(sizes, alph
     rows = [row for row in make_rows(sizes, alphabet=alphabet) if row.completion]
     if not rows:
         return
-    (pack,) = plan(rows, 10**6, packed=True)
+    (pack,) = make_microbatches(rows, 10**6, packed=True)
     once = beginnings(rows)
     assert pack.token_ids[0].tolist() == [one[-1] for one in once]
     assert pack.position_ids[0].tolist() == [len(one) - 1 for one in once]
-    assert tokens(stretches(rows)) >= len(once)
     pairs = {(row.inputs[: len(row.prompt) + t], token) for row in rows for t, token in enumerate(row.completion)}
     assert len(pack.target_P) == len(pairs) and len(pack.predict_U) == len({one for one, _ in pairs})
 
@@ -165,32 +163,49 @@ def test_prompts_that_begin_alike_come_into_one_pack():
     for number in range(12):  # the three take turns
         prompt = (*examples[number % 3], *(rng.randrange(VOCAB_SIZE) for _ in range(10)))
         rows += [Row(len(rows) + i, prompt, (number, i)) for i in range(2)]
-    packs = plan(rows, 160, packed=True)
+    packs = make_microbatches(rows, 160, packed=True)
     assert [pack.token_ids.numel() for pack in packs] == [100 + 4 * (10 + 1)] * 3
     assert [pack.prompt_tokens for pack in packs] == [140] * 3
 
 
 def test_a_sequence_beyond_the_budget_goes_alone_and_the_others_stay_together():
     rows = make_rows([(300, [5])] + [(20, [2])] * 6)
-    assert sorted(pack.token_ids.numel() for pack in plan(rows, 130, packed=True)) == [6 * 21, 304]
+    assert sorted(pack.token_ids.numel() for pack in make_microbatches(rows, 130, packed=True)) == [6 * 21, 304]
     twice = [Row(i, rows[0].prompt, rows[0].completion) for i in range(3)]
-    assert [pack.token_ids.numel() for pack in plan(twice, 130, packed=True)] == [304]
+    assert [pack.token_ids.numel() for pack in make_microbatches(twice, 130, packed=True)] == [304]
 
 
-def test_many_groups_that_share_a_long_beginning_are_planned_at_once(monkeypatch):
-    """Each bin repeats the beginning, so the least possible number of bins is far from the real one."""
+def test_many_groups_that_share_a_long_beginning_fill_their_passes():
+    """Each pass repeats the beginning, so the least possible number of passes is far from the real one."""
     beginning = tuple(range(300))
     rows = [Row(i, (*beginning, i % 7, i, i), (i, 1)) for i in range(128)]
-    tries = []
-    monkeypatch.setattr(packing, "_emptiest", lambda *of, real=packing._emptiest: tries.append(of) or real(*of))
-    packs = plan(rows, 320, packed=True)
+    packs = make_microbatches(rows, 320, packed=True)
     assert max(pack.token_ids.numel() for pack in packs) <= 320
-    assert len(packs) <= 32 and len(tries) <= 2
+    assert len(packs) <= 32
 
 
-def test_packs_are_even_where_nothing_is_alike():
-    rows = make_rows([(n, [1]) for n in (100, 60, 60, 20, 40, 40)])
-    assert [pack.token_ids.numel() for pack in plan(rows, 170, packed=True)] == [160, 160]
+def test_passes_are_even_where_nothing_is_alike():
+    rows = [Row(n, (n, *range(1, length)), (7,)) for n, length in enumerate((100, 60, 60, 20, 40, 40))]
+    assert [pack.token_ids.numel() for pack in make_microbatches(rows, 170, packed=True)] == [160, 160]
+
+
+def test_groups_that_share_nothing_fill_their_passes_the_largest_first():
+    """In the order of their tokens they would take four passes."""
+    rows = [Row(n, (n, *range(1, length)), (7,)) for n, length in enumerate((100, 100, 70, 70, 30, 100))]
+    assert [pack.token_ids.numel() for pack in make_microbatches(rows, 170, packed=True)] == [170, 170, 130]
+
+
+def test_a_pack_on_another_device_is_the_same_without_its_cache():
+    (pack,) = make_microbatches(make_rows(MIXED), 10**6, packed=True)
+    assert pack.to("cpu") is pack
+    pack.layout.once("mask", lambda: "made here")
+    moved = pack.to("meta")
+    assert {moved.row_K.device.type, moved.layout.seen_T.device.type, moved.layout.tiles[0].key_BS.device.type} == {
+        "meta"
+    }
+    assert (moved.pairs_U, moved.prompt_tokens, moved.layout.cache) == (pack.pairs_U, pack.prompt_tokens, {})
+    pack.free_cache()
+    assert pack.layout.cache == {}
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.3}])
@@ -215,7 +230,7 @@ def test_sampler_settings_shape_the_distribution(tiny, options):
 
 def test_entropy_is_that_of_the_distribution_and_has_a_gradient_when_asked(tiny):
     model = tiny()
-    (pack,) = plan(make_rows([(9, [6])]), 1000, packed=True)
+    (pack,) = make_microbatches(make_rows([(9, [6])]), 1000, packed=True)
     _, entropy_K = score(model, pack)
     assert entropy_K.requires_grad
     model.config._attn_implementation = "eager"

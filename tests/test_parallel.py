@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from common.device import bind_collectives, collective_backend
 from common.errors import RunFailure, UserError
-from learner.batch.packing import Row, share
+from learner.batch.packing import Row, make_microbatches, shard
 from learner.distributed import RankLost, Ranks
 from learner.torch_learner import TorchLearner
 from tests.making import GROUPS, config, group
@@ -424,25 +424,23 @@ def rows(*lengths: tuple[int, list[int]]) -> list[Row]:
     return found
 
 
-def test_share_keeps_groups_whole_and_even():
-    batch = rows((10, [4] * 4), (2, [30, 30]), (40, [2, 2]), (5, [1]))
-    parts = share(batch, 2, packed=True)
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_shards_are_even_and_repeat_a_prompt_for_each_cut_at_most(ranks):
+    batch = rows((10, [4] * 4), (2, [30, 30]), (20, [2, 2, 25]), (5, [1]), (8, [12] * 6), (3, [20, 9, 1]))
+    parts = shard(batch, ranks, packed=True)
     assert sorted(row.index for part in parts for row in part) == list(range(len(batch)))
-    owners = [{row.prompt for row in part} for part in parts]
-    assert not owners[0] & owners[1]
-    costs = [
-        sum(len(p) for p in owner) + sum(len(row.completion) - 1 for row in part)
-        for owner, part in zip(owners, parts, strict=True)
-    ]
-    assert max(costs) - min(costs) <= 20
+    sizes = [sum(pack.token_ids.numel() for pack in make_microbatches(part, 10**6, packed=True)) for part in parts]
+    (whole,) = make_microbatches(batch, 10**6, packed=True)
+    assert sum(sizes) <= whole.token_ids.numel() + (ranks - 1) * 20
+    assert max(sizes) <= whole.token_ids.numel() / ranks + 20 + 30  # the longest prompt and completion
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_share_splits_groups_only_for_idle_ranks(packed):
+def test_a_group_is_sharded_where_ranks_would_be_idle(packed):
     batch = rows((10, [8, 1, 8, 1]), (3, [2]))
-    parts = share(batch, 3, packed)
+    parts = shard(batch, 3, packed)
     assert sorted(row.index for part in parts for row in part) == [0, 1, 2, 3, 4]
     assert all(parts)
     assert sorted(sorted(len(row.completion) for row in part) for part in parts) == [[1, 8], [1, 8], [2]]
-    assert [len(part) for part in share(rows((3, [5])), 3, packed)].count(1) == 1
-    assert share([], 2, packed) == [[], []]
+    assert [len(part) for part in shard(rows((3, [5])), 3, packed)].count(1) == 1
+    assert shard([], 2, packed) == [[], []]

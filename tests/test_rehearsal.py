@@ -14,7 +14,7 @@ from common.types import Completion, Group, Prompt
 from deploy import run as runs
 from learner import rehearsal
 from learner import train as loops
-from learner.batch.packing import Row, plan
+from learner.batch.packing import Row, make_microbatches
 from learner.torch_learner import TorchLearner
 from tests.test_run import final, metrics, rollouts, run, spec
 from tests.tiny import make_tiny
@@ -114,7 +114,7 @@ def test_the_largest_pack_is_one_pass_and_as_full_as_it_can_be(packed, budget, s
 
 def passes(of, budget, packed):
     pairs = [(group.prompt.token_ids, one.token_ids) for group in of for one in group.completions]
-    return plan([Row(i, prompt, own) for i, (prompt, own) in enumerate(pairs)], budget, packed)
+    return make_microbatches([Row(i, prompt, own) for i, (prompt, own) in enumerate(pairs)], budget, packed)
 
 
 def test_running_out_of_memory_in_the_rehearsal_is_one_sentence_that_names_the_side():

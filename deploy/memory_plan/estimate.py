@@ -26,7 +26,6 @@ from common.errors import UserError
 from common.types import AdapterSpec, SamplerSetup
 from deploy import components
 from learner import memory_estimate
-from learner.attention import packed_gpu
 from learner.memory_estimate import LearnerMemory
 from learner.model import adapters, for_sampler, resolve
 from sampler.engine import arguments
@@ -319,25 +318,12 @@ class Planner:
         return DevicePlan(self.place, phases, tuple(notes), sampler.get("KV cache", 0), token, short)
 
     def _score(self, config: Config, learner: LearnerMemory) -> dict[str, int]:
-        scored = parts_of(learner, "score" if "score" in learner.phases else "load", self.place.gpu)
-        return summed(scored, self._copied_keys(config, learner, 1))
+        return parts_of(learner, "score" if "score" in learner.phases else "load", self.place.gpu)
 
     def _learn(self, config: Config, learner: LearnerMemory) -> dict[str, int]:
-        layers = 1 if config.learner.gradient_checkpointing else self._shape_of(config).layers
         learned = parts_of(learner, "learn", self.place.gpu)
-        copies = self._copied_keys(config, learner, layers + 1)  # the gradients of one layer's besides
         step = parts_of(learner, "step", self.place.gpu) if "step" in learner.phases else {}
-        return max(summed(learned, copies), step, key=_total)
-
-    def _copied_keys(self, config: Config, learner: LearnerMemory, layers: int) -> dict[str, int]:
-        """Of so many layers, bytes: on a GPU flash attention reads copies of keys and values (``flex.choose`` says
-        when), which the measurement on shapes, that goes the CPU's way, does not see."""
-        if not (self.place.gpu and learner.packed and config.model.dtype != "float32"):
-            return {}
-        if learner.keys > packed_gpu.REPEATED * learner.pack_tokens:
-            return {}
-        every = arguments.cache_bytes_per_token(self.model_config, config.model.dtype)
-        return {"copied keys": learner.keys * every * layers // self._shape_of(config).layers}
+        return max(learned, step, key=_total)
 
     def _host(self, config: Config, learner: LearnerMemory) -> DevicePlan:
         """The memory of the host beside a GPU that both share: what waits there."""

@@ -1,13 +1,12 @@
 """Attention over a packed sequence: a token sees itself and what comes before it in its own sequences.
 
 Registered with transformers under the name ``packed``, so no model is touched; the pack's layout travels to every
-layer as a keyword argument. On a CPU the pack is worked on in tiles: stretches of neighbouring tokens, each
-against the keys it may see, gathered and scattered with index tensors, because a dense mask over the pack would cost
-T x T; on a GPU by the kernels of ``learner/attention/packed_gpu.py``. Sliding windows and logit soft-capping are
-honoured; attention sinks and learned biases are refused.
+layer as a keyword argument. On a CPU the pack is worked on in tiles: spans of neighbouring tokens, each against the
+keys it may see, gathered and scattered with index tensors, because a dense mask over the pack would cost T x T; on a
+GPU by ``learner/attention/packed_gpu.py``. Sliding windows and logit soft-capping are honoured; attention sinks and
+learned biases are refused.
 
-Shapes: T tokens, H query heads, J key heads, D head width; Z = tiles' stretches x J; the rest as in
-``learner/batch/packing.py``.
+Shapes: T tokens, H query heads, J key heads, D head width; B spans of a tile, Z = B x J; Q queries and S keys of each.
 """
 
 from __future__ import annotations
@@ -73,13 +72,13 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(query_THD, key_TJD, value_TJD)
         ctx.rest = (layout, scale, window, softcap)
         heads = key_TJD.shape[1]
-        found = []
+        outputs = []
         for tile in layout.tiles:
             query_ZQD, key_ZSD = _rows(query_THD, tile.query_BQ, heads), _rows(key_TJD, tile.key_BS, heads)
-            weights_ZQS, _ = _weights(query_ZQD, key_ZSD, tile, scale, window, softcap)
+            weights_ZQS, _ = _weights(query_ZQD, key_ZSD, _bias(layout, tile, window), scale, softcap)
             out_ZQD = weights_ZQS.to(value_TJD.dtype) @ _rows(value_TJD, tile.key_BS, heads)
-            found.append(_tokens(out_ZQD, tile.query_BQ))
-        return torch.cat(found).index_select(0, layout.tiled_T).view_as(query_THD)
+            outputs.append(_tokens(out_ZQD, tile.query_BQ))
+        return torch.cat(outputs).index_select(0, layout.tiled_T).view_as(query_THD)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -87,24 +86,24 @@ class _Tiled(torch.autograd.Function):
         layout, scale, window, softcap = ctx.rest
         T, heads, width = key_TJD.shape
         sums_TE = torch.zeros(T, heads * 2 * width, dtype=torch.float32, device=key_TJD.device)
-        found = []
+        query_grads = []
         for tile in layout.tiles:
             query_ZQD, key_ZSD = _rows(query_THD, tile.query_BQ, heads), _rows(key_TJD, tile.key_BS, heads)
             out_ZQD = _rows(gradients[0], tile.query_BQ, heads, tile.query_valid_BQ)
-            weights_ZQS, slope_ZQS = _weights(query_ZQD, key_ZSD, tile, scale, window, softcap)
+            weights_ZQS, slope_ZQS = _weights(query_ZQD, key_ZSD, _bias(layout, tile, window), scale, softcap)
             value_ZSD = weights_ZQS.to(out_ZQD.dtype).transpose(1, 2) @ out_ZQD
             grad_ZQS = (out_ZQD @ _rows(value_TJD, tile.key_BS, heads).transpose(1, 2)).to(weights_ZQS.dtype)
             grad_ZQS = torch._softmax_backward_data(grad_ZQS, weights_ZQS, -1, weights_ZQS.dtype)
             if slope_ZQS is not None:
                 grad_ZQS *= slope_ZQS
             scores_ZQS = grad_ZQS.mul_(scale).to(out_ZQD.dtype)
-            found.append(_tokens(scores_ZQS @ key_ZSD, tile.query_BQ))
+            query_grads.append(_tokens(scores_ZQS @ key_ZSD, tile.query_BQ))
             both_ZSE = torch.cat([scores_ZQS.transpose(1, 2) @ query_ZQD, value_ZSD], dim=-1)
             # Only the expanded form of the index is quick: it adds whole rows.
             sums_TE.scatter_add_(
                 0, tile.key_BS.flatten()[:, None].expand(-1, sums_TE.shape[1]), _tokens(both_ZSE, tile.key_BS).float()
             )
-        query = torch.cat(found).index_select(0, layout.tiled_T).view_as(query_THD)
+        query = torch.cat(query_grads).index_select(0, layout.tiled_T).view_as(query_THD)
         key, value = sums_TE.view(T, heads, 2, width).to(key_TJD.dtype).unbind(2)
         return query, key, value, None, None, None, None
 
@@ -124,8 +123,22 @@ def _tokens(states_ZRD: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
     return states_ZRD.view(B, -1, N, D).transpose(1, 2).reshape(B * N, -1)
 
 
+def _bias(layout: Layout, tile: Tile, window: int | None) -> torch.Tensor:
+    """Added to attention scores, float32 [B, Q, S]: 0 where a key is real, not after the query, and less than
+    ``window`` before it; very negative elsewhere."""
+
+    def make() -> torch.Tensor:
+        behind_BQS = tile.query_at_BQ[:, :, None] - tile.key_at_BS[:, None, :]
+        seen_BQS = (behind_BQS >= 0) & tile.key_valid_BS[:, None, :]
+        if window is not None:
+            seen_BQS &= behind_BQS < window
+        return torch.zeros(seen_BQS.shape, device=seen_BQS.device).masked_fill_(~seen_BQS, -1e30)
+
+    return layout.once((tile, window), make)
+
+
 def _weights(
-    query_ZQD: torch.Tensor, key_ZSD: torch.Tensor, tile: Tile, scale: float, window: int | None, softcap: float | None
+    query_ZQD: torch.Tensor, key_ZSD: torch.Tensor, bias_BQS: torch.Tensor, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Softmaxed scores, float32; and with soft-capping its slope at each of them."""
     scores_ZQS = query_ZQD @ key_ZSD.transpose(1, 2)
@@ -133,8 +146,7 @@ def _weights(
     if softcap is not None:
         scores_ZQS = torch.tanh(scores_ZQS.float() * (scale / softcap))
         slope_ZQS, scale = 1 - scores_ZQS.square(), softcap
-    B, Q, S = *tile.query_BQ.shape, tile.key_BS.shape[1]
-    bias_BQS = tile.bias(window)
+    B, Q, S = bias_BQS.shape
     # In one pass: out of the products' format, scaled, and masked.
     biased = torch.add(bias_BQS[:, None], scores_ZQS.view(B, -1, Q, S), alpha=scale)
     return biased.softmax(-1).view_as(scores_ZQS), slope_ZQS

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from common.errors import RunFailure
-from learner.batch.packing import Pack, Row, plan
+from learner.batch.packing import Pack, Row, make_microbatches
 from learner.distributed import is_lost
 from learner.model.loading import causal_of, looks_both_ways
 from learner.model.resolve import ropes
@@ -181,7 +181,7 @@ def _compared(model: Any, score: Score, from_logits: FromLogits) -> tuple[float,
         hook.remove()
     own_BTV = logits_BTV.float().log_softmax(-1)
     own_K = own_BTV[0, 7:-1].gather(1, target_K[:, None])[:, 0]
-    (pack,) = plan([Row(0, tuple(ids[:8]), tuple(ids[8:]))], 64, False, kind_of_length(causal.config))
+    (pack,) = make_microbatches([Row(0, tuple(ids[:8]), tuple(ids[8:]))], 64, False, kind_of_length(causal.config))
     return (
         _apart(own_BTV[0, :7], own_BTV[1, :7]),
         _apart(from_logits(model, raw[0][0, 7:-1], target_K), own_K),
@@ -224,7 +224,7 @@ def probe(model: Any, score: Score) -> float:
     answers = []
     with torch.no_grad():
         for packed in (False, True):
-            (pack,) = plan(rows, 4096, packed)
+            (pack,) = make_microbatches(rows, 4096, packed)
             logprob_K, _ = score(model, pack)
             order = torch.argsort(pack.row_K * 64 + pack.column_K)
             answers.append(logprob_K.float().cpu()[order.cpu()])

