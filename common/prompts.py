@@ -53,6 +53,10 @@ class PromptStream:
         self._epoch = -1
         self._order: Sequence[int] = ()
 
+    def __len__(self) -> int:
+        """Prompts of an epoch."""
+        return len(self._prompts)
+
     def take(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts that fit; goes on into the next epoch where this one ends.
 

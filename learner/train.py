@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from common.types import Completion, Group, Prompt, SamplingParams
 from common.watchdog import bounded, result
 from learner.checkpoint import Checkpoints
 from learner.loss import advantages
+from learner.selection import Selection
 from learner.weight_sync import WeightSync
 
 
@@ -81,10 +83,14 @@ class Loop:
     restarts: Callable[[], int]
     answer_s: float
     """Seconds that a request to the sampler may take, with the replacement of what is lost meanwhile."""
+    selection: Selection = field(init=False)
     requests_made: int = 0
     in_flight: deque[Request] = field(default_factory=deque)
     in_hand: list[Request] = field(default_factory=list)
     """Answered, for the step that is being sampled: what a run that ends there asks no more."""
+
+    def __post_init__(self) -> None:
+        self.selection = Selection(self.stream, self.config.train.selection, self.config.train.seed)
 
     def state(self) -> dict[str, Any]:
         """Where the data stand: the answers already there (after a sync, all, unless weights are swapped in flight),
@@ -99,12 +105,14 @@ class Loop:
             answered.append({"number": request.number, "state": request.state, "groups": groups})
         return {
             "stream": unanswered.state if unanswered else self.stream.state(),
+            "selection": self.selection.state(),
             "requests_made": unanswered.number if unanswered else self.requests_made,
             "in_flight": answered,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.stream.restore(state["stream"])
+        self.selection.restore(state.get("selection", {}))
         self.requests_made = int(state["requests_made"])
         for one in state["in_flight"]:
             groups = [_group_of(group) for group in one["groups"]]
@@ -247,7 +255,7 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
         started = time.perf_counter()
         loop.tracker.phase(f"sampler: writing {wanted} x {config.train.group_size} completions for step {step}")
         with loop.placement.sampling():
-            _fill(loop)
+            _fill(loop, _size_of_request(loop, scored))
             request = loop.in_flight.popleft()
             groups = _result(loop, request)
         loop.in_hand.append(request)
@@ -266,6 +274,7 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
         if useful >= wanted or round_ == rounds:
             break
     loop.in_hand.clear()
+    loop.selection.observe(scored)
     return advantages.assign(scored, config.learner.advantage), {
         "seconds_sample": sample_s,
         "seconds_score": score_s,
@@ -274,15 +283,25 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
     }
 
 
-def _fill(loop: Loop) -> None:
-    """Keeps ``max_staleness + 1`` requests in flight, but none beyond the run's last step."""
+def _size_of_request(loop: Loop, scored: Sequence[Group]) -> int:
+    """Prompts to ask for: a whole batch at first, then as many as are likely to bring the groups that lack. With
+    staleness the request is another step's."""
+    wanted = loop.config.train.prompts_per_step
+    if not scored or loop.config.train.max_staleness:
+        return wanted
+    useful = sum(map(advantages.has_signal, scored))
+    return min(wanted, math.ceil((wanted - useful) * (len(scored) + 1) / (useful + 1)))
+
+
+def _fill(loop: Loop, size: int) -> None:
+    """Keeps ``max_staleness + 1`` requests in flight, new ones of ``size`` prompts, but none beyond the last step."""
     config = loop.config
     steps_left = config.train.steps - loop.learner.version
     while len(loop.in_flight) < min(config.train.max_staleness + 1, steps_left):
         state = loop.stream.state()
         try:
             with bounded("task", "making its prompts", config.timeouts.load_s, "timeouts.load_s"):
-                prompts = loop.stream.take(config.train.prompts_per_step)
+                prompts = loop.selection.take(size)
         except UserError:  # of very many prompts only some were looked at before the run
             if loop.learner.version:
                 with loop.placement.learning():

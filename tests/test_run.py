@@ -130,11 +130,13 @@ def resume_in_words(folder):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "lora"), [("hf", 0), ("hf", 4), *(pytest.param("vllm", n, marks=pytest.mark.vllm) for n in (0, 4))]
-)
-def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, sampler, lora):
+    ("sampler", "lora", "selection"),
+    [("hf", 0, "uniform"), ("hf", 4, "difficulty"),
+     *(pytest.param("vllm", rank, "uniform", marks=pytest.mark.vllm) for rank in (0, 4))],
+)  # fmt: skip
+def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, sampler, lora, selection):
     """Stopped by a signal after a step; then the rest. Weights, metrics and rollouts are the same, bit for bit."""
-    more = [f"sampler.name={sampler}"]
+    more = [f"sampler.name={sampler}", f"train.selection={selection}"]
     if lora:
         more += [f"model.lora_rank={lora}", "run.export_merged=true"]
     whole = tmp_path / "whole"

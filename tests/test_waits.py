@@ -61,7 +61,7 @@ FREE = SimpleNamespace(sampling=at_once, learning=at_once, syncing=at_once)
 
 def loop(**changed):
     limits = dict.fromkeys(("generate_s", "update_s", "sync_s", "load_s"), 0.2)
-    values = {field.name: None for field in dataclasses.fields(Loop)} | {
+    values = {field.name: None for field in dataclasses.fields(Loop) if field.init} | {
         "config": config(timeouts=limits), "sampler": Stuck(), "learner": Stuck(), "placement": FREE,
         "tracker": SimpleNamespace(phase=lambda text: None), "answer_s": 0.2, "in_flight": [], "in_hand": [],
         "requests_made": 0,
@@ -93,7 +93,9 @@ WAITS = {
         "the sampler was still writing request 7", "timeouts.generate_s",
     ),
     "the task's prompts": (
-        lambda: _fill(loop(learner=SimpleNamespace(version=0), stream=SimpleNamespace(state=dict, take=Stuck().hang))),
+        lambda: _fill(
+            loop(learner=SimpleNamespace(version=0), stream=SimpleNamespace(state=dict, take=Stuck().hang)), 2
+        ),
         "the task was still making its prompts", "timeouts.load_s",
     ),
     "the rehearsal's request": (

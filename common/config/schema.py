@@ -234,6 +234,9 @@ class TrainConfig(Section):
     """Groups in a batch."""
     group_size: Count = 8
     """Completions of each prompt (the paper's G)."""
+    selection: Literal["uniform", "difficulty"] = "uniform"
+    """Prompts of a step: ``uniform`` takes them in a random order; ``difficulty`` draws from four times as many by how
+    likely their groups are to disagree, going by the groups of their kind (``prompt.data["kind"]``) and their own."""
     seed: Whole = 0
     """Fixes the order of the prompts, the sampling and every random choice."""
     max_staleness: Whole = 0
