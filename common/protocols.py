@@ -85,7 +85,9 @@ class Sampler(Protocol):
     ``check_sampling(params)`` with the ``SamplingParams`` of a training step, for what it cannot draw by.
 
     It may say how many completions it works on at once with these options, ``completions_at_once(options) -> int``:
-    what a request holds beyond waits. ``SamplerSetup.max_sequences`` is then no more than that.
+    what a request holds beyond waits. ``SamplerSetup.max_sequences`` is then no more than that. And how much memory it
+    takes, ``memory_needed(setup, options, model, room) -> SamplerMemory`` (``common.memory``), which the memory plan
+    asks: one that does not say is counted as nothing.
 
     More members are a back end's own choice; the first two are for resumed runs and the proof of a sync, the others
     for many machines:

@@ -79,7 +79,7 @@ class TorchLearner:
     ``parallel.RankLost`` when a rank is gone; what ``publish_weights`` offers is opened on each of them. Groups are
     shared out, everything computed from them is a sum over ranks, so the weights are those of one process.
 
-    ``blank`` reads no weights and checks nothing: for the memory plan, under fake tensors.
+    ``blank`` reads no weights, checks nothing and steps nothing: for the memory estimate, on tensors of a shape alone.
     """
 
     def __init__(self, config: Config, folder: Path, device: str, ranks: Ranks = ALONE, *, blank: bool = False) -> None:
@@ -127,6 +127,7 @@ class TorchLearner:
         self._weights, self._averages = self._parts()
         self.parameters_trained = sum(p.numel() for _, p in trained)
         self.parameters_total = sum(nf4.weights_in(p) for p in self._model.parameters())
+        self.vocabulary = rehearsal.vocabulary_of(self._model)
 
     def _loaded(self, adapter: bool, trained: bool = True) -> Any:
         """The model on the device; among ranks it is read into host memory, and only its slices go to the device."""
@@ -234,7 +235,8 @@ class TorchLearner:
             raise RunFailure(self._not_finite("gradient norm", norm))
         updates = self._config.learner.inner_updates
         lr = learning_rate(self._config.optimizer, self.version * updates + inner, self._config.train.steps * updates)
-        self._optimizer.step(lr)
+        if not self._blank:
+            self._optimizer.step(lr)
         return _named(total) | {"grad_norm": norm, "lr": lr}
 
     def _share_of(self, rows: Sequence[Row], idle: int, packed: bool) -> tuple[list[Pack], list[Pack]]:
@@ -359,7 +361,30 @@ class TorchLearner:
         """The largest pack that groups of these prompts can make, every completion ``max_tokens`` long, through
         forward, backward and optimizer at rate 0. Weights, moments, version and random state are as before, bit for
         bit."""
-        rehearsal.rehearse(self, groups)
+        config, version = self._config, self.version
+        full = rehearsal.pad_to_max_tokens(groups, config.sampler.max_tokens)
+        pack, more = rehearsal.largest_pack(full, config.learner.microbatch_tokens, self.packed, self.vocabulary)
+        self._config = rehearsal.at_rate_zero(config)
+        try:
+            with torch.random.fork_rng():
+                if more:  # a later pack finds the gradients of those before it
+                    self._optimizer.blank_gradients()
+                self.update(rehearsal.repeated(pack, self._ranks.size, self.vocabulary))
+        finally:
+            self._config, self.version = config, version
+            self._optimizer.reset()
+
+    def tensors_by_category(self) -> dict[str, list[torch.Tensor]]:
+        """Every tensor that is held between steps, lent: ``weights`` and, of them, those ``trained``; the
+        ``reference``; what is ``stepped`` (float32 masters, or weights themselves) and its ``moments``."""
+        state = self._optimizer.state()
+        return {
+            "weights": [*nf4.stored(self._model), *self._model.buffers()],
+            "trained": [p for p in self._model.parameters() if p.requires_grad],
+            "reference": list(nf4.stored(self._reference)) if self._reference is not None else [],
+            "stepped": [value for name, value in state.items() if name.endswith(("/master", "/weight"))],
+            "moments": [value for name, value in state.items() if not name.endswith(("/master", "/weight"))],
+        }
 
     # -- weights -----------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ from sampler.engine.arguments import (
     engine_arguments,
     environment,
 )
+from sampler.engine.memory import memory_needed
 from sampler.engine.stored_weights import Arrived
 from sampler.engine.worker import (
     adapter_faults,
@@ -149,6 +150,8 @@ class VllmSampler:
     def completions_at_once(options: Mapping[str, Any]) -> int:
         """vLLM's ``max_num_seqs``; 256 unless it is set, vLLM's own number for CPUs and for cards below 70 GiB."""
         return int(options.get("max_num_seqs") or 256)
+
+    memory_needed = staticmethod(memory_needed)
 
     def __init__(self, setup: SamplerSetup, **options: Any) -> None:
         self.check_options(options)

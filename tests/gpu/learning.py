@@ -244,7 +244,7 @@ def memory(report: Report) -> None:
                     f"train.group_size={GROUP_SIZE}", f"train.prompts_per_step={prompts}", *METHODS[method],
                 ])  # fmt: skip
                 planned = memories.measure(spec, resolve.prepare(spec.model), lengths[0], on_cpu=False)
-                peak = max(one.bytes for one in planned.phases.values())
+                peak = max(sum(parts.values()) for parts in planned.phases.values())
                 gc.collect()
                 torch.cuda.empty_cache()
                 held = torch.cuda.memory_allocated()

@@ -267,7 +267,7 @@ def rehearsal_8gb(report: Report) -> None:
     """The rehearsal of deploy/configs/gsm8k-8gb.toml with 8 GiB of the card free: the longest request, the largest
     pack and a sync; the most used, against the plan."""
     from common.config import load
-    from deploy.memory_plan.estimate import CONTEXT, Place, Planner
+    from deploy.memory_plan.estimate import CONTEXT, DeviceSpec, Planner
 
     device()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -279,7 +279,7 @@ def rehearsal_8gb(report: Report) -> None:
         words = [f"model.name={folder}", f"task.name={grpo.TOY}", "task.options.words=115", "model.dtype=bfloat16",
                  "eval.questions=0", "run.console=off"]  # fmt: skip
         spec = load(recipe, words, drop_unused=True)
-        plan = Planner(spec, folder, 512, Place("GPU", True, CARD)).plan(spec)
+        plan = Planner(spec, folder, 512, DeviceSpec("GPU", True, CARD)).plan(spec)
         report.note(planned_gib=plan.peak / GIB, planned_worst=plan.devices[0].worst, plan_fits=plan.fits)
         # vLLM's share is of the whole card, this one's.
         share = spec.sampler.options["gpu_memory_utilization"] * CARD / total
