@@ -50,12 +50,14 @@ def find(kind: Kind, name: str) -> Callable[..., Any]:
         if not module or not attr:
             entry = _entry_point(kind, name)
             module, attr = entry.module, entry.attr
-        found = _attribute(_import(module), attr)
-        if not callable(found):
-            raise _NotFoundError(f"it is a {type(found).__name__}, no class or function that makes a {kind}; name one")
+        factory = _attribute(_import(module), attr)
+        if not callable(factory):
+            raise _NotFoundError(
+                f"it is a {type(factory).__name__}, no class or function that makes a {kind}; name one"
+            )
     except _NotFoundError as error:
         raise UserError(f"{_KEYS[kind]}={name!r}: {error}") from error.__cause__
-    return found  # type: ignore[no-any-return]
+    return factory  # type: ignore[no-any-return]
 
 
 def installed(kind: Kind) -> list[tuple[str, str]]:
@@ -63,8 +65,8 @@ def installed(kind: Kind) -> list[tuple[str, str]]:
     lines = []
     for entry in _entry_points(kind):
         try:
-            found = find(kind, entry.name)
-            text = found.__doc__ or getattr(sys.modules.get(found.__module__), "__doc__", None) or ""
+            factory = find(kind, entry.name)
+            text = factory.__doc__ or getattr(sys.modules.get(factory.__module__), "__doc__", None) or ""
             lines.append((entry.name, next(iter(text.strip().splitlines()), "")))
         except UserError as error:
             lines.append((entry.name, f"cannot be used: {error}"))
@@ -84,13 +86,13 @@ def make(kind: Kind, name: str, options: Mapping[str, Any], *args: Any) -> Any:
 def check(kind: Kind, name: str, options: Mapping[str, Any], given: int) -> Callable[..., Any]:
     """The callable behind a name, which must take ``given`` arguments and these options, and be no class of something
     else. Everything that can be found wrong before it is called is a ``UserError``."""
-    found = find(kind, name)
-    _check_options(kind, name, found, options, given)
-    if inspect.isclass(found):
-        _check_methods(kind, name, found, "is a class")
-    if hasattr(found, "check_options"):
-        found.check_options(options)
-    return found
+    factory = find(kind, name)
+    _check_options(kind, name, factory, options, given)
+    if inspect.isclass(factory):
+        _check_methods(kind, name, factory, "is a class")
+    if hasattr(factory, "check_options"):
+        factory.check_options(options)
+    return factory
 
 
 def make_task(name: str, options: Mapping[str, Any]) -> Task:
@@ -148,13 +150,13 @@ def did_you_mean(name: object, names: Iterable[str]) -> str:
 def _entry_points(kind: Kind) -> list[EntryPoint]:
     """By name; one that is listed twice (an old egg-info beside a wheel) counts once."""
     group = f"nanogrpo.{kind}s"
-    found = list(entry_points(group=group))
+    entries = list(entry_points(group=group))
     try:
         distribution("nanogrpo")
     except PackageNotFoundError:
         ours = _project().get("entry-points", {}).get(group, {})
-        found += [EntryPoint(name, value, group) for name, value in ours.items()]
-    unique = {(entry.name, entry.value): entry for entry in found}
+        entries += [EntryPoint(name, value, group) for name, value in ours.items()]
+    unique = {(entry.name, entry.value): entry for entry in entries}
     return [unique[key] for key in sorted(unique)]
 
 
@@ -228,7 +230,9 @@ def _attribute(module: ModuleType, attr: str) -> Any:
         public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
         classes = ", ".join(name for name, value in public.items() if inspect.isclass(value)) or "none"
         hint = did_you_mean(attr, public) or f"its classes are {classes}"
-        raise _NotFoundError(f"{attr!r} is not in {module.__file__ or module.__name__!r}; {hint}") from None
+        raise _NotFoundError(
+            f"{attr!r} is not in {getattr(module, '__file__', None) or module.__name__!r}; {hint}"
+        ) from None
 
 
 def _check_methods(kind: Kind, name: str, thing: Any, what: str) -> None:
@@ -240,9 +244,9 @@ def _check_methods(kind: Kind, name: str, thing: Any, what: str) -> None:
         )
 
 
-def _check_options(kind: Kind, name: str, found: Callable[..., Any], options: Mapping[str, Any], given: int) -> None:
+def _check_options(kind: Kind, name: str, factory: Callable[..., Any], options: Mapping[str, Any], given: int) -> None:
     try:
-        signature = inspect.signature(found)
+        signature = inspect.signature(factory)
     except (TypeError, ValueError):  # some classes written in C have no signature; the call itself will tell
         return
     try:

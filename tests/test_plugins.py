@@ -311,7 +311,7 @@ def test_options_that_take_anything_and_options_that_are_needed(good):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "said"),
+    ("kind", "name", "words"),
     [
         ("sampler", "os:getcwd", "called with a common.types.SamplerSetup first, which it does not take"),
         ("sampler", "collections:OrderedDict", "a class that is no sampler: it has no generate, logprobs"),
@@ -319,11 +319,11 @@ def test_options_that_take_anything_and_options_that_are_needed(good):
         ("tracker", "common.rewards.scorer:Scorer", "a class that is no tracker: it has no log, rollouts, evaluation"),
     ],
 )
-def test_what_makes_something_else_is_refused_before_it_is_called(kind, name, said):
-    if not said:  # a function may make anything
+def test_what_makes_something_else_is_refused_before_it_is_called(kind, name, words):
+    if not words:  # a function may make anything
         assert check(kind, name, {}, 1)
         return
-    with pytest.raises(UserError, match=f"^{KEYS[kind]}='{name}' is .*{re.escape(said)}"):
+    with pytest.raises(UserError, match=f"^{KEYS[kind]}='{name}' is .*{re.escape(words)}"):
         check(kind, name, {}, 1)
 
 
@@ -364,7 +364,7 @@ def test_a_task_that_cannot_be_made(good, name, error):
         ),
     ],
 )
-def test_what_is_no_task_is_told_what_it_lacks(tmp_path, body, expected):
+def test_what_is_no_task_is_refused_with_what_it_lacks(tmp_path, body, expected):
     path = tmp_path / "my_odd.py"
     path.write_text(textwrap.dedent(GOOD) + "\n" + body)
     with pytest.raises(UserError) as caught:

@@ -46,7 +46,7 @@ TASK = """
             threading.Timer(0.2, lambda: os._exit(7)).start()
         if verb == "killed":
             os.kill(os.getpid(), 9)
-        if verb == "told":
+        if verb == "sigterm":
             os.kill(os.getpid(), 15)
             started = subprocess.Popen(["sleep", "60"])
             started.terminate()
@@ -158,7 +158,7 @@ def test_weights(task):
     assert scored.completions[0].reward == 7.0 - 3.0 * 80.0
 
 
-def test_unknown_weight_and_options_are_told_before_anything_starts(task):
+def test_unknown_weights_and_options_are_refused_before_anything_starts(task):
     with pytest.raises(UserError, match=r"reward_weights\.frist=1.0: .*it has first, second"):
         Scorer(config(task, reward_weights={"frist": 1.0}))
     for weight in (math.nan, math.inf, 1e308, True, "1"):  # the task's own
@@ -168,7 +168,7 @@ def test_unknown_weight_and_options_are_told_before_anything_starts(task):
         Scorer(config(task, options={"secnd": 1}))
 
 
-def test_a_task_that_does_not_import_is_told_at_once(tmp_path):
+def test_a_task_that_does_not_import_is_refused_at_once(tmp_path):
     (tmp_path / "my_bad.py").write_text("x = 1\nimport absent_module\n")
     with pytest.raises(UserError, match=r"my_bad\.py, line 2.*absent_module"):
         Scorer(config(f"{tmp_path}/my_bad.py:Task"))
@@ -208,9 +208,9 @@ def test_a_bad_reward_stops_the_run(stops, caplog, text, error):
     assert not [record for record in caplog.records if record.levelno > logging.INFO], (
         "the sentence is not written twice"
     )
-    said = "\n".join(record.getMessage() for record in caplog.records)
-    assert repr(text) in said
-    assert error in said
+    logged = "\n".join(record.getMessage() for record in caplog.records)
+    assert repr(text) in logged
+    assert error in logged
     assert first(stops.score([group("return 4")])[0]) == [[4.0]], "the next request must work"
 
 
@@ -305,9 +305,9 @@ def test_prints_go_to_the_log(task, caplog, capfd):
     with Scorer(config(task)) as scorer:
         scored, _ = scorer.score([group("print hello", "return 1")])
     assert first(scored) == [[0.5, 1.0]]
-    said = [record.getMessage() for record in caplog.records]
-    assert "a reward printed: hello" in said
-    assert "a reward printed: HELLO" in said
+    logged = [record.getMessage() for record in caplog.records]
+    assert "a reward printed: hello" in logged
+    assert "a reward printed: HELLO" in logged
     out, err = capfd.readouterr()
     assert "hello" not in (out + err).lower()
 
@@ -340,7 +340,7 @@ def test_data_that_cannot_travel_is_the_tasks_mistake(stops):
 
 def test_sigterm_to_a_whole_job_leaves_the_scores_of_the_step_that_is_finished(stops):
     """What a reward starts still ends by it."""
-    assert first(stops.score([group("told")])[0]) == [[-15.0]]
+    assert first(stops.score([group("sigterm")])[0]) == [[-15.0]]
 
 
 def test_workers_are_other_processes_without_torch(task):
@@ -460,14 +460,14 @@ def test_in_whatever_order_groups_arrive_the_results_are_those_of_each_scored_al
     """Those never added are scored at the end; adding one again changes nothing."""
     texts = [("return 1/3", "word"), ("return 2", "raise hope"), ("count",), ("die", "return 1"), ("return 0.1 + 0.2",)]
     groups = [group(*own, name=f"p{index}") for index, own in enumerate(texts)]
-    alone = [skips.score([one]) for one in groups]
+    alone = [skips.score([each]) for each in groups]
     scoring = skips.begin()
     for index in (*order, order[0]):
         scoring.add(index, groups[index])
     scored, errors = scoring.result(groups)
-    assert scored == [one for found, _ in alone for one in found]
+    assert scored == [each for groups, _ in alone for each in groups]
     assert [(error.group, error.index, error.error) for error in errors] == [
-        (error.group, error.index, error.error) for _, found in alone for error in found
+        (error.group, error.index, error.error) for _, failures in alone for error in failures
     ]
     assert [error.group.prompt.id for error in errors] == ["p1", "p3"]
 
@@ -504,21 +504,21 @@ def gone_before_it_came(word: str) -> bool:
 def test_closing_with_work_pending_ends_it_and_leaves_no_group_out(task):
     """A worker that ``close`` has ended is no reward's failure: with ``skip`` its group would go missing."""
     scorer = Scorer(config(task, reward_timeout_s=600, on_reward_timeout="skip"))
-    scoring, said = scorer.begin(), []
+    scoring, logged = scorer.begin(), []
     groups = [group(f"child 616.{index}", name=f"p{index}") for index in range(4)]
     scoring.add(0, groups[0])
 
     def wait_for_it():
         with pytest.raises(RunFailure, match="ended before every completion was scored") as caught:
             scoring.result(groups)
-        said.append(caught.value)
+        logged.append(caught.value)
 
     waiting = threading.Thread(target=wait_for_it, daemon=True)
     waiting.start()
     assert not gone_before_it_came("616.0")
     scorer.close()
     waiting.join(60)
-    assert said
+    assert logged
     assert gone("616.0")
     scoring.add(9, group("return 1"))  # a back end that is not closed yet may still report
     with pytest.raises(RunFailure, match="ended before"):

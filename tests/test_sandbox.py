@@ -204,9 +204,9 @@ def test_endless_printing_fills_no_log(place, caplog):
     caplog.set_level("INFO", "nanogrpo.rewards")
     with Scorer(TaskConfig(name=f"{place}/runs.py:Runs")) as scorer:
         values(scorer, "for _ in range(30_000): print('x')", "print('y' * 5_000_000)")
-    said = [record.getMessage() for record in caplog.records]
-    assert 10_000 <= len(said) < 10_100
-    assert max(map(len, said)) < 3000
+    logged = [record.getMessage() for record in caplog.records]
+    assert 10_000 <= len(logged) < 10_100
+    assert max(map(len, logged)) < 3000
 
 
 def test_without_walls_by_consent(place, monkeypatch):
@@ -317,8 +317,8 @@ def test_hostile_text_changes_nothing_outside_and_ends_no_run(shipped, texts):
     assert all(error.ran_over for error in errors)
     assert len(scored) + len(errors) == len(groups)
     assert time.monotonic() - began < len(groups) * (scorer._config.reward_timeout_s + 30)
-    for one in scored:
-        assert all(-1 <= value <= 1 for value in one.completions[0].rewards.values())
+    for walled_group in scored:
+        assert all(-1 <= value <= 1 for value in walled_group.completions[0].rewards.values())
     assert {path.name for path in folder.iterdir()} == {"shipped.py", "kept"}
     assert (folder / "kept").read_text() == "as it was"
 

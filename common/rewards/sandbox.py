@@ -1,19 +1,9 @@
 """Walls around reward workers: what a reward makes of a model's text stays inside.
 
 A reward may run a completion as code without meaning to (a scorer that calls ``eval``). Bubblewrap puts each worker
-into namespaces of its own: no network, no other process in sight, every file read-only but a scratch folder
-(``/tmp``), no privileges and no way to new ones. Limits of memory, processes, file size and CPU time come on top; what
-the environment and the usual files hold of secrets is left out.
-
-What is seen: everything that the user can read, but not ``/tmp``, ``/var/tmp``, ``/run`` (sockets of Ray, Docker,
-agents), what begins with a dot in the home and the working folder (keys, tokens, histories; ``~/.cache`` stays, without
-Hugging Face's tokens), and files that an environment variable names as a token or key. Whatever of these holds Python's
-own path, the task's file or one of ``task.sandbox_paths`` is seen all the same. No GPU is.
-
-The limits are per process, but for what ``excess`` counts: the kernel exempts root from the one on processes, and has
-none on the memory of all together.
-
-Left out: the time limit of a completion and the killing (``common/rewards/scorer.py``).
+into namespaces of its own: no network, no GPU, no other process, every file read-only but ``/tmp``, no privileges; what
+environment and files hold of secrets is left out (docs/tasks.md lists what is seen). Limits of memory, processes, file
+size and CPU time come on top. Left out: a completion's time limit and the killing (``common/rewards/worker.py``).
 """
 
 from __future__ import annotations
@@ -66,18 +56,14 @@ def command(config: TaskConfig) -> tuple[str, ...]:
     """
     if config.sandbox == "none":
         return ()
-    walls = _walls(config)
+    walls = (*_NAMESPACES, *_file_system(config), "--chdir", os.getcwd(), "--")
     # Ignored, SIGTERM to a whole job does not take the walls from around a worker that is to finish its step.
     return "/bin/sh", "-c", 'trap "" TERM; exec "$@"', "sh", _bubblewrap(walls), *walls
 
 
 def bubblewrap(config: TaskConfig) -> str:
     """The program that builds these walls here. Raises as ``command``."""
-    return _bubblewrap(_walls(config))
-
-
-def _walls(config: TaskConfig) -> tuple[str, ...]:
-    return (*_NAMESPACES, *_file_system(config), "--chdir", os.getcwd(), "--")
+    return command(config)[4]  # after the words of the shell around it
 
 
 def environment(config: TaskConfig) -> dict[str, str]:
@@ -97,13 +83,11 @@ def memory_bytes(config: TaskConfig) -> int | None:
 def limit(memory: int) -> None:
     """Inside, before the task is made: the limits of this process and of each that it will start (``memory`` in
     bytes)."""
-    most = {resource.RLIMIT_DATA: memory, resource.RLIMIT_FSIZE: SCRATCH_BYTES, resource.RLIMIT_CORE: 0}
-    release = re.match(r"(\d+)\.(\d+)", platform.release())
-    if release and (int(release[1]), int(release[2])) >= (5, 14):  # before, all of the user's processes count
-        most[resource.RLIMIT_NPROC] = MAX_PROCESSES
-    for kind, value in most.items():
-        _, hard = resource.getrlimit(kind)
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    limits = {resource.RLIMIT_DATA: memory, resource.RLIMIT_FSIZE: SCRATCH_BYTES, resource.RLIMIT_CORE: 0}
+    if [int(part) for part in re.findall(r"\d+", platform.release())[:2]] >= [5, 14]:
+        limits[resource.RLIMIT_NPROC] = MAX_PROCESSES  # before, all of the user's processes count
+    for kind, value in limits.items():
+        value = _allowed(kind, value)
         resource.setrlimit(kind, (value, value))
 
 
@@ -111,12 +95,18 @@ def limit_cpu(limit_s: float) -> None:
     """Inside, before each completion: more than this process can use in its time, but what it leaves behind ends."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     seconds = math.ceil(used + limit_s * (os.cpu_count() or 1)) + 60
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds if hard == resource.RLIM_INFINITY else min(seconds, hard), hard))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (_allowed(resource.RLIMIT_CPU, seconds), hard))
+
+
+def _allowed(kind: int, value: int) -> int:
+    hard = resource.getrlimit(kind)[1]
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)
 
 
 def excess(config: TaskConfig, pid: int) -> str:
-    """Outside: what a worker and all that it started have too much of, in words, or nothing."""
+    """Outside: what a worker and all that it started have too much of, in words, or nothing. The other limits are per
+    process, root is exempt from the one on processes, and the kernel has none on the memory of all together."""
     memory = memory_bytes(config)
     if memory is None:
         return ""
@@ -134,8 +124,8 @@ def _sum(processes: list[int], file: str, number: str) -> int:
     total = 0
     for process in processes:
         with contextlib.suppress(OSError):  # it is gone
-            found = re.match(number, Path(f"/proc/{process}/{file}").read_text())
-            total += int(found[1]) if found else 0
+            match = re.match(number, Path(f"/proc/{process}/{file}").read_text())
+            total += int(match[1]) if match else 0
     return total
 
 
@@ -156,9 +146,7 @@ def _file_system(config: TaskConfig) -> list[str]:
     words = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     for path in _SCRATCH:
         words += ["--size", str(SCRATCH_BYTES), "--perms", "1777", "--tmpfs", path]
-    if (
-        "matplotlib" in sys.modules
-    ):  # reasoning-gym brings it, and without its list of fonts it looks at each for seconds
+    if "matplotlib" in sys.modules:  # reasoning-gym brings it, and without its list of fonts it looks at each font
         for fonts in Path(sys.modules["matplotlib"].get_cachedir()).glob("fontlist-*.json"):
             words += ["--ro-bind", str(fonts), f"{_MATPLOTLIB}/{fonts.name}"]
     emptied = []
@@ -181,24 +169,18 @@ def _file_system(config: TaskConfig) -> list[str]:
 
 def _shown(config: TaskConfig) -> set[str]:
     """What a worker must see wherever it lies."""
-    paths = [
-        *sys.path,
-        sys.prefix,
-        sys.base_prefix,
-        os.path.realpath(sys.executable),
-        os.getcwd(),
-        *config.sandbox_paths,
-    ]
+    python = (*sys.path, sys.prefix, sys.base_prefix, os.path.realpath(sys.executable))
+    paths = [*python, os.getcwd(), *config.sandbox_paths]
     place, _, _ = config.name.rpartition(":")
     if place.endswith(".py"):
         paths.append(str(Path(place).expanduser().resolve().parent))
-    found = {os.path.abspath(os.path.expanduser(path or ".")) for path in paths}
-    found |= {os.path.realpath(path) for path in found}
-    for whole in found & {*_SCRATCH, *map(os.path.realpath, _SOCKETS)}:
+    shown = {os.path.abspath(os.path.expanduser(path or ".")) for path in paths}
+    shown |= {os.path.realpath(path) for path in shown}
+    for whole in shown & {*_SCRATCH, *map(os.path.realpath, _SOCKETS)}:
         # Such a folder stays what it is for a worker; of a task that lies right in it the modules are shown.
-        found.remove(whole)
-        found |= {str(file) for file in Path(whole).glob("*.py")}
-    return {path for path in found if os.path.exists(path)}
+        shown.remove(whole)
+        shown |= {str(file) for file in Path(whole).glob("*.py")}
+    return {path for path in shown if os.path.exists(path)}
 
 
 def _hidden() -> Iterator[str]:

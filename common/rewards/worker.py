@@ -91,27 +91,32 @@ class Worker:
             self._start()
 
     def ask(self, job: Job, group: Group) -> list[Any] | RewardError:
-        """One answer for each completion of the group, or the first failure; after it, the rest is not asked.
-
-        A worker that is stopped reads no question, and one may send a message a byte at a time: hence the second limit.
-        """
-        limit_s = self._config.reward_timeout_s
-        timer = threading.Timer(START_TIMEOUT_S + (len(group.completions) + 1) * limit_s, self.interrupt)
+        """One answer for each completion of the group, or the first failure; after it, the rest is not asked."""
+        try:
+            question = pickle.dumps((job, group))
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"task.name={self._config.name!r} gives prompt {group.prompt.id!r} data that no reward worker can get "
+                f"({error}); use JSON values"
+            ) from error
+        # Beyond each completion's limit: a worker that is stopped reads no question, and one may send a byte at a time.
+        limit_s = START_TIMEOUT_S + (len(group.completions) + 1) * self._config.reward_timeout_s
+        timer = threading.Timer(limit_s, self.interrupt)
         timer.daemon = True
         timer.start()
         try:
             if not self._ready:
                 self._wait_until_ready()
-            return self._ask(job, group)
+            return self._answers(question, job, group)
         finally:
             timer.cancel()
 
-    def _ask(self, job: Job, group: Group) -> list[Any] | RewardError:
+    def _answers(self, question: bytes, job: Job, group: Group) -> list[Any] | RewardError:
         names, kind = (self._rewards, float) if job == "rewards" else ((job,), bool)
         answers: list[Any] = []
         reward: str = job
         try:
-            self._send_question(job, group)
+            self._pipe.send_bytes(question)
             while (index := len(answers)) < len(group.completions):
                 reward, deadline = job, time.monotonic() + self._config.reward_timeout_s
                 while index == len(answers):
@@ -129,16 +134,6 @@ class Worker:
         except (_OverLimitError, EOFError, OSError) as error:
             return RewardError(group, len(answers), reward, self._killed(error), ran_over=True)
         return answers
-
-    def _send_question(self, job: Job, group: Group) -> None:
-        try:
-            self._pipe.send((job, group))
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            name = self._config.name
-            raise UserError(
-                f"task.name={name!r} gives prompt {group.prompt.id!r} data that no reward worker can get ({error}); "
-                "use JSON values"
-            ) from error
 
     def _receive(self, index: int, deadline: float, limit: str) -> tuple[Any, Any]:
         """The worker's next message, which must be about this completion. Raises ``OSError`` for what is no message."""
@@ -192,19 +187,18 @@ class Worker:
     def _killed(self, error: Exception) -> str:
         """Kills the worker, and says in a few words what was wrong with it or how it ended."""
         assert self._process is not None
-        code = None
-        if not isinstance(error, _OverLimitError):
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it closed its pipe and lives on
-                code = self._process.wait(timeout=1.0)
-        self.kill()
         if isinstance(error, _OverLimitError):
+            self.kill()
             return str(error)
-        if code is not None and self._config.sandbox != "none" and code > 128:
-            code = 128 - code  # as a shell does, bubblewrap reports a signal by its own exit code
-        how = (
-            "it closed its pipe" if code is None else f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
-        )
-        last = f"; it last said: {' / '.join(self._last_lines)}" if self._last_lines else ""
+        try:
+            code = self._process.wait(timeout=1.0)
+            if code > 128 and self._config.sandbox != "none":
+                code = 128 - code  # as a shell does, bubblewrap reports a signal by its own exit code
+            how = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+        except subprocess.TimeoutExpired:
+            how = "it closed its pipe"
+        self.kill()
+        last = f"; its last lines: {' / '.join(self._last_lines)}" if self._last_lines else ""
         return f"its worker process died ({how}{last})"
 
     def _start(self) -> None:
@@ -314,8 +308,7 @@ def _answer(
         for name, function in functions.items():
             begin(name)
             with _without_copies():
-                value = function(prompt, completion)
-                values[name] = _number(value) if job == "rewards" else _truth(value)
+                values[name] = _checked(job, function(prompt, completion))
         return values, None
     except (Exception, SystemExit) as error:  # reported, and never taken for a score
         brief = shortened(str(error) if isinstance(error, _UnfitError) else one_line(error))
@@ -330,13 +323,11 @@ class _UnfitError(Exception):
     """A reward returned what is no score."""
 
 
-def _truth(value: Any) -> bool:
-    if value not in (True, False):
-        raise _UnfitError(f"returned {value!r}, which is neither True nor False")
-    return bool(value)
-
-
-def _number(value: Any) -> float:
+def _checked(job: Job, value: Any) -> float | bool:
+    if job == "is_correct":
+        if value not in (True, False):
+            raise _UnfitError(f"returned {value!r}, which is neither True nor False")
+        return bool(value)
     if not isinstance(value, SupportsFloat):
         raise _UnfitError(f"returned {value!r}, which is not a number")
     number = float(value)

@@ -141,12 +141,12 @@ class Gsm8k:
 
 def _tags_reward(prompt: Prompt, completion: Completion) -> float:
     """A quarter for each of the four tags that is there exactly once and after the one before it."""
-    found, end = 0, 0
+    count, end = 0, 0
     for tag in _TAGS:
         place = completion.text.find(tag)
         if completion.text.count(tag) == 1 and place >= end:
-            found, end = found + 1, place + len(tag)
-    return found / len(_TAGS)
+            count, end = count + 1, place + len(tag)
+    return count / len(_TAGS)
 
 
 def _format_reward(prompt: Prompt, completion: Completion) -> float:

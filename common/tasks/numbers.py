@@ -102,13 +102,13 @@ def value_of(text: str) -> Fraction | None:
     match = _ANSWER.fullmatch(value.strip())
     if match is None or (match["sign"] and match["late_sign"]):
         return None
-    found = _magnitude(match)
-    if found is None:
+    number = _magnitude(match)
+    if number is None:
         return None
     for word in re.findall(r"[^\W\d_]+", match["scale"]):
-        found *= _MULTIPLIERS[word]
+        number *= _MULTIPLIERS[word]
     sign = match["sign"] or match["late_sign"] or "+"
-    return found if sign == "+" or match["bar"] else -found
+    return number if sign == "+" or match["bar"] else -number
 
 
 def _magnitude(match: re.Match[str]) -> Fraction | None:
@@ -154,9 +154,9 @@ def _plain(text: str) -> str:
         else:
             letters.append(_PLAIN.get(letter, letter))
     plain = "".join(letters)
-    plain = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: "^" + found[0].translate(_SUPERSCRIPTS), plain)
+    plain = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda power: "^" + power[0].translate(_SUPERSCRIPTS), plain)
     plain = plain.replace("{,}", ",")
-    plain = re.sub(_FRACTION, lambda found: f" {found[1] or found[2]}/{found[3] or found[4]} ", plain)
+    plain = re.sub(_FRACTION, lambda part: f" {part[1] or part[2]}/{part[3] or part[4]} ", plain)
     plain = re.sub(_STYLE, "", plain)
     plain = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "°", plain)
     plain = re.sub(r"\\times|\\cdot", "×", plain)

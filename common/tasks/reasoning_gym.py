@@ -99,18 +99,18 @@ class ReasoningGym:
     @functools.cached_property
     def _test(self) -> list[Prompt]:
         size = self._sizes["test"]
-        found: dict[str, Prompt] = {}
+        questions: dict[str, Prompt] = {}
         for turn in range(_TRIES):
             # A new seed for each turn: some generators cannot make entries beyond their size. The seeds of two turns
             # are a size apart because most generators draw entry i from seed + i.
             seed = _TEST_SEED + self._seed + turn * size
             for index in range(size):
-                prompt = self._prompt("test", len(found), size, seed, index)
-                found.setdefault(prompt.data["question"], prompt)
-                if len(found) == size:
-                    return list(found.values())
+                prompt = self._prompt("test", len(questions), size, seed, index)
+                questions.setdefault(prompt.data["question"], prompt)
+                if len(questions) == size:
+                    return list(questions.values())
         raise UserError(
-            f"task.options.test_size={size} is more than the {len(found)} different questions that "
+            f"task.options.test_size={size} is more than the {len(questions)} different questions that "
             f"{self._dataset!r} makes with these settings; use fewer, or harder settings"
         )
 
