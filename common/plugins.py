@@ -269,15 +269,12 @@ def _check_options(kind: Kind, name: str, factory: Callable[..., Any], options: 
 
 def _mistake_in(task: Any) -> str:
     """What a task lacks, with the cure; empty for one that lacks nothing."""
-    for part, kind in {
-        "rewards": Mapping,
-        "reward_weights": Mapping,
-        "prompts": Callable,
-        "is_correct": Callable,
-    }.items():
-        if not isinstance(getattr(task, part, None), kind):
-            what = "dictionary" if kind is Mapping else "method"
-            return f"has no {what} {part!r}, which every task needs; give it one"
+    for part in ("rewards", "reward_weights"):
+        if not isinstance(getattr(task, part, None), Mapping):
+            return f"has no dictionary {part!r}, which every task needs; give it one"
+    for part in ("prompts", "is_correct"):
+        if not callable(getattr(task, part, None)):
+            return f"has no method {part!r}, which every task needs; give it one"
     if not task.rewards:
         return "has no rewards; give it at least one"
     for reward, function in task.rewards.items():

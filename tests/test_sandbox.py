@@ -185,7 +185,10 @@ def test_secrets_are_out_of_sight_and_data_are_not(walled, place):
          "os.write(int(sys.argv[1]), len(data).to_bytes(4, 'big') + data)", "answered for completion 5"),
         *((f"import os, sys\ndata = {message!r}\nos.write(int(sys.argv[1]), len(data).to_bytes(4, 'big') + data)",
            "its worker process died") for message in (b"5", b'["answer", 0, [1]]', b'["answer", 0, {"value": NaN}]',
-                                                      b'["failed", 0, 7]', b"[" * 50_000)),
+                                                      b'["failed", 0, 7]', b"[" * 50_000,
+                                                      b'["answer", 0, {"value": 1e7}]',
+                                                      b'["answer", 0, {"value": true}]',
+                                                      b'["began", 0, "other"]', b'["answer", 0, {"other": 1.0}]')),
     ],
 )  # fmt: skip
 def test_too_much_costs_a_group_and_not_the_run(walled, place, text, words):

@@ -15,7 +15,6 @@ import math
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from logging import Logger
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
@@ -205,8 +205,8 @@ class Worker:
         config = self._config
         # It must find `common` and the user's modules wherever this process found them.
         code = f"import sys, json; sys.path[:] = json.loads(sys.argv[2]); from {__name__} import serve; serve()"
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
+        self._pipe, theirs = Pipe()
+        with theirs:
             words = [sys.executable, "-u", "-c", code, str(theirs.fileno()), json.dumps(sys.path)]
             try:
                 # In a session of its own: killed with whatever it started, and out of reach of the terminal's Ctrl-C.
@@ -219,7 +219,6 @@ class Worker:
                 raise RunFailure(
                     f"a reward worker process cannot be started: {error}; free memory or processes"
                 ) from error
-            self._pipe = Connection(ours.detach())
         self._doomed = False  # killed, though it may not be dead yet
         self._ready = False
         self._last_lines.clear()

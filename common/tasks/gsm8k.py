@@ -169,34 +169,33 @@ def _read(source: str, question: str, answer: str) -> dict[Split, Any]:
     setting = f"task.options.source={source!r}"
     splits: tuple[Split, ...] = get_args(Split)
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix not in _KINDS:
-        raise UserError(f"{setting} is no JSONL, JSON, CSV or Parquet file; give one that is")
     if path.is_file():
-        tables = {"all": _load_files(setting, [path])}
-    elif path.is_dir():
+        if path.suffix not in _KINDS:
+            raise UserError(f"{setting} is no JSONL, JSON, CSV or Parquet file; give one that is")
+        return _held_out(setting, _columns(setting, _load_files(setting, [path]), question, answer))
+    if path.is_dir():
         tables = {split: _load_files(setting, _split_files(setting, path, split)) for split in splits}
     elif path.suffix in _KINDS or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"{setting}: there is no such file or folder; paths start at {os.getcwd()!r}")
     else:
         tables = _load_from_hub(source)
-    for split, table in tables.items():
-        where = setting if split == "all" else f"the {split} split of {setting}"
-        for key, column in (("question", question), ("answer", answer)):
-            if column not in table.column_names:
-                raise UserError(
-                    f"{where} has no column {column!r}, only {', '.join(table.column_names)}; name the right one as "
-                    f"task.options.{key}"
-                )
-        if not len(table):
-            raise UserError(f"{where} is empty; give it rows")
-        table = table.select_columns([question, answer])
-        if getattr(table.features[answer], "dtype", "") in ("float16", "float32"):
-            import datasets
+    return {split: _columns(f"the {split} split of {setting}", tables[split], question, answer) for split in splits}
 
-            # What is held in few bits is read as its shortest decimal: 0.1, not 0.10000000149.
-            table = table.cast_column(answer, datasets.Value("string"))
-        tables[split] = table
-    return _held_out(setting, tables["all"]) if "all" in tables else tables
+
+def _columns(where: str, table: Any, question: str, answer: str) -> Any:
+    for key, column in (("question", question), ("answer", answer)):
+        if column not in table.column_names:
+            names = ", ".join(table.column_names)
+            raise UserError(f"{where} has no column {column!r}, only {names}; name the right one as task.options.{key}")
+    if not len(table):
+        raise UserError(f"{where} is empty; give it rows")
+    table = table.select_columns([question, answer])
+    if getattr(table.features[answer], "dtype", "") in ("float16", "float32"):
+        import datasets
+
+        # What is held in few bits is read as its shortest decimal: 0.1, not 0.10000000149.
+        table = table.cast_column(answer, datasets.Value("string"))
+    return table
 
 
 def _held_out(setting: str, table: Any) -> dict[Split, Any]:
