@@ -71,8 +71,8 @@ class RewardError:
         return f"{self.reward!r} failed on completion {self.index} of prompt {self.group.prompt.id!r}: {self.error}"
 
 
-class _OverLimitError(Exception):
-    """The worker is to be killed; why, in a few words."""
+class _LostError(Exception):
+    """The worker is of no use any more and is to be killed; why, in a few words."""
 
 
 class Worker:
@@ -116,7 +116,8 @@ class Worker:
         answers: list[Any] = []
         reward: str = job
         try:
-            self._pipe.send_bytes(question)
+            with contextlib.suppress(OSError):  # it died; the pipe's end says so below
+                self._pipe.send_bytes(question)
             while (index := len(answers)) < len(group.completions):
                 reward, deadline = job, time.monotonic() + self._config.reward_timeout_s
                 while index == len(answers):
@@ -130,26 +131,27 @@ class Worker:
                         ):
                             answers.append(values if job == "rewards" else values[job])
                         case _:
-                            raise OSError("no message of a worker")
-        except (_OverLimitError, EOFError, OSError) as error:
-            return RewardError(group, len(answers), reward, self._killed(error), ran_over=True)
+                            raise self._died()
+        except _LostError as error:
+            self.kill()
+            return RewardError(group, len(answers), reward, str(error), ran_over=True)
         return answers
 
     def _receive(self, index: int, deadline: float, limit: str) -> tuple[Any, Any]:
-        """The worker's next message, which must be about this completion. Raises ``OSError`` for what is no message."""
+        """The worker's next message, which must be about this completion."""
         assert self._process is not None
-        # Polled even when the time is up: an answer that has arrived counts, however busy this process was.
-        while not self._pipe.poll(min(_LOOK_S, max(0.0, deadline - time.monotonic()))):
-            if time.monotonic() >= deadline:
-                raise _OverLimitError(f"ran past {limit}")
-            if excess := sandbox.excess(self._config, self._process.pid):
-                raise _OverLimitError(excess)
         try:
+            # Polled even when the time is up: an answer that has arrived counts, however busy this process was.
+            while not self._pipe.poll(min(_LOOK_S, max(0.0, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline:
+                    raise _LostError(f"ran past {limit}")
+                if excess := sandbox.excess(self._config, self._process.pid):
+                    raise _LostError(excess)
             what, number, value = json.loads(self._pipe.recv_bytes(_MESSAGE_BYTES))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise OSError("no message of a worker") from error
+        except (EOFError, OSError, ValueError, TypeError, RecursionError):
+            raise self._died() from None
         if number != index:
-            raise _OverLimitError(f"its worker answered for completion {number!r:.20}")
+            raise _LostError(f"its worker answered for completion {number!r:.20}")
         return what, value
 
     def _wait_until_ready(self) -> None:
@@ -161,11 +163,10 @@ class Worker:
                     self.kill()
                     raise RunFailure(f"a reward worker cannot make its task: {printable(reason, one_line=True)}")
                 case _:
-                    raise OSError("no message of a worker")
-        except (_OverLimitError, EOFError, OSError) as error:
-            raise RunFailure(
-                f"a reward worker did not make task {self._config.name!r}: {self._killed(error)}"
-            ) from None
+                    raise self._died()
+        except _LostError as error:
+            self.kill()
+            raise RunFailure(f"a reward worker did not make task {self._config.name!r}: {error}") from None
 
     def interrupt(self) -> None:
         """From any thread: the process and what it started die, and the thread that waits for it finds its pipe at the
@@ -184,22 +185,19 @@ class Worker:
             self._pipe.close()
             self._reader.join(timeout=1.0)
 
-    def _killed(self, error: Exception) -> str:
-        """Kills the worker, and says in a few words what was wrong with it or how it ended."""
+    def _died(self) -> _LostError:
+        """How its process ended, and what it wrote last."""
         assert self._process is not None
-        if isinstance(error, _OverLimitError):
-            self.kill()
-            return str(error)
         try:
             code = self._process.wait(timeout=1.0)
             if code > 128 and self._config.sandbox != "none":
                 code = 128 - code  # as a shell does, bubblewrap reports a signal by its own exit code
             how = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
         except subprocess.TimeoutExpired:
-            how = "it closed its pipe"
+            how = "it lives, but closed its pipe or wrote what is no message"
         self.kill()
         last = f"; its last lines: {' / '.join(self._last_lines)}" if self._last_lines else ""
-        return f"its worker process died ({how}{last})"
+        return _LostError(f"its worker process died ({how}{last})")
 
     def _start(self) -> None:
         config = self._config
