@@ -7,27 +7,22 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 from jinja2 import meta
 
-from common.errors import UserError
+from common.errors import UserError, brief
 from common.types import Prompt
 
 _DATE = datetime.date(2024, 7, 26)  # what Llama 3's template says when it is not told
 # Templates that tell the date would give a resumed run other prompts.
 _DATED: dict[str, Any] = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
 # What a chat template reads that is not for task.template_options to set.
-_NO_OPTIONS = {
-    "messages",
-    "add_generation_prompt",
-    "raise_exception",
-    "strftime_now",
-    *jinja2.defaults.DEFAULT_NAMESPACE,
-}
+_NO_OPTIONS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
+_NO_OPTIONS |= jinja2.defaults.DEFAULT_NAMESPACE.keys()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or a warning at every forked child
 
 
@@ -39,7 +34,7 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers has no kind of its own for a file that it cannot read
         raise UserError(
-            f"model.name: {folder!r} has no tokenizer that transformers can load ({_one_line(error)}); "
+            f"model.name: {folder!r} has no tokenizer that transformers can load ({_cause(error)}); "
             "save one into the folder with tokenizer.save_pretrained"
         ) from None
 
@@ -55,7 +50,7 @@ def end_of_sequence_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
         try:
             named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
         except (ValueError, AttributeError) as error:
-            raise UserError(f"model.name: {str(path)!r} cannot be read ({_one_line(error)}); repair it") from None
+            raise UserError(f"model.name: {str(path)!r} cannot be read ({_cause(error)}); repair it") from None
         if named is not None:
             ids += named if isinstance(named, list) else [named]
             break
@@ -71,14 +66,13 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 class Renderer:
     """Gives a task's prompt its ``text`` and ``token_ids``: what the model sees.
 
-    ``chat`` goes through the tokenizer's chat template. A last message by the assistant is continued, after any other
-    the assistant's turn is opened. ``plain`` joins the contents with blank lines; marks that the tokenizer sets before
-    a text are kept, those that it sets after are not. ``options`` are variables for the template
-    (``task.template_options``); ``chat_template`` among them names one of several templates. ``vocabulary`` is the
-    number of rows of the model's embedding, 0 where that is not known.
+    ``chat`` goes through the tokenizer's chat template: a last message by the assistant is continued, after any other
+    the assistant's turn is opened. ``plain`` joins the contents with blank lines, without marks that the tokenizer sets
+    after a text. ``options`` (``task.template_options``) are variables for the template; ``chat_template`` among them
+    names one of several. ``vocabulary``: rows of the model's embedding, 0 where that is not known.
 
-    Raises ``UserError`` for a tokenizer without a chat template or without one of that name, for options that the
-    template does not read, and, when called, for a prompt that cannot be shown to the model as the task gave it.
+    Raises ``UserError`` for a tokenizer without the template, for options that it does not read, and, when called, for
+    a prompt that cannot be shown to the model as the task gave it.
     """
 
     def __init__(
@@ -99,7 +93,7 @@ class Renderer:
             _check_options(tokenizer.chat_template, options or {})
             self._try_out()
         else:
-            whole, text = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+            whole, text = tokenizer("a").input_ids, self._tokens("a")
             ends = range(len(whole), len(text) - 1, -1)
             self._appended = next((len(whole) - end for end in ends if whole[:end][-len(text) :] == text), 0)
 
@@ -109,7 +103,7 @@ class Renderer:
             messages.insert(0, {"role": "system", "content": self._system})
         if self._chat:
             text = self._through_template(prompt.id, messages)
-            token_ids = self._tokenizer(text, add_special_tokens=False).input_ids  # the template writes special tokens
+            token_ids = self._tokens(text)
         else:
             text = "\n\n".join(message["content"] for message in messages)
             token_ids = self._tokenizer(text).input_ids
@@ -127,6 +121,11 @@ class Renderer:
             )
         return dataclasses.replace(prompt, text=text, token_ids=tuple(token_ids))
 
+    def _tokens(self, text: str) -> list[int]:
+        """Of a text that holds its special tokens already, as a template writes them."""
+        token_ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return token_ids
+
     def _through_template(self, name: str, messages: list[dict[str, str]]) -> str:
         roles = tuple(message["role"] for message in messages)
         continued = roles[-1] == "assistant"
@@ -142,12 +141,10 @@ class Renderer:
                 "task.prompt_format='plain'"
             )
         try:
-            if continued:
-                return self._apply(messages, continue_final_message=True)
-            return self._apply(messages, add_generation_prompt=True)
+            return self._apply(messages, **{"continue_final_message" if continued else "add_generation_prompt": True})
         except Exception as error:  # the template is a program that came with the model
             raise UserError(
-                f"the model's chat template refuses prompt {name!r} with roles {', '.join(roles)}: {_one_line(error)}; "
+                f"the model's chat template refuses prompt {name!r} with roles {', '.join(roles)}: {_cause(error)}; "
                 "use task.prompt_format='plain' or another task option"
             ) from None
 
@@ -156,27 +153,23 @@ class Renderer:
         return text
 
     def _try_out(self) -> None:
-        """What the template does around an answer, seen from one that is known. Nothing is found out from a template
-        that refuses it; a prompt that it refuses too is named later."""
-        system, question, answer = (
-            {"role": role, "content": f"wordsof{role}"} for role in ("system", "user", "assistant")
-        )
+        """Finds out what the template sets around an answer, from one that is known. From a template that refuses this
+        one nothing is found out; a prompt that it refuses too is named later."""
+        roles = ("system", "user", "assistant")
+        system, question, answer = ({"role": role, "content": f"wordsof{role}"} for role in roles)
         for start in ([question], [system, question]):
             try:
                 asked, opened = self._apply(start), self._apply(start, add_generation_prompt=True)
                 before, found, after = self._apply([*start, answer]).rpartition(answer["content"])
             except Exception:
                 continue
-            break
-        else:
+            if found:
+                if opened == asked and before.startswith(opened):
+                    self._unopened = before[len(opened) :].strip()
+                special = getattr(self._tokenizer, "added_tokens_decoder", {})
+                ends = (i for i in self._tokens(after) if i in special and str(special[i].content).strip())
+                self.end_of_turn = next(ends, None)
             return
-        if not found:
-            return
-        if opened == asked and before.startswith(opened):
-            self._unopened = before[len(opened) :].strip()
-        added = getattr(self._tokenizer, "added_tokens_decoder", {})
-        ids = self._tokenizer(after, add_special_tokens=False).input_ids
-        self.end_of_turn = next((i for i in ids if i in added and str(added[i].content).strip()), None)
 
     def _dropped_of(self, roles: tuple[str, ...]) -> int:
         """Which message of a conversation with these roles the template leaves out; -1 where it shows them all."""
@@ -188,13 +181,6 @@ class Renderer:
                 text = "".join(words)
             self._dropped[roles] = next((place for place, word in enumerate(words) if word not in text), -1)
         return self._dropped[roles]
-
-
-def render(
-    tokenizer: Any, prompts: Iterable[Prompt], prompt_format: Literal["chat", "plain"] = "chat", system_prompt: str = ""
-) -> list[Prompt]:
-    """The prompts with ``text`` and ``token_ids``; see ``Renderer``, also for what it raises."""
-    return list(map(Renderer(tokenizer, prompt_format, system_prompt), prompts))
 
 
 def _messages(prompt: Prompt) -> list[dict[str, str]]:
@@ -231,8 +217,8 @@ def _check_options(templates: Any, options: Mapping[str, Any]) -> None:
     template, known = templates, set()
     if not isinstance(templates, str):
         known = {"chat_template"}
-        fallback = "tool_use" if options.get("tools") and "tool_use" in templates else "default"
-        name = options.get("chat_template", fallback)
+        usual = "tool_use" if options.get("tools") and "tool_use" in templates else "default"
+        name = options.get("chat_template", usual)
         if not isinstance(name, str) or name not in templates:
             raise UserError(
                 f"the model's tokenizer has no chat template {name!r}, only {', '.join(sorted(templates))}; name one "
@@ -245,7 +231,7 @@ def _check_options(templates: Any, options: Mapping[str, Any]) -> None:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
     except jinja2.TemplateError as error:
         raise UserError(
-            f"the model's chat template is not valid Jinja ({_one_line(error)}); repair it, or use "
+            f"the model's chat template is not valid Jinja ({_cause(error)}); repair it, or use "
             "task.prompt_format='plain'"
         ) from None
     known |= meta.find_undeclared_variables(tree) - _NO_OPTIONS
@@ -257,9 +243,10 @@ def _check_options(templates: Any, options: Mapping[str, Any]) -> None:
             )
 
 
-def _one_line(error: BaseException) -> str:
-    said = " ".join(str(error).split())[:300]
-    return said if said and isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
+def _cause(error: BaseException) -> str:
+    """The error in one line: a template's own words, and before another's text its type."""
+    text = brief(error)
+    return text if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {text}"
 
 
 def check_room(prompts: Sequence[Prompt], max_tokens: int, limit: int) -> None:
@@ -274,11 +261,8 @@ def check_room(prompts: Sequence[Prompt], max_tokens: int, limit: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """The longest prompt that a run has room for, and what becomes of a longer one. Called with a rendered prompt, it
-    says whether that fits.
-
-    Raises ``UserError`` naming the prompt and the limit, unless ``drop``.
-    """
+    """The longest prompt that a run has room for. Called with a rendered prompt, it says whether that fits; where it
+    does not, raises ``UserError`` naming the prompt and the limit, unless ``drop``."""
 
     max_tokens: int
     context: int
@@ -296,10 +280,8 @@ class Room:
 
     def __call__(self, prompt: Prompt) -> bool:
         length = len(prompt.token_ids)
-        if length <= self.longest:
-            return True
-        if self.drop:
-            return False
+        if length <= self.longest or self.drop:
+            return length <= self.longest
         if self.max_prompt_tokens and length > self.max_prompt_tokens:
             limit = f"more than sampler.max_prompt_tokens={self.max_prompt_tokens}; raise the limit, shorten"
         elif length + self.max_tokens > self.context:

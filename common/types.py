@@ -19,7 +19,7 @@ Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "conten
 class Prompt:
     """A question of a task, and what the model is shown of it.
 
-    A task fills ``id``, ``messages`` and ``data``; ``common.tokenizer.render`` adds ``text`` and ``token_ids``.
+    A task fills ``id``, ``messages`` and ``data``; ``common.tokenizer.Renderer`` adds ``text`` and ``token_ids``.
     """
 
     id: str

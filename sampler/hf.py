@@ -417,7 +417,7 @@ class HfSampler:
 
     def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
         if not prompt.token_ids:
-            raise UserError(f"prompt {prompt.id!r} has no tokens; render it with common.tokenizer.render first")
+            raise UserError(f"prompt {prompt.id!r} has no tokens; render it with common.tokenizer.Renderer first")
         check_room([prompt], params.max_tokens, self.setup.max_model_tokens)
 
     @contextmanager

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from common import atomic_files, plugins
 from common.config import load
 from common.device import dtype_of
-from common.tokenizer import load_tokenizer, render
+from common.tokenizer import Renderer, load_tokenizer
 from common.types import SamplerSetup
 from common.weights.handles import FolderWeights, fingerprint
 from deploy import run as runs
@@ -71,7 +71,8 @@ def test_final_gives_the_learners_log_probs_in_transformers_and_a_fresh_vllm(run
     learner = TorchLearner(config, source, "cpu")
     assert Checkpoints(folder / "checkpoints", 2).restore_latest(learner) is not None
     final = folder / "final"
-    prompts = render(load_tokenizer(str(final)), list(plugins.find_task(config.task).prompts("test"))[:4])
+    render = Renderer(load_tokenizer(str(final)))
+    prompts = [render(prompt) for prompt in list(plugins.find_task(config.task).prompts("test"))[:4]]
     asked = [prompt.token_ids for prompt in prompts]
     ours = learner.logprobs(asked)
 

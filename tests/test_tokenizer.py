@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from common.config import build, resolved_toml
 from common.errors import UserError
 from common.prompts import LOOKED_AT, looked_at
-from common.tokenizer import Renderer, decode, load_tokenizer, render
+from common.tokenizer import Renderer, decode, load_tokenizer
 from common.types import Prompt
 from deploy import components
 from deploy.run import folder_of
@@ -78,7 +78,7 @@ def test_a_lone_surrogate_in_an_id_can_be_printed():
 def test_an_ordinary_conversation_is_what_the_template_makes_of_it():
     tokenizer = make_tokenizer()
     asked = prompt(("system", "Be brief."), ("user", "hi "), ("assistant", "yes"), ("user", "日本 🙂"))
-    (shown,) = render(tokenizer, [asked])
+    shown = Renderer(tokenizer)(asked)
     text = (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi <|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
         "\n<|im_start|>user\n日本 🙂<|im_end|>\n<|im_start|>assistant\n"
@@ -86,7 +86,7 @@ def test_an_ordinary_conversation_is_what_the_template_makes_of_it():
     assert (shown.text, shown.id, shown.messages) == (text, asked.id, asked.messages)
     assert shown.token_ids == tuple(tokenizer(text, add_special_tokens=False).input_ids)
     assert decode(tokenizer, shown.token_ids) == text
-    (led,) = render(tokenizer, [QUESTION], "chat", "Be brief.")
+    led = Renderer(tokenizer, "chat", "Be brief.")(QUESTION)
     assert led.text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
 
 

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from common.errors import RunFailure, UserError
+from common.weights import handles
 from common.weights.broadcast import Broadcast, CollectiveWeights
 from common.weights.handles import (
     FolderWeights,
@@ -366,20 +366,20 @@ def test_folders_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path):
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     folders = [Path(process.stdout.readline().strip()) for process in processes]
     mine = shared_memory_folder("nanogrpo-mine", tmp_path)
-    space, pid, born, _ = mine.name.removeprefix("nanogrpo-mine-").split("-")
-    reused = tmp_path / f"nanogrpo-x-{space}-{pid}-{int(born) - 1}-abc"  # of a dead process whose number is mine now
-    foreign = tmp_path / f"nanogrpo-x-{int(space) + 1}-{pid}-1-abc"
-    strange = tmp_path / "nanogrpo-runs"
-    for folder in (reused, foreign, strange):
+    others = [tmp_path / "nanogrpo-runs", tmp_path / "nanogrpo-locked"]  # somebody's own
+    for folder in others:
         folder.mkdir()
-    processes[0].kill()  # not yet waited for: it has ended, but its number is still there
-    while Path("/proc", str(processes[0].pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-        time.sleep(0.01)
+    processes[0].kill()
+    processes[0].communicate()
     new = shared_memory_folder("nanogrpo-new", tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([folders[1], mine, new, foreign, strange])
-    for process in processes:
-        process.kill()
-        process.communicate()
+    assert sorted(tmp_path.iterdir()) == sorted([folders[1], mine, new, *others])
+    processes[1].kill()
+    processes[1].communicate()
+    for folder in (mine, new):
+        folder.rmdir()
+    last = shared_memory_folder("nanogrpo-last", tmp_path)  # lets go of what was removed
+    assert sorted(tmp_path.iterdir()) == sorted([last, *others])
+    assert [folder for folder in handles._LOCKED if folder.parent == tmp_path] == [last]
 
 
 # -- the broadcast -----------------------------------------------------------------------------------------------------

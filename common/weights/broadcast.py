@@ -1,9 +1,8 @@
 """The broadcast of weights from the learner to samplers in other processes, on any hosts: gloo or NCCL.
 
-A little process group of its own, beside whatever group vLLM or FSDP has set up in the same process: a store and a
-backend made directly, torch's default group untouched. Weights pass in buckets, so that neither side holds the whole
-model, and every wait ends in a ``RunFailure``. Transfers that can be pickled are in common/weights/handles.py; used by
-deploy/, which gives out the url and the ranks.
+A process group of its own, beside whatever group vLLM or FSDP has set up in the same process: a store and a backend
+made directly, torch's default group untouched. Weights pass in buckets, so that neither side holds the whole model,
+and every wait ends in a ``RunFailure``. deploy/ gives out the url and the ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
-from common.errors import RunFailure
+from common.errors import RunFailure, brief
 from common.protocols import Transport
 from common.weights.handles import Fingerprint, Kind, Tensors, raw_bytes
 
@@ -41,7 +40,7 @@ class Broadcast:
     def __init__(self, group: Any, store: Any, rank: int, size: int, device: str, timeout_s: float) -> None:
         self.rank, self.size = rank, size
         self._group, self._store, self._device, self._timeout_s = group, store, device, timeout_s
-        self._under_way: list[tuple[Any, torch.Tensor, float]] = []  # work, what it reads, when it was posted
+        self._in_flight: list[tuple[Any, torch.Tensor, float]] = []  # work, what it reads, when it was posted
         self._sent = 0  # buckets, for messages
 
     @classmethod
@@ -60,7 +59,7 @@ class Broadcast:
         except (TimeoutError, RuntimeError, OSError) as error:
             raise RunFailure(
                 f"rank {rank} of {size} could not join the broadcast of the weights at {url} within {timeout_s:g} s: "
-                f"{_one_line(error)}"
+                f"{_cause(error)}"
             ) from None
         return cls(group, store, rank, size, device, timeout_s)
 
@@ -73,22 +72,23 @@ class Broadcast:
         """
         assert self.rank == 0, f"rank {self.rank} receives"
         seen = Fingerprint()
-        filling, spare = _Bucket(bucket_bytes, self._device), _Bucket(bucket_bytes, self._device)
+        filling, spare = (_Bucket(torch.empty(bucket_bytes, dtype=torch.uint8, device=self._device)) for _ in range(2))
         self._sent = 0
         try:
             for name, tensor in seen.watch(tensors):
                 if not filling.has_room_for(tensor):
-                    self._post_bucket(filling)
+                    self._post({"tensors": filling.tensors}, filling.data[: filling.filled])
                     filling, spare = spare, filling
                     filling.clear()
                 filling.add(name, tensor)
-            self._post_bucket(filling)
-            self._post_header({"sent": [seen.digest(), seen.bytes]}, 0)
+            if filling.tensors:
+                self._post({"tensors": filling.tensors}, filling.data[: filling.filled])
+            self._post({"sent": [seen.digest(), seen.bytes]})
             self._settle("its receivers to take the end")
         except BaseException as error:
             if self._group is not None:  # the source's failure, and not the transport's
                 with contextlib.suppress(RunFailure):
-                    self._post_header({"error": f"{type(error).__name__}: {_one_line(error)}"}, 0)
+                    self._post({"error": f"{type(error).__name__}: {_cause(error)}"})
                     self._settle("its receivers to take the news that the source failed")
             raise
         return seen.digest(), seen.bytes
@@ -105,21 +105,20 @@ class Broadcast:
         whole = False
         try:
             coming = ahead.submit(self._take)
-            while True:
-                header, data = coming.result()
-                if "tensors" not in header:
-                    whole = True
-                    break
+            while "tensors" in (message := coming.result())[0]:
+                header, data = message
                 coming = ahead.submit(self._take)
                 for name, dtype, shape, start, stop in header["tensors"]:
                     yield name, data[start:stop].view(getattr(torch, dtype)).view(shape)
+            whole = True
         finally:
             ahead.shutdown(wait=False)
             if not whole:
                 self._leave(broken=True)
-        if "error" in header:
-            raise RunFailure(f"the learner's weights ended midway, because their source failed: {header['error']}")
-        return header["sent"][0], header["sent"][1]
+        end = message[0]
+        if "error" in end:
+            raise RunFailure(f"the learner's weights ended midway, because their source failed: {end['error']}")
+        return end["sent"][0], end["sent"][1]
 
     def close(self) -> None:
         """Leaves the group. Closing twice is allowed."""
@@ -127,50 +126,39 @@ class Broadcast:
 
     def _leave(self, broken: bool) -> None:
         group, self._group, self._store = self._group, None, None
-        self._under_way.clear()
+        self._in_flight.clear()
         if group is not None:  # gloo's connections end with their last owner, and these two do nothing
             with contextlib.suppress(RuntimeError, TimeoutError):
                 _within(self._timeout_s, group.abort if broken else group.shutdown)
 
-    # -- the sender ---------------------------------------------------------------------------------------------------
-
-    def _post_bucket(self, bucket: _Bucket) -> None:
-        if bucket.tensors:
-            self._post_header({"tensors": bucket.tensors}, bucket.filled)
-            if bucket.filled:
-                self._post(bucket.data[: bucket.filled])
-            self._sent += 1
-
-    def _post_header(self, header: dict[str, Any], data_bytes: int) -> None:
+    def _post(self, header: Mapping[str, Any], data: torch.Tensor | None = None) -> None:
+        """Starts a message on its way: the sizes of header and data, then both. The one before has arrived by then."""
         self._settle(f"its receivers to take bucket {self._sent}")
         text = json.dumps(header).encode()
-        self._post(torch.tensor([len(text), data_bytes], device=self._device))
-        self._post(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self._device))
-
-    def _post(self, tensor: torch.Tensor) -> None:
-        self._under_way.append((self._start(tensor), tensor, time.monotonic()))
+        sizes = torch.tensor([len(text), 0 if data is None else len(data)], device=self._device)
+        for part in (sizes, torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self._device), data):
+            if part is not None and len(part):
+                self._in_flight.append((self._start(part), part, time.monotonic()))
+        self._sent += "tensors" in header
 
     def _settle(self, waiting_for: str) -> None:
-        """Waits for everything under way."""
-        while self._under_way:
-            self._await(self._under_way[0][0], self._under_way[0][2], waiting_for)
-            self._under_way.pop(0)
-
-    # -- a receiver ---------------------------------------------------------------------------------------------------
+        """Waits for everything in flight."""
+        while self._in_flight:
+            work, _, posted = self._in_flight[0]
+            self._await(work, posted, waiting_for)
+            self._in_flight.pop(0)
 
     def _take(self) -> tuple[dict[str, Any], torch.Tensor]:
-        """The next header and its bucket."""
-        sizes = self._fill(torch.empty(2, dtype=torch.int64, device=self._device)).tolist()
-        text = self._fill(torch.empty(sizes[0], dtype=torch.uint8, device=self._device))
-        data = self._fill(torch.empty(sizes[1], dtype=torch.uint8, device=self._device))
-        return json.loads(text.cpu().numpy().tobytes()), data
+        """The next message: its header and its bucket."""
+        text_bytes, data_bytes = self._received(2, torch.int64).tolist()
+        text = self._received(text_bytes, torch.uint8)
+        return json.loads(text.cpu().numpy().tobytes()), self._received(data_bytes, torch.uint8)
 
-    def _fill(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.numel():
+    def _received(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(size, dtype=dtype, device=self._device)
+        if size:
             self._await(self._start(tensor), time.monotonic(), "the sender, rank 0")
         return tensor
-
-    # -- both ---------------------------------------------------------------------------------------------------------
 
     def _start(self, tensor: torch.Tensor) -> Any:
         group = self._group
@@ -195,7 +183,7 @@ class Broadcast:
         self._leave(broken=True)
         return RunFailure(
             f"the broadcast of the weights broke: rank {self.rank} of {self.size} waited {waited_s:.1f} s for "
-            f"{waiting_for} (limit {self._timeout_s:g} s): {_one_line(error)}"
+            f"{waiting_for} (limit {self._timeout_s:g} s): {_cause(error)}"
         )
 
 
@@ -203,14 +191,12 @@ class CollectiveWeights:
     """A receiver's ``WeightHandle``: opening it takes part in the broadcast, which the sender must start within the
     broadcast's ``timeout_s``."""
 
+    transport: ClassVar[Transport] = "collective"
+
     def __init__(self, broadcast: Broadcast, kind: Kind, adapter_config: Mapping[str, Any] | None = None) -> None:
         self.kind, self.adapter_config = kind, adapter_config
-        self._broadcast, self._opened = broadcast, False
+        self._broadcast: Broadcast | None = broadcast
         self._sent: tuple[str, int] | None = None
-
-    @property
-    def transport(self) -> Transport:
-        return "collective"
 
     def sent(self) -> tuple[str, int]:
         """What the sender announced at the end: known once everything has been received."""
@@ -220,23 +206,23 @@ class CollectiveWeights:
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Receives, once. Raises ``RunFailure`` the second time, because nothing is sent twice."""
-        if self._opened:
+        broadcast, self._broadcast = self._broadcast, None
+        if broadcast is None:
             raise RunFailure(
                 "the weights broadcast to this sampler were opened a second time; load_weights must open its handle "
                 "once and keep what it needs, or use sync.transport=shared_memory"
             )
-        self._opened = True
-        return self._receive()
+        return self._receive(broadcast)
 
-    def _receive(self) -> Iterator[tuple[str, torch.Tensor]]:
-        self._sent = yield from self._broadcast.receive()
+    def _receive(self, broadcast: Broadcast) -> Iterator[tuple[str, torch.Tensor]]:
+        self._sent = yield from broadcast.receive()
 
 
 class _Bucket:
     """The sender's memory for tensors that travel together."""
 
-    def __init__(self, room: int, device: str) -> None:
-        self._memory = torch.empty(room, dtype=torch.uint8, device=device)
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
         self.clear()
 
     def clear(self) -> None:
@@ -288,7 +274,7 @@ def _connect(url: str, rank: int, size: int, backend: str, device: str, timeout_
 
 def _within(timeout_s: float, call: Callable[[], T]) -> T:
     """Raises ``TimeoutError`` when the call takes longer; its thread then ends with whatever it waits for."""
-    answer: Future[Any] = Future()
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -298,12 +284,11 @@ def _within(timeout_s: float, call: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="join", daemon=True).start()
     try:
-        return cast(T, answer.result(timeout_s))
+        return answer.result(timeout_s)
     except TimeoutError:
         raise TimeoutError("not all had come") from None
 
 
-def _one_line(error: BaseException) -> str:
-    """The error's text, without gloo's place in its source and its advice."""
-    text = re.sub(r"\[\S*\.(cc|cpp|h):\d+\] ", "", " ".join(str(error).split())).partition(" This is typically")[0]
-    return text[:300] or type(error).__name__
+def _cause(error: BaseException) -> str:
+    """The error in one line, without gloo's place in its source and its advice."""
+    return re.sub(r"\[\S*\.(cc|cpp|h):\d+\] ", "", brief(error)).partition(" This is typically")[0]

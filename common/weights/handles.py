@@ -2,25 +2,25 @@
 
 Within a process the learner's tensors are lent, never copied; a folder's are read as they are asked for; between
 processes of one host they lie in shared memory, and an adapter travels inside its handle. All but the first can be
-pickled. The broadcast between hosts is in common/weights/broadcast.py, the proof that compares both ends in
-learner/weight_sync.py.
+pickled. The broadcast between hosts is in common/weights/broadcast.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -77,7 +77,7 @@ class Fingerprint:
 
     def digest(self) -> str:
         """A short text, equal for equal tensors and an equal configuration."""
-        lines = [f"{name} {one.dtype} {one.shape} {one.bits}" for name, one in sorted(self.sums.items())]
+        lines = [f"{name} {part.dtype} {part.shape} {part.bits}" for name, part in sorted(self.sums.items())]
         if self.adapter_config is not None:
             lines.append(json.dumps(self.adapter_config, sort_keys=True, default=_plain))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
@@ -148,10 +148,7 @@ class InProcessWeights:
     kind: Kind
     tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]
     adapter_config: Mapping[str, Any] | None = None
-
-    @property
-    def transport(self) -> Transport:
-        return "same process"
+    transport: ClassVar[Transport] = "same process"
 
     def sent(self) -> tuple[str, int]:
         return digest_and_bytes(self.tensors(), self.adapter_config)
@@ -192,10 +189,7 @@ class FolderWeights:
     """A ``WeightHandle`` on a Hugging Face folder: its safetensors files, or peft's adapter files."""
 
     folder: str
-
-    @property
-    def transport(self) -> Transport:
-        return "shared memory"
+    transport: ClassVar[Transport] = "shared memory"
 
     @property
     def kind(self) -> Kind:
@@ -221,36 +215,39 @@ class FolderWeights:
                     yield name, opened.get_tensor(name)
 
 
-@dataclass(frozen=True)
-class InlineWeights:
-    """A ``WeightHandle`` that carries its tensors with it, for an adapter's few megabytes. Can be pickled."""
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """What the handles that can be pickled know of their tensors."""
 
     kind: Kind
-    data: bytes = field(repr=False)
-    """One safetensors file."""
+    adapter_config: Mapping[str, Any] | None
     digest: str
     bytes: int
-    adapter_config: Mapping[str, Any] | None = None
 
-    @property
-    def transport(self) -> Transport:
-        return "with the call"
+    def sent(self) -> tuple[str, int]:
+        return self.digest, self.bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class InlineWeights(_Written):
+    """A ``WeightHandle`` that carries its tensors with it, for an adapter's few megabytes. Can be pickled."""
+
+    data: bytes = field(repr=False)
+    """One safetensors file."""
+    transport: ClassVar[Transport] = "with the call"
 
     @classmethod
     def of(cls, tensors: Tensors, kind: Kind, adapter_config: Mapping[str, Any] | None = None) -> InlineWeights:
         seen = Fingerprint(adapter_config)
         data = b"".join(_file_parts(list(seen.watch(tensors))))
-        return cls(kind, data, seen.digest(), seen.bytes, adapter_config)
-
-    def sent(self) -> tuple[str, int]:
-        return self.digest, self.bytes
+        return cls(kind=kind, adapter_config=adapter_config, digest=seen.digest(), bytes=seen.bytes, data=data)
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(safetensors.torch.load(self.data).items())
 
 
-@dataclass(frozen=True)
-class SharedMemoryWeights:
+@dataclass(frozen=True, kw_only=True)
+class SharedMemoryWeights(_Written):
     """A ``WeightHandle`` on tensors in the host's shared memory, for any process of the host. Can be pickled.
 
     The writer calls ``remove`` when everyone has read. What was opened before stays readable.
@@ -258,14 +255,7 @@ class SharedMemoryWeights:
 
     folder: str
     files: int
-    kind: Kind
-    digest: str
-    bytes: int
-    adapter_config: Mapping[str, Any] | None = None
-
-    @property
-    def transport(self) -> Transport:
-        return "shared memory"
+    transport: ClassVar[Transport] = "shared memory"
 
     @classmethod
     def write(
@@ -276,11 +266,10 @@ class SharedMemoryWeights:
         bucket_bytes: int = 64 << 20,
         place: Path | None = None,
     ) -> SharedMemoryWeights:
-        """Writes the tensors in files of ``bucket_bytes`` (a larger tensor alone). Of what the source makes, no more
-        than one file's tensors are alive at once, and the one tensor beyond it.
+        """Writes the tensors in files of ``bucket_bytes`` (a larger tensor alone), to shared memory or into ``place``.
+        Of what the source makes, no more than one file's tensors are alive at once, and the one tensor beyond it.
 
-        ``place`` is shared memory, or another folder instead. Raises ``RunFailure`` when it is full; nothing is left
-        behind then, nor when the source raises.
+        Raises ``RunFailure`` when there is no room; nothing is left behind then, nor when the source raises.
         """
         seen = Fingerprint(adapter_config)
         folder = shared_memory_folder("nanogrpo-weights", place)
@@ -292,10 +281,10 @@ class SharedMemoryWeights:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return cls(str(folder), files, kind, seen.digest(), seen.bytes, adapter_config)
-
-    def sent(self) -> tuple[str, int]:
-        return self.digest, self.bytes
+        return cls(
+            kind=kind, adapter_config=adapter_config, digest=seen.digest(), bytes=seen.bytes,
+            folder=str(folder), files=files,
+        )  # fmt: skip
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Lends the shared pages themselves, copied only where the reader writes on them. Raises ``RunFailure`` if they
@@ -317,37 +306,41 @@ class SharedMemoryWeights:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+_LOCKED: dict[Path, int] = {}  # this process's folders, and the open file that keeps each locked until it ends
+
+
 def shared_memory_folder(prefix: str, place: Path | None = None) -> Path:
     """A fresh folder of this process in shared memory (the temp folder where there is none), or in ``place``.
 
-    What killed processes left there under any prefix of ours is removed first; that of other containers, whose process
-    numbers mean nothing here, is left alone.
+    It is locked as long as this process lives, and whoever makes the next one removes those that nobody locks: what
+    killed processes left there. A forked child shares the lock.
     """
     assert prefix.startswith("nanogrpo-"), prefix
     if place is None:
         place = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-    if Path("/proc/self/stat").exists():
-        pattern = re.compile(rf"nanogrpo-.+-{_pid_space()}-(\d+)-(\d+)-\w+")
-        for folder in place.glob("nanogrpo-*"):
-            if (owner := pattern.fullmatch(folder.name)) and _birth(owner[1]) != owner[2]:
-                shutil.rmtree(folder, ignore_errors=True)
-    name = f"{prefix}-{_pid_space()}-{os.getpid()}-{_birth('self') or 0}-"
-    return Path(tempfile.mkdtemp(prefix=name, dir=place))
+    for folder in [folder for folder in _LOCKED if not folder.exists()]:
+        os.close(_LOCKED.pop(folder))
+    for folder in place.glob("nanogrpo-*-locked-*"):
+        with contextlib.suppress(OSError):  # locked; or gone, another user's, or on a file system without locks
+            lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-locked-", dir=place))
+        with contextlib.suppress(OSError):  # such a file system, where nobody else can remove it either
+            _LOCKED[folder] = _lock(folder, fcntl.LOCK_EX)
+        if folder.exists():  # or another process removed it before it was locked
+            return folder
 
 
-def _pid_space() -> int:
-    """Tells containers that share the memory but not their process ids apart."""
-    return os.stat("/proc/self/ns/pid").st_ino if Path("/proc/self/ns/pid").exists() else 0
-
-
-def _birth(pid: str) -> str:
-    """When the process started, in clock ticks since boot (a process id alone may be another's by now); empty if it
-    has ended."""
+def _lock(folder: Path, how: int) -> int:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fields = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
+        fcntl.flock(descriptor, how)
     except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _buckets(tensors: Tensors, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
