@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -43,41 +44,31 @@ from learner.distributed import (
     whole,
     write_state,
 )
-from learner.loss import losses
+from learner.loss import advantages, losses
 from learner.model import adapters, loading, nf4, saving
 from learner.optimizer import MasterOptimizer, Parked, learning_rate
 from learner.optimizer import check as check_optimizer
-from learner.token_logprobs import Drawn, from_logits, learn, score
+from learner.token_logprobs import SamplingTransform, forward_backward, from_logits, token_logprobs
 
 log = logging.getLogger("nanogrpo.learner")
 ALONE = Ranks()
 # Of a weight's spread, in the challenge. An old output head alone then puts SmolLM2's log-probs 0.5 nats off (0.07 to
 # 0.2 with half as much), where bfloat16 puts them 0.04 to 0.06; with twice as much that would be 0.4 to 1.
 NOISE = 0.2
-
-
-@dataclasses.dataclass
-class _Batch:
-    """The step's tensors; B completions, T the longest. Among ranks a last row counts for nothing: a pass over it
-    keeps a rank that has fewer passes in step with the others."""
-
-    rows: list[Row]
-    advantages_B: torch.Tensor
-    mask_BT: torch.Tensor
-    sampler_BT: torch.Tensor
-    coef_BT: torch.Tensor
-    num_tokens: float
-    """That count, whether or not they are learned from."""
-    old_BT: torch.Tensor | None = None
-    reference_BT: torch.Tensor | None = None
+METRICS = {
+    "loss": "loss", "ratio_mean": "ratio_mean", "clipped_mean": "clip_fraction", "kl_mean": "kl",
+    "entropy_mean": "entropy", "importance_mean": "importance_mean", "importance_max": "importance_max",
+    "sampler_difference_mean": "logprob_diff_mean", "sampler_difference_max": "logprob_diff_max",
+}  # fmt: skip
+"""The losses' statistics to their documented names."""
 
 
 class TorchLearner:
     """A ``Learner`` in this process, on one device; or one of several ranks that are a learner together.
 
     Among ranks every method is called on each of them with the same arguments, ends with the same results, and raises
-    ``parallel.RankLost`` when a rank is gone; what ``publish_weights`` offers is opened on each of them. Groups are
-    shared out, everything computed from them is a sum over ranks, so the weights are those of one process.
+    ``distributed.RankLost`` when a rank is gone; what ``publish_weights`` offers is opened on each of them. Groups are
+    divided, everything computed from them is a sum over ranks, so the weights are those of one process.
 
     ``blank`` reads no weights, checks nothing and steps nothing: for the memory estimate, on tensors of a shape alone.
     """
@@ -96,8 +87,10 @@ class TorchLearner:
                 "optimizer's memory among them; set it to false, or learn with one rank"
             )
         sampler = config.sampler
-        self._plain = Drawn(chunk=config.learner.head_tokens)
-        self._drawn = Drawn(sampler.temperature, sampler.top_p, sampler.top_k, config.learner.head_tokens)
+        self._plain = SamplingTransform(chunk=config.learner.head_tokens)
+        self._transform = SamplingTransform(
+            sampler.temperature, sampler.top_p, sampler.top_k, config.learner.head_tokens
+        )
         self._model: Any = self._loaded(adapter=self._lora)
         if not adapters.sends_adapter(config.model) or config.run.export_merged:
             saving.check_names(self._model)
@@ -140,21 +133,21 @@ class TorchLearner:
         ranks.shard(loading.causal_of(model), self._dtype, held)
         return model
 
-    def _score(self, model: Any, pack: Pack, drawn: Drawn | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies [K] of the distribution that the sampler draws from, unless told otherwise."""
-        return forward(loading.causal_of(model), lambda: score(model, pack.to(self._device), drawn or self._drawn))
+    def _logprobs_of(self, model: Any, pack: Pack, transform: SamplingTransform) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [K], without gradient."""
+        return forward(loading.causal_of(model), lambda: token_logprobs(model, pack.to(self._device), transform))
 
     def _choose_packing(self) -> bool:
-        wish = self._config.learner.packing
-        if wish == "padded":
+        requested = self._config.learner.packing
+        if requested == "padded":
             return False
         why = packing_support.why_not_packed(self._model)
         if not why and not self._blank:
             with lost_in_words(self._ranks.rank, "loading"):
                 why = packing_support.wrong_when_packed(self._model, self._plainly, self._dtype)
-                if self._ranks.most(int(bool(why))):  # or ranks might choose apart
+                if self._ranks.most(int(bool(why))):  # or ranks might choose differently
                     why = why or "another rank's packed log-probs are wrong"
-        if why and wish == "packed":
+        if why and requested == "packed":
             family = loading.causal_of(self._model).config.model_type
             raise UserError(
                 f"learner.packing='packed' but this {family!r} model cannot be packed: {why}; "
@@ -165,7 +158,7 @@ class TorchLearner:
         return not why
 
     def _plainly(self, model: Any, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._score(model, pack, self._plain)
+        return self._logprobs_of(model, pack, self._plain)
 
     def _check_forward(self) -> None:
         if wrong := packing_support.check(self._model, self._plainly, from_logits, self._dtype):
@@ -182,22 +175,22 @@ class TorchLearner:
         Raises ``RunFailure`` before a step whose loss or gradient is not finite.
         """
         learner = self._config.learner
-        batch = self._batch(groups)
-        if not batch.rows:
+        rows, inputs = self._batch(groups)
+        if not rows:
             self.version += 1
             return {}
-        packs, passes = self._share_of(batch.rows, len(batch.mask_BT) - 1, self.packed)
+        packs, passes = self._passes(rows, len(inputs.mask_BT) - 1, self.packed)
         seed = self._config.train.seed * 1_000_003 + self.version
         torch.manual_seed(seed * self._ranks.size + self._ranks.rank)
         if learner.inner_updates > 1:
-            batch.old_BT = self._no_grad_logprobs(self._model, passes, batch)
+            inputs = dataclasses.replace(inputs, old_BT=self._table(self._model, passes, inputs.mask_BT))
         if learner.kl_coef > 0:
-            batch.reference_BT = self._reference_logprobs(passes, batch)
+            inputs = dataclasses.replace(inputs, reference_BT=self._reference_table(passes, inputs.mask_BT))
         metrics: dict[str, float] = {}
         try:
             with loading.training(self._model):
                 for inner in range(learner.inner_updates):
-                    metrics = self._step(passes, batch, inner)
+                    metrics = self._step(passes, inputs, inner)
         finally:
             self._optimizer.zero_grad()
         self.version += 1
@@ -213,17 +206,19 @@ class TorchLearner:
             "tokens_prompt": float(prompt_tokens),
             "tokens_completion": float(completion_tokens),
             "tokens_computed": float(computed),
-            "tokens_learned": batch.num_tokens,
+            "tokens_learned": inputs.num_tokens,
             "packed": float(self.packed),
         }
 
-    def _step(self, passes: Sequence[Pack], batch: _Batch, inner: int) -> dict[str, float]:
+    def _step(self, passes: Sequence[Pack], inputs: losses.LossInputs, inner: int) -> dict[str, float]:
         """Update ``inner`` on this batch."""
-        parts = []
+        causal, parts = loading.causal_of(self._model), []
         if len(passes) > 1:
             self._optimizer.blank_gradients()
         for pack in passes:
-            parts.append(self._learn(pack, batch))
+            loss = losses.ChunkedLoss(pack.row_K, pack.column_K, inputs, self._config.learner)
+            stats = forward(causal, functools.partial(forward_backward, self._model, pack, loss, self._transform))
+            parts.append(losses.total_stats(stats))
             pack.free_cache()
         self._optimizer.drop_blanks()
         total = losses.mean_stats(self._ranks.gather_stats(parts))
@@ -237,119 +232,60 @@ class TorchLearner:
         lr = learning_rate(self._config.optimizer, self.version * updates + inner, self._config.train.steps * updates)
         if not self._blank:
             self._optimizer.step(lr)
-        return _named(total) | {"grad_norm": norm, "lr": lr}
+        named = {name: total[statistic] for statistic, name in METRICS.items() if statistic in total}
+        return named | {"grad_norm": norm, "lr": lr}
 
-    def _share_of(self, rows: Sequence[Row], idle: int, packed: bool) -> tuple[list[Pack], list[Pack]]:
-        """This rank's packs, and the passes it makes: the same, and idle ones (row ``idle``) until all ranks have as
-        many, because each pass gathers weights from all."""
+    def _passes(self, rows: Sequence[Row], idle: int, packed: bool) -> tuple[list[Pack], list[Pack]]:
+        """This rank's packs, and the passes it makes: the same, and dummies (row ``idle``, which counts for nothing)
+        until all ranks have as many, because each pass gathers weights from all."""
         ranks, budget = self._ranks, self._config.learner.microbatch_tokens
         own = rows if ranks.size == 1 else shard(rows, ranks.size, packed)[ranks.rank]
         packs = [pack.to(self._device) for pack in make_microbatches(own, budget, packed, self._kind_of)]
         if ranks.size == 1:
             return packs, packs
         missing = ranks.most(len(packs)) - len(packs)
-        (nothing,) = make_microbatches([Row(idle, rows[0].prompt[:1], rows[0].completion[:1])], budget, packed)
-        return packs, packs + [nothing.to(self._device)] * missing
+        (dummy,) = make_microbatches([Row(idle, rows[0].prompt[:1], rows[0].completion[:1])], budget, packed)
+        return packs, packs + [dummy.to(self._device)] * missing
 
-    def _learn(self, pack: Pack, batch: _Batch) -> dict[str, torch.Tensor]:
-        """Adds this pack's part of the step's gradient; returns the statistics of its tokens."""
-        spec = self._config.learner
-        if spec.ratio == "sequence" or (spec.importance != "off" and spec.importance_level == "sequence"):
-            # A token's loss depends on all of its sequence: first every log-prob, then the gradients.
-            rows_R, local_K = pack.row_K.unique(return_inverse=True)
-            blank_RT = torch.zeros(len(rows_R), batch.mask_BT.shape[1], device=self._device)
-            logprob_K, entropy_K = self._score(self._model, pack)
-            logprobs_RT, entropy_RT = (
-                blank_RT.index_put((local_K, pack.column_K), values_K)
-                for values_K in (logprob_K, entropy_K if spec.entropy_coef else entropy_K.detach())
-            )
-            loss, stats = self._loss(batch, logprobs_RT, entropy_RT, lambda values_BT: values_BT[rows_R])
-            loss.backward()
-            return stats
-
-        def loss_of(logprob_C: torch.Tensor, entropy_C: torch.Tensor, part: slice) -> Any:
-            if not spec.entropy_coef:  # a gradient of zeros would cost as much as a real one
-                entropy_C = entropy_C.detach()
-            at = (pack.row_K[part], pack.column_K[part])
-            return self._loss(batch, logprob_C[:, None], entropy_C[:, None], lambda values_BT: values_BT[at][:, None])
-
-        causal = loading.causal_of(self._model)
-        return losses.total_stats(forward(causal, lambda: learn(self._model, pack, loss_of, self._drawn)))
-
-    def _loss(
-        self, batch: _Batch, logprobs_RT: torch.Tensor, entropy_RT: torch.Tensor,
-        pick: Callable[[torch.Tensor], torch.Tensor],
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-        """The part of the step's loss of those rows, or tokens as rows of one, that ``pick`` takes of a [B, T]."""
-        spec = self._config.learner
-        mask_RT = pick(batch.mask_BT)
-        return losses.total_loss(
-            spec.loss,
-            logprobs_RT,
-            # On policy the old policy is this one: the ratio is 1 and its gradient is the policy gradient.
-            logprobs_RT.detach() if batch.old_BT is None else pick(batch.old_BT),
-            pick(batch.sampler_BT),
-            pick(batch.advantages_B[:, None].expand_as(batch.mask_BT))[:, 0],
-            mask_RT,
-            pick(batch.coef_BT),
-            ratio=spec.ratio,
-            clip_low=spec.clip_low,
-            clip_high=spec.clip_high,
-            delta=spec.delta,
-            dual_clip=spec.dual_clip,
-            tau_positive=spec.sapo_tau_positive,
-            tau_negative=spec.sapo_tau_negative,
-            importance=spec.importance,
-            importance_level=spec.importance_level,
-            importance_cap=spec.importance_cap,
-            reference_logprobs_BT=None if batch.reference_BT is None else pick(batch.reference_BT),
-            kl_coef=spec.kl_coef,
-            kl_estimator=spec.kl_estimator,
-            entropy_BT=entropy_RT,
-            entropy_coef=spec.entropy_coef,
-            num_tokens=batch.num_tokens,
-        )
-
-    def _batch(self, groups: Sequence[Group]) -> _Batch:
-        pairs = [(group.prompt.token_ids, one) for group in groups for one in group.completions]
-        B, T = len(pairs), max((len(one.token_ids) for _, one in pairs), default=0)
+    def _batch(self, groups: Sequence[Group]) -> tuple[list[Row], losses.LossInputs]:
+        """What is computed of the step, and its tensors; B completions, T the longest. Among ranks a last row counts
+        for nothing, for dummy passes."""
+        pairs = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
+        B, T = len(pairs), max((len(completion.token_ids) for _, completion in pairs), default=0)
         spec = self._config.learner
         advantages_B = torch.zeros(B)
         mask_BT, sampler_BT = torch.zeros(B, T), torch.zeros(B, T)
         rows: list[Row] = []
-        for index, (prompt, one) in enumerate(pairs):
-            assert one.advantage is not None, "a completion without advantage reached the learner"
-            length = len(one.token_ids)
-            advantages_B[index] = one.advantage
-            sampler_BT[index, :length] = torch.tensor(one.logprobs)
-            if length and not (spec.truncated == "mask" and one.finish_reason == "length"):
+        for index, (prompt, completion) in enumerate(pairs):
+            assert completion.advantage is not None, "a completion without advantage reached the learner"
+            length = len(completion.token_ids)
+            advantages_B[index] = completion.advantage
+            sampler_BT[index, :length] = torch.tensor(completion.logprobs)
+            if advantages.counts(completion, spec):
                 mask_BT[index, :length] = 1.0
-                # Else it has no gradient.
-                if one.advantage or spec.kl_coef or spec.entropy_coef or not spec.drop_zero_variance:
-                    rows.append(Row(index, prompt, one.token_ids))
-        coef_BT = losses.token_coefficients(spec.loss, mask_BT, self._config.sampler.max_tokens)
-        idle = int(self._ranks.size > 1)
-        num_tokens = float(mask_BT.sum())
-        advantages_B, mask_BT, sampler_BT, coef_BT = (
-            torch.cat([values, values.new_zeros((idle, *values.shape[1:]))]).to(self._device)
-            for values in (advantages_B, mask_BT, sampler_BT, coef_BT)
+                if advantages.has_gradient(completion, spec):
+                    rows.append(Row(index, prompt, completion.token_ids))
+        coef_BT = losses.LOSSES[spec.loss].coefficients(mask_BT, self._config.sampler.max_tokens)
+        dummy, num_tokens = int(self._ranks.size > 1), float(mask_BT.sum())
+        advantages_BT, mask_BT, sampler_BT, coef_BT = (
+            torch.cat([values_BT, values_BT.new_zeros(dummy, T)]).to(self._device)
+            for values_BT in (advantages_B[:, None].expand(B, T), mask_BT, sampler_BT, coef_BT)
         )
-        return _Batch(rows, advantages_B, mask_BT, sampler_BT, coef_BT, num_tokens)
+        return rows, losses.LossInputs(advantages_BT, mask_BT, sampler_BT, coef_BT, num_tokens)
 
-    def _no_grad_logprobs(self, model: Any, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:
-        out_BT = torch.zeros_like(batch.mask_BT)
-        with torch.no_grad():
-            for pack in packs:
-                out_BT[pack.row_K, pack.column_K] = self._score(model, pack)[0]
-                pack.free_cache()
+    def _table(self, model: Any, passes: Sequence[Pack], like_BT: torch.Tensor) -> torch.Tensor:
+        """The model's log-probs [B, T] of the tokens of these passes, without gradient; 0 elsewhere."""
+        out_BT = torch.zeros_like(like_BT)
+        for pack in passes:
+            out_BT[pack.row_K, pack.column_K] = self._logprobs_of(model, pack, self._transform)[0]
+            pack.free_cache()
         return out_BT
 
-    def _reference_logprobs(self, packs: Sequence[Pack], batch: _Batch) -> torch.Tensor:
-        if not self._lora:
-            assert self._reference is not None
-            return self._no_grad_logprobs(self._reference, packs, batch)
+    def _reference_table(self, passes: Sequence[Pack], like_BT: torch.Tensor) -> torch.Tensor:
+        if self._reference is not None:
+            return self._table(self._reference, passes, like_BT)
         with self._model.disable_adapter():
-            return self._no_grad_logprobs(self._model, packs, batch)
+            return self._table(self._model, passes, like_BT)
 
     def _not_finite(self, what: str, value: float) -> str:
         return (
@@ -410,20 +346,20 @@ class TorchLearner:
     @collective("computing log-probs")
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced log-probs at temperature 1; [T - 1] numbers for a sequence of T tokens."""
-        rows = [Row(i, tuple(one[:1]), tuple(one[1:])) for i, one in enumerate(sequences)]
-        longest = max((len(one) - 1 for one in sequences), default=0)
+        rows = [Row(index, tuple(ids[:1]), tuple(ids[1:])) for index, ids in enumerate(sequences)]
+        longest = max((len(ids) - 1 for ids in sequences), default=0)
         if longest < 1:
             return [[] for _ in sequences]
-        _, passes = self._share_of(rows, len(rows), packed=False)
+        _, passes = self._passes(rows, len(rows), packed=False)
         answer_BT = torch.zeros(len(rows) + 1, longest)
         # A probe of some ten tokens is not worth the seconds that compiling this pass would take. The compiled pass
         # is held against the sampler by the step's logprob_diff_mean.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):
             for pack in passes:
-                answer_BT[pack.row_K, pack.column_K] = self._score(self._model, pack, self._plain)[0].cpu()
-        answer_BT[-1] = 0  # the idle row
+                answer_BT[pack.row_K, pack.column_K] = self._plainly(self._model, pack)[0].cpu()
+        answer_BT[-1] = 0  # the dummies'
         answer_BT = self._ranks.sum(answer_BT.to(self._device))
-        return [row_T[: len(one) - 1] for row_T, one in zip(answer_BT.tolist(), sequences, strict=False)]
+        return [row_T[: len(ids) - 1] for row_T, ids in zip(answer_BT.tolist(), sequences, strict=False)]
 
     @contextlib.contextmanager
     def perturbed(self, seed: int) -> Iterator[None]:
@@ -532,13 +468,3 @@ class TorchLearner:
     def export(self, folder: Path, merged: bool = False) -> None:
         self.wake("weights")
         saving.export(self._model, self._folder, folder, merged, self._dtype, self._ranks)
-
-
-def _named(stats: dict[str, float]) -> dict[str, float]:
-    """The losses' statistics under their documented names."""
-    names = {
-        "loss": "loss", "ratio_mean": "ratio_mean", "clipped_mean": "clip_fraction", "kl_mean": "kl",
-        "entropy_mean": "entropy", "importance_mean": "importance_mean", "importance_max": "importance_max",
-        "sampler_difference_mean": "logprob_diff_mean", "sampler_difference_max": "logprob_diff_max",
-    }  # fmt: skip
-    return {new: stats[old] for old, new in names.items() if old in stats}

@@ -16,34 +16,25 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import TypeAdapter
+
 from common.config import Config
 from common.errors import OutOfMemory, RunFailure, UserError, is_out_of_memory
 from common.prompts import PromptStream
 from common.protocols import GroupsFuture, Learner, Placement, Sampler
-from common.rewards.scorer import RewardError
-from common.types import Completion, Group, Prompt, SamplingParams
+from common.rewards.scorer import Scorer, Scoring
+from common.types import Group, Prompt, SamplingParams
 from common.watchdog import bounded, result
 from learner.checkpoint import Checkpoints
 from learner.loss import advantages
 from learner.selection import Selection
 from learner.weight_sync import WeightSync
 
-
-class Scores(Protocol):
-    """What the loop asks of ``common.rewards.scorer.Scoring``: one request's scores."""
-
-    def add(self, index: int, group: Group) -> None: ...
-
-    def result(self, groups: Sequence[Group]) -> tuple[list[Group], list[RewardError]]: ...
+GROUPS = TypeAdapter(list[Group])
+"""From the plain values that ``dataclasses.asdict`` makes of groups, by way of JSON."""
 
 
-class Scorer(Protocol):
-    """What the loop asks of ``common.rewards.scorer.Scorer``."""
-
-    def begin(self) -> Scores: ...
-
-
-class Watches(Protocol):
+class RunTracker(Protocol):
     """A tracker that also shows what is waited for."""
 
     def phase(self, text: str) -> None: ...
@@ -62,7 +53,7 @@ class Request:
     """The prompt stream before its prompts were taken."""
     prompts: list[Prompt]
     future: Future[list[Group]]
-    scores: Scores
+    scores: Scoring
     """Of the groups that the future has reported so far; the others are scored when it is done."""
 
 
@@ -77,7 +68,7 @@ class Loop:
     scorer: Scorer
     stream: PromptStream
     sync: WeightSync
-    tracker: Watches
+    tracker: RunTracker
     checkpoints: Checkpoints
     memory_gib: Callable[[], float]
     restarts: Callable[[], int]
@@ -114,12 +105,13 @@ class Loop:
         self.stream.restore(state["stream"])
         self.selection.restore(state.get("selection", {}))
         self.requests_made = int(state["requests_made"])
-        for one in state["in_flight"]:
-            groups = [_group_of(group) for group in one["groups"]]
+        for answered in state["in_flight"]:
+            groups = GROUPS.validate_python(answered["groups"])
             future: Future[list[Group]] = Future()
             future.set_result(groups)
             prompts = [group.prompt for group in groups]
-            self.in_flight.append(Request(int(one["number"]), one["state"], prompts, future, self.scorer.begin()))
+            request = Request(int(answered["number"]), answered["state"], prompts, future, self.scorer.begin())
+            self.in_flight.append(request)
 
     def save(self) -> None:
         doing = f"writing checkpoint {self.learner.version}"
@@ -193,39 +185,34 @@ def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
     ``prompts`` are the run's; the longest are taken. Returns seconds, the checkpoint's bytes, and the peak in GiB.
     Raises ``OutOfMemory``, and ``RunFailure`` when the disk is full.
     """
-    config, started = loop.config, time.perf_counter()
-    size, length = config.train.prompts_per_step, config.sampler.max_tokens
+    config, seconds = loop.config, dict[str, float]()
+    size, length, group_size = config.train.prompts_per_step, config.sampler.max_tokens, config.train.group_size
     longest = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))[:size]
-    asked = [longest[number % len(longest)] for number in range(size)]
-    seed = config.train.seed % 2**31
-    params = dataclasses.replace(sampling_params(config), min_tokens=length, stop=(), seed=seed)
-    loop.tracker.phase(f"rehearsal: {size} x {config.train.group_size} completions of {length} tokens")
-    with loop.placement.sampling(), _memory_of("sampler"):
+    batch = [longest[number % len(longest)] for number in range(size)]
+    params = dataclasses.replace(sampling_params(config), min_tokens=length, stop=(), seed=config.train.seed % 2**31)
+
+    @contextlib.contextmanager
+    def part(name: str, side: str, what: str) -> Iterator[None]:
+        loop.tracker.phase(f"rehearsal: {what}")
+        started = time.perf_counter()
+        with _memory_of(side):
+            yield
+        seconds[name] = time.perf_counter() - started
+
+    with part("sample", "sampler", f"{size} x {group_size} completions of {length} tokens"), loop.placement.sampling():
         doing = "writing the rehearsal's request"
         with bounded("sampler", doing, config.timeouts.generate_s, "timeouts.generate_s"):
-            future = loop.sampler.generate(asked, params)
+            future = loop.sampler.generate(batch, params)
         groups = result(future, "sampler", doing, loop.answer_s, "timeouts.generate_s")
-    sampled = time.perf_counter()
-    loop.tracker.phase("rehearsal: the largest pack through the learner")
-    with loop.placement.learning(), _memory_of("learner"), _learning(config, "doing the rehearsal's pack"):
+    through = _learning(config, "doing the rehearsal's pack")
+    with part("learn", "learner", "the largest pack through the learner"), loop.placement.learning(), through:
         loop.learner.rehearse(groups)
-    learned = time.perf_counter()
-    loop.tracker.phase("rehearsal: the weights to the sampler")
-    with _memory_of("run"):
+    with part("sync", "run", "the weights to the sampler"):
         loop.sync()
-    synced = time.perf_counter()
-    loop.tracker.phase("rehearsal: a checkpoint to the disk")
-    limit_s = config.timeouts.load_s
-    with _memory_of("learner"), bounded("learner", "writing a checkpoint for trial", limit_s, "timeouts.load_s"):
-        size = loop.checkpoints.rehearse(loop.learner)
-    return {
-        "sample": sampled - started,
-        "learn": learned - sampled,
-        "sync": synced - learned,
-        "save": time.perf_counter() - synced,
-        "checkpoint_bytes": size,
-        "peak_gib": loop.memory_gib(),
-    }
+    limit = bounded("learner", "writing a checkpoint for trial", config.timeouts.load_s, "timeouts.load_s")
+    with part("save", "learner", "a checkpoint to the disk"), limit:
+        written = loop.checkpoints.rehearse(loop.learner)
+    return seconds | {"checkpoint_bytes": written, "peak_gib": loop.memory_gib()}
 
 
 def _learning(config: Config, doing: str) -> contextlib.AbstractContextManager[None]:
@@ -237,11 +224,11 @@ def _memory_of(side: str) -> Iterator[None]:
     """Running out of memory, in a sentence."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # a service on another machine says it in a ``RunFailure``
+    except (MemoryError, RuntimeError) as error:  # a service on another machine reports it in a ``RunFailure``
         if not is_out_of_memory(error):
             raise
-        said = " ".join(str(error).split())[:200]
-        raise OutOfMemory(f"the {side} ran out of memory in the rehearsal of the longest batch ({said})") from error
+        message = " ".join(str(error).split())[:200]
+        raise OutOfMemory(f"the {side} ran out of memory in the rehearsal of the longest batch ({message})") from error
 
 
 def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
@@ -345,25 +332,17 @@ def _result(loop: Loop, request: Request) -> list[Group]:
     return groups
 
 
-def _group_of(values: Mapping[str, Any]) -> Group:
-    """A group from the plain values that ``dataclasses.asdict`` made of it, by way of JSON."""
-
-    def made(kind: Any, fields: Mapping[str, Any]) -> Any:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-
-    return Group(made(Prompt, values["prompt"]), tuple(made(Completion, one) for one in values["completions"]))
-
-
 def _batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """What the completions alone tell, over every group sampled for the step."""
-    ones = [one for group in groups for one in group.completions]
-    if not ones:
+    completions = [completion for group in groups for completion in group.completions]
+    if not completions:
         raise RunFailure(
             "no group of this step could be scored: every one had a reward that failed; see the log, and fix the "
             "task's rewards"
         )
-    rewards = [one.reward for one in ones if one.reward is not None]
-    lengths = [len(one.token_ids) for one in ones]
+    rewards = [completion.reward for completion in completions if completion.reward is not None]
+    lengths = [len(completion.token_ids) for completion in completions]
+    versions = [completion.policy_version for completion in completions]
     mean = sum(rewards) / len(rewards)
     metrics = {
         "reward_mean": mean,
@@ -373,10 +352,10 @@ def _batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completion_tokens_mean": sum(lengths) / len(lengths),
         "completion_tokens_min": float(min(lengths)),
         "completion_tokens_max": float(max(lengths)),
-        "truncated_fraction": sum(one.finish_reason == "length" for one in ones) / len(ones),
-        "sampler_version_min": float(min(one.policy_version for one in ones)),
-        "sampler_version_max": float(max(one.policy_version for one in ones)),
+        "truncated_fraction": sum(c.finish_reason == "length" for c in completions) / len(completions),
+        "sampler_version_min": float(min(versions)),
+        "sampler_version_max": float(max(versions)),
     }
-    for name in ones[0].rewards:
-        metrics[f"reward/{name}"] = sum(one.rewards[name] for one in ones) / len(ones)
+    for name in completions[0].rewards:
+        metrics[f"reward/{name}"] = sum(c.rewards[name] for c in completions) / len(completions)
     return metrics

@@ -4,11 +4,12 @@ Used by the tests of packing and attention, and on a device by ``tests/gpu``. Ne
 """
 
 import random
+from dataclasses import dataclass
 
 import torch
 
-from learner.batch.packing import Row, make_microbatches
-from learner.token_logprobs import Drawn, score
+from learner.batch.packing import Pack, Row, make_microbatches
+from learner.token_logprobs import SamplingTransform, forward_backward
 from tests.tiny import VOCAB_SIZE
 
 MIXED = [(5, [3, 1, 7]), (30, [20, 2]), (1, [4]), (12, [1, 1])]
@@ -33,6 +34,22 @@ def beginnings(rows):
 # -- whole passes ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Weighted:
+    """A weighted sum of log-probs as the loss of a pack; it keeps what it is given."""
+
+    pack: Pack
+    weights: torch.Tensor
+    logprobs: torch.Tensor
+    entropies: torch.Tensor
+    by_sequence: bool = False
+
+    def __call__(self, logprob_K, entropy_K, part):
+        at = (self.pack.row_K[part], self.pack.column_K[part])
+        self.logprobs[at], self.entropies[at] = logprob_K.detach(), entropy_K.detach()
+        return (logprob_K * self.weights[at]).sum(), {}
+
+
 def run(model, rows, packed, budget=10**6, **options):
     """Log-probs and entropies [B, T] and every gradient of a weighted sum of them, computed where the model is; on the
     CPU."""
@@ -43,10 +60,7 @@ def run(model, rows, packed, budget=10**6, **options):
     logprobs, entropies = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
     for pack in make_microbatches(rows, budget, packed):
         pack = pack.to(str(device))
-        logprob_K, entropy_K = score(model, pack, Drawn(**options))
-        at = (pack.row_K, pack.column_K)
-        (logprob_K * weights[at]).sum().backward()
-        logprobs[at], entropies[at] = logprob_K.detach(), entropy_K.detach()
+        forward_backward(model, pack, Weighted(pack, weights, logprobs, entropies), SamplingTransform(**options))
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     return logprobs.cpu(), entropies.cpu(), gradients
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import OptimizerConfig
+from common.config import LearnerConfig, OptimizerConfig
 from common.types import Completion, Group, Prompt
 
 Rows = list[list[float]]
+LOSSES = ("grpo", "dapo", "dr_grpo", "cispo", "sapo")
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,16 @@ def random_batch(seed: int, sequences: int = 4, tokens: int = 4, drift: float = 
 def settings() -> Iterator[dict[str, Any]]:
     """Every loss at both ratio levels under every importance mode, the other choices taking turns."""
     weights = [("off", "token"), *itertools.product(("truncate", "mask"), ("token", "sequence"))]
-    bounds = itertools.cycle([(0, 0), (1.6, 0), (0, 1.45), (1.4, 1.7)])
+    deltas = itertools.cycle([0, 1.6, 1.45, 1.4])
     kls = itertools.cycle([("k3", 0.0), ("k1", 0.3), ("k2", 0.7), ("k3", 0.2), ("k3", 0.5)])
     entropies = itertools.cycle([0.0, 0.01, 0.2])
-    for kind, ratio, (mode, level) in itertools.product(
-        ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"), ("token", "sequence"), weights
-    ):
-        delta, dual_clip = next(bounds)
+    for loss, ratio, (mode, level) in itertools.product(LOSSES, ("token", "sequence"), weights):
         kl_estimator, kl_coef = next(kls)
         yield {
-            "kind": kind, "ratio": ratio, "clip_low": 0.15, "clip_high": 1.2 if kind == "cispo" else 0.3,
-            "delta": delta, "dual_clip": dual_clip, "tau_positive": 1.0, "tau_negative": 1.4, "importance": mode,
-            "importance_level": level, "importance_cap": 1.15, "kl_estimator": kl_estimator, "kl_coef": kl_coef,
-            "entropy_coef": next(entropies),
+            "loss": loss, "ratio": ratio, "clip_low": 0.15, "clip_high": 1.2 if loss == "cispo" else 0.3,
+            "delta": 0 if loss == "cispo" else next(deltas), "sapo_tau_positive": 1.0, "sapo_tau_negative": 1.4,
+            "importance": mode, "importance_level": level, "importance_cap": 1.15, "kl_estimator": kl_estimator,
+            "kl_coef": kl_coef, "entropy_coef": next(entropies),
         }  # fmt: skip
 
 
@@ -79,15 +77,12 @@ def objective(kind: str, ratio: float, advantage: float, s: dict[str, Any]) -> f
     """The clipped or gated objective of one token (cispo's has a log-prob as well and is not here)."""
     value: float
     if kind == "sapo":
-        tau = s["tau_positive"] if advantage > 0 else s["tau_negative"]
+        tau = s["sapo_tau_positive"] if advantage > 0 else s["sapo_tau_negative"]
         value = 4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantage
         return value
     clipped = min(max(ratio, 1 - s["clip_low"]), 1 + s["clip_high"])
     first = min(ratio, s["delta"]) if s["delta"] else ratio
-    value = min(first * advantage, clipped * advantage)
-    if s["dual_clip"] and advantage < 0:
-        value = max(value, s["dual_clip"] * advantage)
-    return value
+    return float(min(first * advantage, clipped * advantage))
 
 
 def estimate_kl(kind: str, logprob: float, reference: float) -> float:
@@ -138,16 +133,16 @@ def slow_loss(batch: Batch, s: dict[str, Any], logprobs: Rows) -> tuple[float, d
         ratio = token_ratio(batch, logprobs, row, token, s["ratio"])
         constant_ratio = token_ratio(batch, batch.logprobs, row, token, s["ratio"])
         weight = importance_weight(batch, row, token, s)
-        if s["kind"] == "cispo":
+        if s["loss"] == "cispo":
             value = min(constant_ratio, s["clip_high"]) * advantage * logprob
             sums["clipped"] += advantage != 0 and ratio > s["clip_high"]
         else:
-            value = objective(s["kind"], ratio, advantage, s)
-            around = [objective(s["kind"], ratio * step, advantage, s) for step in (0.99999, 1.00001)]
+            value = objective(s["loss"], ratio, advantage, s)
+            around = [objective(s["loss"], ratio * step, advantage, s) for step in (0.99999, 1.00001)]
             sums["clipped"] += advantage != 0 and around[0] == around[1]
         kl = estimate_kl(s["kl_estimator"], logprob, batch.reference[row][token])
         kl_ratio = constant_ratio if s["kl_estimator"] == "k2" else ratio
-        loss += (-value * weight + s["kl_coef"] * kl_ratio * kl) / divisor(s["kind"], batch, row)
+        loss += (-value * weight + s["kl_coef"] * kl_ratio * kl) / divisor(s["loss"], batch, row)
         loss -= s["entropy_coef"] * batch.entropy[row][token] / tokens
         difference = abs(batch.old[row][token] - batch.sampler[row][token])
         sums["ratio"] += ratio
@@ -220,11 +215,12 @@ def check_total_loss(losses: Any) -> None:
             )
         )  # fmt: skip
         advantages_B = torch.tensor(batch.advantages, dtype=torch.float64)
-        found, stats = losses.total_loss(
-            logprobs_BT=logprobs_BT, old_logprobs_BT=old_BT, sampler_logprobs_BT=sampler_BT, advantages_B=advantages_B,
-            mask_BT=mask_BT, coef_BT=losses.token_coefficients(s["kind"], mask_BT, batch.max_tokens),
-            reference_logprobs_BT=reference_BT, entropy_BT=entropy_BT, num_tokens=float(mask_BT.sum()), **s,
+        inputs = losses.LossInputs(
+            advantages_B[:, None].expand_as(mask_BT), mask_BT, sampler_BT,
+            losses.LOSSES[s["loss"]].coefficients(mask_BT, batch.max_tokens), float(mask_BT.sum()), old_BT,
+            reference_BT,
         )  # fmt: skip
+        found, stats = losses.total_loss(logprobs_BT, entropy_BT, inputs, LearnerConfig(**s))
         found.backward()
         assert logprobs_BT.grad is not None, f"no gradient under {s}"
         assert entropy_BT.grad is not None, f"no entropy gradient under {s}"
@@ -245,23 +241,33 @@ def check_total_loss(losses: Any) -> None:
             close(means[name], value, f"{name} under {s}")
 
 
+def policy_loss(
+    losses: Any, logprobs_BT: torch.Tensor, old_BT: torch.Tensor, advantages_B: torch.Tensor, mask_BT: torch.Tensor,
+    spec: LearnerConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(loss_BT, ratio_BT, clipped_BT) by the module ``losses``, before any weight."""
+    ratio_BT = losses.policy_ratio(logprobs_BT, old_BT, mask_BT, spec.ratio)
+    advantages_BT = advantages_B[:, None].expand_as(mask_BT)
+    loss_BT, clipped_BT = losses.LOSSES[spec.loss].objective(ratio_BT, logprobs_BT, advantages_BT, spec)
+    return loss_BT, ratio_BT, clipped_BT
+
+
 def check_policy_loss(losses: Any) -> None:
     """Token by token, before any weight."""
-    words = ("ratio", "clip_low", "clip_high", "delta", "dual_clip", "tau_positive", "tau_negative")
     for batch, s, *_ in loss_cases():
         mask_BT = torch.tensor(batch.mask, dtype=torch.float64)
-        loss_BT, ratio_BT, clipped_BT = losses.policy_loss(
-            s["kind"], with_garbage(batch.logprobs, batch.mask, 3.0), with_garbage(batch.old, batch.mask, 1.0),
-            torch.tensor(batch.advantages, dtype=torch.float64), mask_BT, **{word: s[word] for word in words},
+        loss_BT, ratio_BT, clipped_BT = policy_loss(
+            losses, with_garbage(batch.logprobs, batch.mask, 3.0), with_garbage(batch.old, batch.mask, 1.0),
+            torch.tensor(batch.advantages, dtype=torch.float64), mask_BT, LearnerConfig(**s),
         )  # fmt: skip
         assert loss_BT.shape == ratio_BT.shape == clipped_BT.shape == mask_BT.shape
         assert clipped_BT.dtype == torch.bool
         for row, token in torch.argwhere(mask_BT > 0).tolist():
             ratio, advantage = token_ratio(batch, batch.logprobs, row, token, s["ratio"]), batch.advantages[row]
-            if s["kind"] == "cispo":
+            if s["loss"] == "cispo":
                 expected = -min(ratio, s["clip_high"]) * advantage * batch.logprobs[row][token]
             else:
-                expected = -objective(s["kind"], ratio, advantage, s)
+                expected = -objective(s["loss"], ratio, advantage, s)
             close(loss_BT[row, token], expected, f"policy loss under {s}")
             close(ratio_BT[row, token], ratio, f"ratio under {s}")
 
@@ -292,21 +298,16 @@ def check_kl(losses: Any) -> None:
 
 
 def check_coefficients(losses: Any) -> None:
-    """With totals from outside, the rows of a part are those of the whole."""
     for batch in (random_batch(0), random_batch(1), random_batch(2, sequences=2, tokens=1)):
         mask_BT = torch.tensor(batch.mask, dtype=torch.float64)
-        totals = {"num_sequences": len(batch.mask), "num_tokens": float(mask_BT.sum())}
-        for kind in ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"):
-            whole_BT = losses.token_coefficients(kind, mask_BT, batch.max_tokens)
+        for loss in LOSSES:
+            coefficients = losses.LOSSES[loss].coefficients
+            coef_BT = coefficients(mask_BT, batch.max_tokens)
             for row in range(len(mask_BT)):
-                part_BT = losses.token_coefficients(kind, mask_BT[row : row + 1], batch.max_tokens, **totals)
-                expected = [counts and 1 / divisor(kind, batch, row) for counts in batch.mask[row]]
-                close(whole_BT[row], expected, f"coefficients of {kind}")
-                close(part_BT[0], expected, f"coefficients of a part, {kind}")
-            nothing_BT = losses.token_coefficients(kind, torch.zeros(2, 3), 5)
-            close(nothing_BT, np.zeros((2, 3)), f"coefficients of a fully masked batch, {kind}")
-            nothing_BT = losses.token_coefficients(kind, torch.zeros(2, 3), 5, num_tokens=0)
-            close(nothing_BT, np.zeros((2, 3)), f"coefficients of a fully masked step, {kind}")
+                expected = [counts and 1 / divisor(loss, batch, row) for counts in batch.mask[row]]
+                close(coef_BT[row], expected, f"coefficients of {loss}")
+            nothing_BT = coefficients(torch.zeros(2, 3), 5)
+            close(nothing_BT, np.zeros((2, 3)), f"coefficients of a fully masked batch, {loss}")
 
 
 def check_on_policy(losses: Any) -> None:
@@ -318,11 +319,8 @@ def check_on_policy(losses: Any) -> None:
     advantages_B = torch.tensor([2.0, -3.0])
     for s in settings():
         logprobs_BT = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -1.0, -9.0]], requires_grad=True)
-        loss_BT, ratio_BT, clipped_BT = losses.policy_loss(
-            s["kind"], logprobs_BT, logprobs_BT, advantages_B, mask_BT, ratio=s["ratio"], clip_low=0.0,
-            clip_high=1.0 if s["kind"] == "cispo" else 0.0, delta=s["delta"], dual_clip=s["dual_clip"],
-            tau_positive=0.7, tau_negative=1.4,
-        )  # fmt: skip
+        spec = LearnerConfig(**s | {"clip_low": 0.0, "clip_high": 1.0 if s["loss"] == "cispo" else 0.0})
+        loss_BT, ratio_BT, clipped_BT = policy_loss(losses, logprobs_BT, logprobs_BT, advantages_B, mask_BT, spec)
         (loss_BT * mask_BT).sum().backward()
         close(logprobs_BT.grad, -advantages_B[:, None] * mask_BT, f"on-policy gradient under {s}", 1e-6)
         close(ratio_BT, np.ones((2, 3)), f"on-policy ratio under {s}")

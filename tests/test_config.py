@@ -2,14 +2,26 @@
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import Config, build, commented_toml, fields, load, resolved_toml, unused_settings
+from common.config import (
+    Config,
+    LearnerConfig,
+    build,
+    commented_toml,
+    fields,
+    load,
+    reread,
+    resolved_toml,
+    unused_settings,
+)
 from common.config.hints import ELSEWHERE
 from common.errors import UserError
+from learner.loss import advantages, losses
 
 CONFIGS = sorted((Path(__file__).parent.parent / "deploy" / "configs").glob("*.toml"))
 
@@ -72,8 +84,8 @@ def test_setting_without_effect_is_refused_with_the_reason(words, said):
         (["learner.loss=ppo"], "learner.loss='ppo'"),
         (["optimizer.lr=nan"], "optimizer.lr"),
         (["learner.inner_updates=2", "learner.delta=1.1"], "learner.delta=1.1"),
-        (["learner.inner_updates=2", "learner.dual_clip=0.5"], "learner.dual_clip=0.5"),
-        (["learner.inner_updates=2", "learner.delta=2", "learner.dual_clip=3"], "both bound"),
+        (["learner.inner_updates=2", "learner.dual_clip=3"], "write learner.delta=3"),
+        (["learner.loss=bnpo"], "write learner.loss='dapo'"),
         (["learner.loss=cispo"], "learner.clip_high=0.2"),
         (["eval.samples=2", "eval.k=[4]"], "eval.samples=2"),
         (["optimizer.warmup_steps=500"], "optimizer.warmup_steps=500"),
@@ -216,3 +228,16 @@ def test_a_damaged_file_is_one_sentence(tmp_path, damage):
     with pytest.raises(UserError, match=r"^run file '.*run.toml' (is not valid TOML|cannot be read)") as caught:
         load(tmp_path / "run.toml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_written_with_second_names_is_read_with_the_first():
+    text = resolved_toml(load(None, ["learner.inner_updates=2"])).replace("delta = 0.0", "delta = 0.0\ndual_clip = 3.0")
+    assert "dual_clip" in text
+    learner = reread(text.replace('loss = "dapo"', 'loss = "bnpo"')).learner
+    assert (learner.loss, learner.delta) == ("dapo", 3.0)
+
+
+def test_every_loss_and_advantage_of_the_configuration_is_in_its_table():
+    words = {name: set(get_args(field.annotation)) for name, field in LearnerConfig.model_fields.items()}
+    assert words["loss"] == losses.LOSSES.keys()
+    assert words["advantage"] == advantages.SCALES.keys()

@@ -17,7 +17,7 @@ from learner.attention.packed_cpu import packed_attention
 from learner.batch import packing_support
 from learner.batch.packing import make_microbatches
 from learner.model import resolve
-from learner.token_logprobs import from_logits, score
+from learner.token_logprobs import from_logits, token_logprobs
 from tests import tiny
 from tests.parity import MIXED, assert_equal, make_rows, naive_logprobs, run
 from tests.tiny import make_model
@@ -48,13 +48,13 @@ REASONS = {
 def packed_apart(model):
     """The probe's answer; infinity where a pass fails."""
     try:
-        return packing_support.probe(model, score)
+        return packing_support.probe(model, token_logprobs)
     except Exception:
         return math.inf
 
 
 def checked(model):
-    return packing_support.check(model, score, from_logits, model.dtype)
+    return packing_support.check(model, token_logprobs, from_logits, model.dtype)
 
 
 def test_every_refused_family_has_a_tiny_model_and_a_reason():
@@ -67,7 +67,7 @@ def test_every_refused_family_has_a_tiny_model_and_a_reason():
 def test_a_tested_family_is_packed_and_its_probe_agrees(family):
     model = make_model(family)
     assert packing_support.why_not_packed(model) == ""
-    assert packing_support.probe(model, score) < EXACT
+    assert packing_support.probe(model, token_logprobs) < EXACT
 
 
 @pytest.mark.parametrize("family", sorted(REASONS))
@@ -192,7 +192,7 @@ def test_rows_of_unlike_length_do_not_change_each_other(moving, packed):
     packs = make_microbatches(rows, 10**6, packed, kind_of)
     assert len(packs) == (2 if moving == "longrope" else 4)
     for pack in packs:
-        logprob_K, _ = score(model, pack)
+        logprob_K, _ = token_logprobs(model, pack)
         for row in (row for row in rows if row.index in pack.row_K):
             mine = pack.row_K == row.index
             truth = naive_logprobs(make_model(family, **copy.deepcopy(settings)), row)
@@ -201,7 +201,7 @@ def test_rows_of_unlike_length_do_not_change_each_other(moving, packed):
     (pack,) = make_microbatches(rows, 10**6, packed)
     mine = pack.row_K == 2
     with torch.no_grad():
-        shared = score(model, pack)[0][mine][pack.column_K[mine].argsort()]
+        shared = token_logprobs(model, pack)[0][mine][pack.column_K[mine].argsort()]
     assert (shared - naive_logprobs(make_model(family, **copy.deepcopy(settings)), rows[2])).abs().mean() > 0.02
 
 
@@ -253,7 +253,7 @@ def test_what_stands_behind_the_head_is_known(family, settings):
     for row in make_rows([(5, [7])]):
         (pack,) = make_microbatches([row], 100, packed=False)
         with torch.no_grad():
-            assert torch.allclose(score(model, pack)[0], naive_logprobs(model, row), atol=1e-4)
+            assert torch.allclose(token_logprobs(model, pack)[0], naive_logprobs(model, row), atol=1e-4)
     if family not in ("jetmoe", "llama4_text"):  # whose experts rounding might change
         assert checked(model.to(torch.bfloat16)) == ""
 
@@ -334,13 +334,13 @@ def test_the_probe_finds(change, caplog):
     broken(CHANGES[change])
     try:
         difference = packed_apart(make_model("llama"))
-        said = packing_support.wrong_when_packed(make_model("llama"), score, torch.float32)
+        said = packing_support.wrong_when_packed(make_model("llama"), token_logprobs, torch.float32)
     finally:
         packed_cpu.register()
     assert difference > 30 * EXACT
     assert said.startswith(SAID.get(change, "its packed log-probs differ from the padded ones by "))
-    assert packing_support.probe(make_model("llama"), score) < EXACT
-    assert packing_support.wrong_when_packed(make_model("llama"), score, torch.float32) == ""
+    assert packing_support.probe(make_model("llama"), token_logprobs) < EXACT
+    assert packing_support.wrong_when_packed(make_model("llama"), token_logprobs, torch.float32) == ""
     # The traceback of a failure goes to the log, and no failure is a difference of "inf".
     assert ("Traceback" in caplog.text) == (change == "no layout")
     assert "inf" not in said
@@ -354,12 +354,12 @@ def test_the_probe_finds_positions_that_run_on():
         return inner(*args, **named)
 
     model.model.forward = without_positions
-    assert packing_support.probe(model, score) > 30 * EXACT
+    assert packing_support.probe(model, token_logprobs) > 30 * EXACT
 
 
 def test_the_probe_in_bfloat16_is_rounding():
     model = make_model("qwen3").to(torch.bfloat16)
-    assert packing_support.probe(model, score) < packing_support.tolerance(torch.bfloat16)
+    assert packing_support.probe(model, token_logprobs) < packing_support.tolerance(torch.bfloat16)
 
 
 def test_sinks_and_biases_are_refused_by_the_attention_itself():

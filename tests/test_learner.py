@@ -48,10 +48,10 @@ SPECS = [
     {},
     {"loss": "grpo", "importance_level": "sequence"},
     {"loss": "dr_grpo", "kl_coef": 0.1, "inner_updates": 2},
-    {"loss": "bnpo", "ratio": "sequence", "inner_updates": 2, "delta": 1.5},
+    {"loss": "dapo", "ratio": "sequence", "inner_updates": 2, "delta": 1.5},
     {"loss": "cispo", "clip_high": 4.0, "entropy_coef": 0.01},
     {"loss": "sapo", "importance": "mask", "inner_updates": 3},
-    {"truncated": "mask", "dual_clip": 3.0, "inner_updates": 2},
+    {"truncated": "mask", "delta": 3.0, "inner_updates": 2},
 ]
 
 
@@ -267,7 +267,7 @@ def test_coefficients_of_the_whole_step_reach_every_micro_batch(folder):
     masks = torch.zeros(4, 8)
     for row, length in enumerate([8, 8, 1, 1]):
         masks[row, :length] = 1
-    assert torch.equal(losses.token_coefficients("dapo", masks, 8), masks / 18)
+    assert torch.equal(losses.token_mean(masks, 8), masks / 18)
     whole = stepped(folder, [long, short], optimizer={"lr": 1e-3, "eps": 1.0}, learner={"microbatch_tokens": 10**6})[0]
     cut = stepped(folder, [long, short], optimizer={"lr": 1e-3, "eps": 1.0}, learner={"microbatch_tokens": 8})[0]
     assert difference(whole, cut) < 1e-6
@@ -427,10 +427,10 @@ def test_a_model_that_looks_both_ways_is_refused(tmp_path):
 class NoKernel(TorchLearner):
     """On a device whose packed kernels crash."""
 
-    def _score(self, model, pack, drawn=None):
+    def _logprobs_of(self, model, pack, transform):
         if pack.layout is not None:
             raise RuntimeError("no kernel image is available")
-        return super()._score(model, pack, drawn)
+        return super()._logprobs_of(model, pack, transform)
 
 
 def test_a_crash_of_the_packed_pass_is_said_as_it_is(folder, caplog):
@@ -469,8 +469,8 @@ def test_what_is_made_for_a_pack_goes_with_its_pass(folder):
     """The biases of all packs of a step together can be gigabytes."""
     made = []
     learner = TorchLearner(config(learner={"microbatch_tokens": 30, "inner_updates": 2, "kl_coef": 0.1}), folder, "cpu")
-    share = learner._share_of
-    learner._share_of = lambda *asked: made.append(share(*asked)) or made[-1]
+    passes_of = learner._passes
+    learner._passes = lambda *asked: made.append(passes_of(*asked)) or made[-1]
     learner.update(GROUPS)
     passes = made[0][1]
     assert len(passes) > 1

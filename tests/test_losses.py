@@ -6,7 +6,7 @@ What breaks on purpose, and which check catches it, is in ``test_mutations.py``.
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from common.config import LearnerConfig
 from learner.loss import losses
+from learner.loss.losses import LossInputs
 from tests import slow_truth, trl_reference
 
-KINDS = get_args(losses.LossKind)
-POLICY: dict[str, Any] = {
-    "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "delta": 0, "dual_clip": 0, "tau_positive": 1.0,
-    "tau_negative": 1.05,
-}  # fmt: skip
-SWITCHED_OFF = POLICY | {"importance": "off", "importance_level": "token", "importance_cap": 2.0}
+KINDS = list(losses.LOSSES)
+TRLS = [*((kind, kind) for kind in KINDS), ("dapo", "bnpo")]
+"""Ours, and TRL's that agrees; its bnpo as long as there is one micro-batch."""
 
 
 @pytest.mark.parametrize(
@@ -74,19 +73,23 @@ def batches(draw: st.DrawFn, dtype: torch.dtype = torch.float64, groups: int = 2
     }  # fmt: skip
 
 
-def ours(
-    batch: dict[str, Any], kind: losses.LossKind, **choices: Any
-) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
+def spec_of(kind: str, **choices: Any) -> LearnerConfig:
+    return LearnerConfig(**{"loss": kind, "importance": "off"} | choices)
+
+
+def inputs_of(batch: dict[str, Any], kind: str) -> LossInputs:
+    mask_BT = batch["mask_BT"]
+    return LossInputs(
+        batch["advantages_B"][:, None].expand_as(mask_BT), mask_BT, batch["sampler_BT"],
+        losses.LOSSES[kind].coefficients(mask_BT, 16), float(mask_BT.sum()), batch["old_BT"], batch["reference_BT"],
+    )  # fmt: skip
+
+
+def ours(batch: dict[str, Any], kind: str, **choices: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
     """(loss, gradient by log-probs, gradient by entropies, stats) of ``total_loss`` on the whole batch."""
     logprobs_BT = batch["logprobs_BT"].detach().clone().requires_grad_()
     entropy_BT = batch["entropy_BT"].detach().clone().requires_grad_()
-    mask_BT = batch["mask_BT"]
-    coef_BT = losses.token_coefficients(kind, mask_BT, max_tokens=16)
-    loss, stats = losses.total_loss(
-        kind, logprobs_BT, batch["old_BT"], batch["sampler_BT"], batch["advantages_B"], mask_BT, coef_BT,
-        reference_logprobs_BT=batch["reference_BT"], entropy_BT=entropy_BT, num_tokens=float(mask_BT.sum()),
-        **SWITCHED_OFF | choices,
-    )  # fmt: skip
+    loss, stats = losses.total_loss(logprobs_BT, entropy_BT, inputs_of(batch, kind), spec_of(kind, **choices))
     loss.backward()
     assert logprobs_BT.grad is not None
     assert entropy_BT.grad is not None
@@ -94,26 +97,26 @@ def ours(
 
 
 def translate(choices: dict[str, Any]) -> dict[str, Any]:
-    """Our words for TRL's, which has no dual clip; above 1 + clip_high that is delta."""
-    taken = {"delta": choices["delta"] or choices["dual_clip"] or None, "level": choices["ratio"]}
-    if choices["importance"] != "off":
-        taken["importance"] = f"{choices['importance_level']}_{choices['importance']}"
-    same = ("clip_low", "clip_high", "tau_positive", "tau_negative", "importance_cap", "kl_coef", "entropy_coef")
-    return taken | {word: choices[word] for word in same}
+    """Our words for TRL's."""
+    spec = LearnerConfig(**{"importance": "off"} | choices)
+    level = None if spec.importance == "off" else f"{spec.importance_level}_{spec.importance}"
+    same = ("clip_low", "clip_high", "importance_cap", "kl_coef", "entropy_coef")
+    return {word: getattr(spec, word) for word in same} | {
+        "delta": spec.delta or None, "level": spec.ratio, "importance": level,
+        "tau_positive": spec.sapo_tau_positive, "tau_negative": spec.sapo_tau_negative,
+    }  # fmt: skip
 
 
 @st.composite
 def choices(draw: st.DrawFn) -> dict[str, Any]:
     clip_high = draw(st.sampled_from([0.0, 0.2, 0.28, 1.0]))
-    bound = draw(st.sampled_from(["none", "delta", "dual_clip"]))
     return {
         "ratio": draw(st.sampled_from(["token", "sequence"])),
         "clip_low": draw(st.sampled_from([0.0, 0.2, 0.5])),
         "clip_high": clip_high,
-        "delta": clip_high + 1.25 if bound == "delta" else 0,
-        "dual_clip": clip_high + 1.25 if bound == "dual_clip" else 0,
-        "tau_positive": draw(st.sampled_from([1.0, 0.5])),
-        "tau_negative": draw(st.sampled_from([1.05, 2.0])),
+        "delta": draw(st.sampled_from([0, clip_high + 1.25])),
+        "sapo_tau_positive": draw(st.sampled_from([1.0, 0.5])),
+        "sapo_tau_negative": draw(st.sampled_from([1.05, 2.0])),
         "importance": draw(st.sampled_from(["off", "truncate", "mask"])),
         "importance_level": draw(st.sampled_from(["token", "sequence"])),
         "importance_cap": draw(st.sampled_from([0.9, 1.3, 2.0])),
@@ -122,10 +125,10 @@ def choices(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "trls"), TRLS)
 @given(batch=batches(), choice=choices())
-def test_loss_and_gradient_are_trls(kind: losses.LossKind, batch: dict[str, Any], choice: dict[str, Any]) -> None:
-    theirs = trl_reference.run(**batch, loss_type=kind, **translate(choice))
+def test_loss_and_gradient_are_trls(kind: str, trls: str, batch: dict[str, Any], choice: dict[str, Any]) -> None:
+    theirs = trl_reference.run(**batch, loss_type=trls, **translate(choice))
     loss, gradient_BT, entropy_gradient_BT, _ = ours(batch, kind, **choice)
     slow_truth.close(loss, theirs.loss, "loss", 1e-6)  # TRL keeps sapo's temperatures in float32
     slow_truth.close(gradient_BT, theirs.gradient_BT, "gradient", 1e-6)
@@ -134,8 +137,8 @@ def test_loss_and_gradient_are_trls(kind: losses.LossKind, batch: dict[str, Any]
 
 @pytest.mark.parametrize("importance", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_float32_is_within_1e5_of_trls(kind: losses.LossKind, level: str, importance: str) -> None:
+@pytest.mark.parametrize(("kind", "trls"), TRLS)
+def test_float32_is_within_1e5_of_trls(kind: str, trls: str, level: str, importance: str) -> None:
     """Every loss at both levels under the four importance modes, with KL and entropy, none left to chance."""
     random = slow_truth.random_batch(seed=5, sequences=6, tokens=7)
     names = ("logprobs", "old", "sampler", "reference", "entropy", "advantages", "mask")
@@ -144,11 +147,11 @@ def test_float32_is_within_1e5_of_trls(kind: losses.LossKind, level: str, import
         **{f"{name}_BT": table[name] for name in names if name != "advantages"}, "advantages_B": table["advantages"],
         "lengths_B": torch.full((6,), 7), "group_size": 3, "rewards_B": torch.arange(6.0),
     }  # fmt: skip
-    choice = SWITCHED_OFF | {
+    choice = {
         "ratio": level, "importance_level": importance.split("_")[0], "importance": importance.split("_")[1],
         "importance_cap": 1.2, "delta": 1.5, "kl_coef": 0.1, "entropy_coef": 0.05,
     }  # fmt: skip
-    theirs = trl_reference.run(**batch, loss_type=kind, **translate(choice))
+    theirs = trl_reference.run(**batch, loss_type=trls, **translate(choice))
     loss, gradient_BT, entropy_gradient_BT, _ = ours(batch, kind, **choice)
     assert loss.dtype == torch.float32
     slow_truth.close(loss, theirs.loss, "loss", 1e-5)
@@ -162,7 +165,6 @@ def test_float32_is_within_1e5_of_trls(kind: losses.LossKind, level: str, import
     kind=st.sampled_from(["grpo", "dr_grpo", "dapo", "cispo", "sapo"]),
 )
 def test_one_big_batch_is_trls_accumulated_micro_batches(batch: dict[str, Any], micro_batches: int, kind: Any) -> None:
-    """All but bnpo, whose result in TRL depends on the split."""
     rows = len(batch["mask_BT"]) // micro_batches * micro_batches
     batch = {key: value[:rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
     batch["lengths_B"][0], batch["group_size"] = batch["mask_BT"].shape[1], 2
@@ -177,11 +179,11 @@ def test_a_plain_kl_can_be_composed(batch: dict[str, Any], level: Any) -> None:
     """loss_BT + kl_coef * kl_BT(...) is TRL without its bias correction."""
     theirs = trl_reference.run(**batch, loss_type="grpo", level=level, kl_coef=0.3, kl_correction=False)
     logprobs_BT, mask_BT = batch["logprobs_BT"].detach().clone().requires_grad_(), batch["mask_BT"]
-    loss_BT, *_ = losses.policy_loss(
-        "grpo", logprobs_BT, batch["old_BT"], batch["advantages_B"], mask_BT, **POLICY | {"ratio": level}
+    loss_BT, *_ = slow_truth.policy_loss(
+        losses, logprobs_BT, batch["old_BT"], batch["advantages_B"], mask_BT, spec_of("grpo", ratio=level)
     )
     loss_BT = loss_BT + 0.3 * losses.kl_BT("k3", logprobs_BT, batch["reference_BT"])
-    loss = (loss_BT * losses.token_coefficients("grpo", mask_BT, 16)).sum()
+    loss = (loss_BT * losses.sequence_mean(mask_BT, 16)).sum()
     loss.backward()
     slow_truth.close(loss, theirs.loss, "loss")
     slow_truth.close(logprobs_BT.grad, theirs.gradient_BT, "gradient")
@@ -193,7 +195,7 @@ def test_stats_are_trls_metrics() -> None:
     batch: dict[str, Any] = {f"{name}_BT": torch.tensor(getattr(random, name)).double() for name in names}
     batch |= {"sampler_BT": batch["sampler_BT"].float().double(), "lengths_B": torch.full((6,), 6)}
     batch |= {"advantages_B": torch.tensor(random.advantages).double(), "rewards_B": torch.arange(6.0), "group_size": 3}
-    choice = SWITCHED_OFF | {"importance": "truncate", "importance_cap": 1.2}
+    choice = {"importance": "truncate", "importance_cap": 1.2}
     theirs = trl_reference.run(**batch, loss_type="dapo", importance="token_truncate", importance_cap=1.2).metrics
     stats = ours(batch, "dapo", **choice)[3]
     assert stats["clipped_mean"] > 0
@@ -211,29 +213,29 @@ def test_stats_are_trls_metrics() -> None:
 
 
 @given(batch=batches(), kind=st.sampled_from(KINDS), choice=choices(), data=st.data())
-def test_micro_batches_add_up(batch: dict[str, Any], kind: losses.LossKind, choice: dict[str, Any], data: Any) -> None:
-    """Any split of the rows, in any order: the same loss, gradient and stats as the one big batch."""
+def test_micro_batches_add_up(batch: dict[str, Any], kind: str, choice: dict[str, Any], data: Any) -> None:
+    """Any split of the rows, in any order, as a learner makes it: the loss, gradient and stats of the one big batch."""
     whole, gradient_BT, entropy_gradient_BT, stats = ours(batch, kind, **choice)
-    mask_BT, rows = batch["mask_BT"], len(batch["mask_BT"])
+    rows = len(batch["mask_BT"])
     owner_B = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=rows, max_size=rows)))
-    coef_BT = losses.token_coefficients(kind, mask_BT, max_tokens=16)
+    inputs, spec = inputs_of(batch, kind), spec_of(kind, **choice)
     logprobs_BT = batch["logprobs_BT"].detach().clone().requires_grad_()
     entropy_BT = batch["entropy_BT"].detach().clone().requires_grad_()
     total, parts = 0.0, list[dict[str, Tensor]]()
     for owner in set(owner_B.tolist()):
-        part = torch.nonzero(owner_B == owner).flatten().flip(0)
-        width = int(batch["lengths_B"][part].max())  # as a learner would, without columns of padding only
-        at = (part[:, None], torch.arange(width))
-        loss, part_stats = losses.total_loss(
-            kind, logprobs_BT[at], batch["old_BT"][at], batch["sampler_BT"][at], batch["advantages_B"][part],
-            mask_BT[at], coef_BT[at], reference_logprobs_BT=batch["reference_BT"][at], entropy_BT=entropy_BT[at],
-            num_tokens=float(mask_BT.sum()), **choice,
-        )  # fmt: skip
-        loss.backward()
-        total, parts = total + loss.item(), [*parts, part_stats]
+        row_K, column_K = torch.nonzero((owner_B == owner)[:, None].expand_as(logprobs_BT)).flip(0).unbind(1)
+        loss_of = losses.ChunkedLoss(row_K, column_K, inputs, spec)
+        step = len(row_K) if loss_of.by_sequence else 3
+        for first in range(0, len(row_K), step):
+            part = slice(first, first + step)
+            at = (row_K[part], column_K[part])
+            loss, part_stats = loss_of(logprobs_BT[at], entropy_BT[at], part)
+            loss.backward()
+            total, parts = total + loss.item(), [*parts, part_stats]
     slow_truth.close(total, whole, "loss", 1e-11)
     slow_truth.close(logprobs_BT.grad, gradient_BT, "gradient", 1e-11)
-    slow_truth.close(entropy_BT.grad, entropy_gradient_BT, "entropy gradient", 1e-11)
+    if choice["entropy_coef"]:  # else it is cut off
+        slow_truth.close(entropy_BT.grad, entropy_gradient_BT, "entropy gradient", 1e-11)
     merged = losses.mean_stats(parts)
     assert merged.keys() == stats.keys()
     for key, value in stats.items():
@@ -259,14 +261,13 @@ def test_gradient_of_kl_term_is_the_gradient_of_the_kl(kind: losses.KLKind) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_to_train_on_gives_zero_and_not_nan(kind: losses.LossKind) -> None:
+def test_nothing_to_train_on_gives_zero_and_not_nan(kind: str) -> None:
     for shape in ((2, 3), (2, 0)):
         mask_BT = torch.zeros(shape)
         logprobs_BT = torch.full(shape, -math.inf, requires_grad=True)
-        loss, stats = losses.total_loss(
-            kind, logprobs_BT, logprobs_BT, logprobs_BT, torch.ones(2), mask_BT,
-            losses.token_coefficients(kind, mask_BT, 8), num_tokens=0, **SWITCHED_OFF | {"ratio": "sequence"},
-        )  # fmt: skip
+        coef_BT = losses.LOSSES[kind].coefficients(mask_BT, 8)
+        inputs = LossInputs(torch.ones(shape), mask_BT, logprobs_BT, coef_BT, 0, logprobs_BT)
+        loss, stats = losses.total_loss(logprobs_BT, torch.zeros(shape), inputs, spec_of(kind, ratio="sequence"))
         loss.backward()
         assert loss.item() == 0
         slow_truth.close(logprobs_BT.grad, torch.zeros(shape), "gradient")
@@ -274,44 +275,32 @@ def test_nothing_to_train_on_gives_zero_and_not_nan(kind: losses.LossKind) -> No
 
 
 def test_a_huge_ratio_is_bounded_where_the_clip_says_so() -> None:
-    """A negative advantage whose ratio exploded: unbounded in PPO, bounded by delta or dual_clip, with no gradient."""
+    """A negative advantage whose ratio exploded: unbounded in PPO, bounded by delta, with no gradient."""
     logprobs_BT = torch.tensor([[0.0]], requires_grad=True)
     old_BT, advantages_B, mask_BT = torch.tensor([[-9.0]]), torch.tensor([-1.0]), torch.ones(1, 1)
     found = {}
-    for name, bound in {"none": {}, "delta": {"delta": 4.0}, "dual": {"dual_clip": 3.0}}.items():
-        loss_BT, _, clipped_BT = losses.policy_loss(
-            "grpo", logprobs_BT, old_BT, advantages_B, mask_BT, **POLICY | bound
-        )
+    for delta in (0, 4.0):
+        spec = spec_of("grpo", delta=delta)
+        loss_BT, _, clipped_BT = slow_truth.policy_loss(losses, logprobs_BT, old_BT, advantages_B, mask_BT, spec)
         (gradient,) = torch.autograd.grad(loss_BT.sum(), logprobs_BT)
-        found[name] = (round(loss_BT.item(), 3), gradient.item() == 0, clipped_BT.item())
-    assert found == {"none": (8103.084, False, False), "delta": (4.0, True, True), "dual": (3.0, True, True)}
+        found[delta] = (round(loss_BT.item(), 3), gradient.item() == 0, clipped_BT.item())
+    assert found == {0: (8103.084, False, False), 4.0: (4.0, True, True)}
 
 
-def test_unknown_words_are_refused() -> None:
-    one = torch.ones(1, 1)
-    word: Any = "ppo"
-    with pytest.raises(ValueError, match=r"loss='ppo' is not known; use one of grpo, bnpo"):
-        losses.token_coefficients(word, one, 1)
-    with pytest.raises(ValueError, match="loss='ppo'"):
-        losses.policy_loss(word, one, one, one[0], one, **POLICY)
-    with pytest.raises(ValueError, match="ratio='ppo'"):
-        losses.policy_ratio(one, one, one, word)
-    with pytest.raises(ValueError, match="kl_estimator='ppo'"):
-        losses.kl_BT(word, one, one)
-    with pytest.raises(ValueError, match="importance='ppo'"):
-        losses.importance_weights(one, one, one, word, "token", 2)
-    with pytest.raises(ValueError, match="importance_level='ppo'"):
-        losses.importance_weights(one, one, one, "mask", word, 2)
+@pytest.mark.parametrize("advantage", [-1.5, 0.0, 2.0])
+def test_dual_clip_is_delta(advantage: float) -> None:
+    """max(min(r A, clip(r) A), c A) for A < 0, arXiv 1912.09729."""
+    ratio_BT, advantages_BT = torch.linspace(0, 6, 61)[None], torch.full((1, 61), advantage)
+    loss_BT, _ = losses.clipped_loss(ratio_BT, ratio_BT, advantages_BT, spec_of("grpo", delta=3.0))
+    dual_BT = torch.minimum(ratio_BT * advantage, ratio_BT.clamp(0.8, 1.2) * advantage)
+    if advantage < 0:
+        dual_BT = dual_BT.clamp(min=3 * advantage)
+    assert torch.allclose(-loss_BT, dual_BT)
 
 
 def test_missing_pieces_are_asserted() -> None:
     one = torch.ones(1, 1)
-    rest = (one, one, one, one[0], one, one)
-    with pytest.raises(AssertionError, match="needs reference_logprobs_BT"):
-        losses.total_loss("grpo", *rest, num_tokens=1, kl_coef=0.1, **SWITCHED_OFF)
-    with pytest.raises(AssertionError, match="needs entropy_BT"):
-        losses.total_loss("grpo", *rest, num_tokens=1, entropy_coef=0.1, **SWITCHED_OFF)
+    with pytest.raises(AssertionError, match="needs reference_BT"):
+        losses.total_loss(one, one, LossInputs(one, one, one, one, 1), spec_of("grpo", kl_coef=0.1))
     with pytest.raises(AssertionError, match="must be above"):
-        losses.total_loss("grpo", *rest, num_tokens=1, **SWITCHED_OFF | {"delta": 1.2})
-    with pytest.raises(AssertionError, match="must be above 1"):
-        losses.total_loss("grpo", *rest, num_tokens=1, **SWITCHED_OFF | {"dual_clip": 1.0})
+        losses.total_loss(one, one, LossInputs(one, one, one, one, 1), spec_of("grpo", delta=1.2))

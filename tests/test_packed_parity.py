@@ -29,14 +29,14 @@ LONGEST = 8  # sampler.max_tokens in tests/making.py
 OPTIMIZER = {"lr": 0.02, "eps": 1.0, "max_grad_norm": 0, "betas": (0.9, 0.95), "weight_decay": 0.0}
 SPECS: list[dict[str, Any]] = [
     {"loss": "grpo"},
-    {"loss": "bnpo", "importance_level": "sequence", "importance": "mask"},
+    {"loss": "dapo", "importance_level": "sequence", "importance": "mask"},
     {"loss": "dapo"},
     {"loss": "dr_grpo", "kl_coef": 0.2},
     {"loss": "cispo", "clip_high": 1.5, "entropy_coef": 0.05},
     {"loss": "sapo", "importance": "off"},
     {"loss": "dapo", "ratio": "sequence", "importance": "off", "kl_coef": 0.1, "entropy_coef": 0.02},
     {"loss": "grpo", "inner_updates": 2, "clip_low": 0.01, "clip_high": 0.02, "kl_coef": 0.1},
-    {"loss": "bnpo", "inner_updates": 2, "ratio": "sequence", "importance_level": "sequence"},
+    {"loss": "dapo", "inner_updates": 2, "ratio": "sequence", "importance_level": "sequence"},
     {"loss": "dapo", "inner_updates": 2, "importance": "mask", "delta": 1.05, "clip_high": 0.01},
     {"loss": "dr_grpo", "inner_updates": 2, "ratio": "sequence", "importance": "off"},
     {"loss": "cispo", "inner_updates": 2, "clip_high": 1.01, "importance_level": "sequence", "importance": "truncate"},
@@ -213,7 +213,7 @@ def test_a_step_of_the_loop_with_groups_without_signal_is_trls(folder, groups, s
 
 def test_every_choice_is_met():
     for key, values in {
-        "loss": {"grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"},
+        "loss": {"grpo", "dapo", "dr_grpo", "cispo", "sapo"},
         "ratio": {"token", "sequence"},
         "importance": {"off", "truncate", "mask"},
         "importance_level": {"token", "sequence"},

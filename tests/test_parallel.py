@@ -272,14 +272,15 @@ def test_every_rank_says_and_gets_the_same_and_noise_leaves_no_trace(folder, nam
     assert apart(load_file(one / "weights.safetensors"), load_file(one / "perturbed.safetensors")) > 0.01
 
 
-def test_a_prompt_is_computed_once_unless_ranks_are_idle(folder):
+def test_at_most_one_prompt_is_computed_by_both_ranks(folder):
     def prompts(run):
         return [
             step["tokens_prompt"] for step in json.loads((folder / run / "inner" / "numbers.json").read_text())["steps"]
         ]
 
     one, two = prompts("one"), prompts("two-0")
-    assert two[0] == one[0] and two[1] == one[1] and two[3] == one[3]
+    longest = 30
+    assert all(alone <= shared <= alone + longest for alone, shared in zip(one, two, strict=True))
     assert two[2] == 2 * one[2]  # one group for two ranks
 
 

@@ -18,10 +18,20 @@ from common.config.reading import (
     resolved_toml,
 )
 from common.config.rules import unused_settings
-from common.config.schema import Config, ModelConfig, OptimizerConfig, RunConfig, SyncConfig, TaskConfig, TimeoutConfig
+from common.config.schema import (
+    Config,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SyncConfig,
+    TaskConfig,
+    TimeoutConfig,
+)
 
 __all__ = [
     "Config",
+    "LearnerConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",

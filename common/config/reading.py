@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from common.config.hints import meant
-from common.config.rules import conflicts, unused_settings
+from common.config.rules import conflicts, second_names, unused_settings
 from common.config.schema import FREE, Config, Section
 from common.errors import UserError
 
@@ -29,6 +29,7 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, drop_unused: bool 
     for word in overrides:
         _override(values, word)
     if drop_unused:
+        list(second_names(values))  # of a run written before
         said = {word.partition("=")[0].strip() for word in overrides}
         _drop_unused(values, said)
     return build(values)
@@ -53,11 +54,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def reread(text: str) -> Config:
     """The configuration of ``resolved_toml``'s text, maybe another version's: keys that there are no more, or that have
-    no effect any more, are left out. Raises ``UserError`` for anything else that is not right now."""
+    no effect any more, are left out, and second names converted. Raises ``UserError`` for anything else that is not
+    right now."""
     known = {key for key, _ in fields()}
+    written = tomllib.loads(text)
+    list(second_names(written))
     values = {
         section: {name: value for name, value in part.items() if f"{section}.{name}" in known}
-        for section, part in tomllib.loads(text).items()
+        for section, part in written.items()
         if section in Config.model_fields
     }
     _drop_unused(values, set())
@@ -76,6 +80,8 @@ def _drop_unused(values: dict[str, Any], said: set[str]) -> None:
 
 def build(values: dict[str, Any]) -> Config:
     """The configuration from nested plain values; checks as ``load``."""
+    for sentence in second_names(values):
+        raise UserError(sentence)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common.config.schema import ClusterConfig, Config
 
@@ -38,7 +39,7 @@ def unused_settings(config: Config) -> dict[str, str]:
     check(learner.inner_updates == 1 and same_weights and learner.kl_coef == 0 and learner.ratio == "sequence",
           "with one update a batch the sequence's gradient is the tokens'", "learner.ratio")  # fmt: skip
     check(learner.loss != "sapo", "learner.loss is not sapo", "learner.sapo_tau_positive", "learner.sapo_tau_negative")
-    clips = ("learner.clip_low", "learner.delta", "learner.dual_clip")
+    clips = ("learner.clip_low", "learner.delta")
     check(learner.loss == "sapo", "sapo gates softly and never clips", "learner.clip_high", *clips)
     check(learner.loss == "cispo", "cispo caps the ratio at clip_high only", *clips)
     on_policy = "learner.inner_updates is 1, so the policy ratio is always 1 and nothing is clipped"
@@ -81,6 +82,20 @@ def unused_settings(config: Config) -> dict[str, str]:
     return found
 
 
+def second_names(values: dict[str, Any]) -> Iterator[str]:
+    """Settings whose second name has gone, as sentences; ``values`` has the first one afterwards."""
+    learner = values.get("learner")
+    if not isinstance(learner, dict):
+        return
+    if learner.get("loss") == "bnpo":
+        learner["loss"] = "dapo"
+        yield "learner.loss='bnpo' is the same as 'dapo' here; write learner.loss='dapo'"
+    if "dual_clip" in learner:
+        bound = learner.pop("dual_clip")
+        learner["delta"] = learner.get("delta") or bound
+        yield f"learner.dual_clip={bound!r} is learner.delta under another name; write learner.delta={bound!r}"
+
+
 def conflicts(config: Config) -> Iterator[str]:
     """Settings that are each right but cannot stand together."""
     learner, optimizer = config.learner, config.optimizer
@@ -91,13 +106,6 @@ def conflicts(config: Config) -> Iterator[str]:
         )
     if 0 < learner.delta <= 1 + learner.clip_high:
         yield f"learner.delta={learner.delta} must be above 1 + learner.clip_high={1 + learner.clip_high:g}, or 0 (off)"
-    if 0 < learner.dual_clip <= 1:
-        yield f"learner.dual_clip={learner.dual_clip} must be above 1 (3 is usual), or 0 (off)"
-    if learner.delta and learner.dual_clip:
-        yield (
-            f"learner.delta={learner.delta} and learner.dual_clip={learner.dual_clip} both bound the ratio of negative "
-            "advantages; set one of them to 0"
-        )
     if config.model.quantize != "off" and config.model.lora_rank == 0:
         yield (
             f"model.quantize={config.model.quantize!r} needs an adapter to train: set model.lora_rank (8 or 16), "

@@ -138,9 +138,9 @@ class LearnerConfig(Section):
     advantage: Literal["zscore", "no_std", "batch_std", "leave_one_out"] = "zscore"
     """How rewards become advantages: (r - group mean) / group std, not divided, divided by the batch's std, or
     r - mean of the others."""
-    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"] = "dapo"
-    """The objective. grpo: mean over sequences of the token mean; bnpo and dapo: mean over all tokens; dr_grpo: sum
-    over tokens by completions x max_tokens; cispo and sapo: their own clipping (see learner/loss/losses.py)."""
+    loss: Literal["grpo", "dapo", "dr_grpo", "cispo", "sapo"] = "dapo"
+    """The objective. grpo: mean over sequences of the token mean; dapo: mean over all tokens; dr_grpo: sum over tokens
+    by completions x max_tokens; cispo and sapo: their own clipping (see learner/loss/losses.py)."""
     ratio: Literal["token", "sequence"] = "token"
     """Level of the importance ratio: each token's, or the whole sequence's geometric mean (GSPO)."""
     clip_low: NotNegative = 0.2
@@ -148,10 +148,8 @@ class LearnerConfig(Section):
     clip_high: NotNegative = 0.2
     """The ratio is clipped above at 1 + clip_high; above clip_low it is DAPO's clip-higher. cispo: the cap itself."""
     delta: NotNegative = 0.0
-    """Two-sided clip (INTELLECT-2): a hard cap on the ratio for negative advantages, above 1 + clip_high. 0 is off."""
-    dual_clip: NotNegative = 0.0
-    """Dual clip (arXiv 1912.09729): the loss of a negative advantage is at most dual_clip x |advantage|; above 1.
-    0 is off."""
+    """Two-sided clip (INTELLECT-2), or dual clip (arXiv 1912.09729): a hard cap on the ratio for negative advantages,
+    above 1 + clip_high. 0 is off."""
     sapo_tau_positive: Positive = 1.0
     """sapo: temperature of the soft gate for positive advantages."""
     sapo_tau_negative: Positive = 1.05

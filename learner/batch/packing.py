@@ -143,8 +143,9 @@ def make_microbatches(
 
     A pass takes neighbours in the order of their tokens, which share most, all passes about even; or the largest groups
     first where fewer passes hold them so. Rows of one prompt stay together where a pass can hold them; a single longer
-    row goes alone; rows without tokens are left out. ``kind_of`` is for models whose positions go by the longest row of a pass: rows whose lengths it tells
-    apart do not share one, and are computed whole, so that a pass is as long as they are.
+    row goes alone; rows without tokens are left out. ``kind_of`` is for models whose positions go by the longest row of
+    a pass: rows whose lengths it tells apart do not share one, and are computed whole, so that a pass is as long as
+    they are.
     """
     if kind_of is not None:
         kinds: dict[Hashable, list[Row]] = {}
@@ -160,10 +161,17 @@ def make_microbatches(
 
 
 def shard(rows: Sequence[Row], ranks: int, packed: bool) -> list[list[Row]]:
-    """Each rank's rows, about even in tokens to compute: neighbours in the order of their tokens, so that at most the
-    prompts at a cut are computed by two ranks. With fewer rows than ranks some get none."""
-    parts = _evenly(_units(rows, 0, packed), ranks)
+    """Each rank's rows, neighbours in the order of their tokens: whole groups, or cut anywhere where the most that a
+    rank computes is less so, though the prompt at a cut is computed twice. With fewer rows than ranks some get none."""
+    every = sum(len(row.inputs) for row in rows)
+    whole, cut = (_evenly(_units(rows, most_tokens, packed), ranks) for most_tokens in (every, 0))
+    parts = min(whole, cut, key=lambda parts: max((_tokens(part, packed) for part in parts), default=0))
     return parts + [[] for _ in range(ranks - len(parts))]
+
+
+def _tokens(rows: Sequence[Row], packed: bool) -> int:
+    """As many as are computed for these in one pass, without padding."""
+    return sum(unit.tokens - unit.shared for unit in _units(rows, 0, packed))
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,18 @@
 """What the learner knows of model families: which may be packed, what stands behind the output head, which rows may
 share a pass.
 
-A pack is exact only where attention alone lets tokens see each other, where it goes through transformers' attention
-interface with the pack's layout, and where positions come from ``position_ids``. ``why_not_packed`` reads that off
-the configuration and the modules; a family is packed only when ``tests/test_packing.py`` has shown its log-probs and
-gradients equal to the padded ones. ``probe`` then compares the two on the loaded model itself, since another
-version of transformers or another setting of the family may differ from what was tested. Everything else learns by
-the padded path. ``check`` holds the padded path against the model's own. Left out: the packing itself
-(``learner/batch/packing.py``) and its attention. Used by ``learner/torch_learner.py`` when it loads, and at each pass
-by ``learner/token_logprobs.py``.
+A pack is exact only where attention alone lets tokens see each other, goes through transformers' attention interface
+with the pack's layout, and takes positions from ``position_ids``. ``why_not_packed`` reads that off the configuration
+and the modules, and a family is packed only when ``tests/test_packing.py`` has shown its log-probs and gradients equal
+to the padded ones. ``probe`` compares the two on the loaded model itself, ``check`` the padded path with the model's
+own: another version of transformers, or another setting, may differ from what was tested.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -28,7 +25,7 @@ from learner.model.loading import causal_of, looks_both_ways
 from learner.model.resolve import ropes
 
 log = logging.getLogger("nanogrpo.learner")
-Score: TypeAlias = Callable[[Any, Pack], tuple[torch.Tensor, torch.Tensor]]
+Logprobs: TypeAlias = Callable[[Any, Pack], tuple[torch.Tensor, torch.Tensor]]
 FromLogits: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 FAMILIES = frozenset({
@@ -64,24 +61,46 @@ ATTENDING = frozenset({"full_attention", "sliding_attention"})  # layer types th
 def why_not_packed(model: Any) -> str:
     """Why this model's prompts must be repeated (padded path), as half a sentence; empty when it may be packed. Nothing
     is computed; ``probe`` does."""
-    causal = causal_of(model)
+    return next(_reasons(causal_of(model)), "")
+
+
+def _reasons(causal: Any) -> Iterator[str]:
     config = causal.config
-    reasons = (
-        _not_causal(config),
-        _mixing_layers(causal),
-        _position_bias(config),
-        _sinks(causal),
-        _two_ways(config),
-        _unknown(causal),
-    )
-    return next((reason for reason in reasons if reason), "")
+    if getattr(config, "is_encoder_decoder", False):
+        yield "it is an encoder-decoder"
+    # State-space, recurrent, convolutional and chunked layers mix tokens by place in the pass. transformers names
+    # Mamba's mixers, too, linear attention.
+    kinds = {str(kind) for key in ("layer_types", "layers_block_type") for kind in getattr(config, key, None) or ()}
+    if unknown := sorted(kinds - ATTENDING - {"attention"}):
+        yield f"its layers of the kind {', '.join(unknown)} mix neighbouring tokens of a pack"
+    for name, module in causal.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            yield f"its convolution {name!r} mixes neighbouring tokens of a pack"
+    if getattr(config, "attention_chunk_size", None):
+        yield "its attention is cut into chunks by place in the sequence"
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
+        yield "its position bias (ALiBi) counts tokens of the whole sequence"
+    for name, _ in causal.named_parameters():
+        if "sink" in name.rpartition(".")[2]:
+            yield f"its attention sinks ({name}) are not known to the packed attention"
+    if looks_both_ways(config):
+        yield "its attention looks both ways"
+    if config.model_type in REFUSED:
+        yield REFUSED[config.model_type]
+    if not getattr(causal, "_supports_attention_backend", False):
+        yield "its attention does not go through transformers' attention interface"
+    own = next(kind for kind in type(causal).__mro__ if not kind.__name__.startswith("FSDP"))  # a sharded one has two
+    if not own.__module__.startswith("transformers."):
+        yield "its code comes with the model and has not been tested"
+    if config.model_type not in FAMILIES:
+        yield f"the family {config.model_type!r} has not been tested"
 
 
 def decoder_of(causal: Any) -> Any:
     """What makes the hidden states; transformers' ``get_decoder`` finds the whole model in Llama 4, and the output head
     in ModernBERT's decoder."""
-    found = causal.get_decoder()
-    return causal.model if found is causal or found is causal.get_output_embeddings() else found
+    decoder = causal.get_decoder()
+    return causal.model if decoder is causal or decoder is causal.get_output_embeddings() else decoder
 
 
 class _Divided(nn.Module):
@@ -124,26 +143,25 @@ def behind_head(config: Any) -> tuple[float | None, float]:
     return cap, factor * scaling if kind == "hyperclovax" else factor / scaling  # Granite divides
 
 
-def check(model: Any, score: Score, from_logits: FromLogits, dtype: torch.dtype) -> str:
+def check(model: Any, logprobs: Logprobs, from_logits: FromLogits, dtype: torch.dtype) -> str:
     """What is wrong with the padded path, as half a sentence, on a made-up sequence and against the model's own way;
-    empty when nothing is. A model that the learner does not compute as transformers does is refused so, and not blamed
-    on the sampler by the first sync.
+    empty when nothing is. So the first sync does not blame the sampler for a model that the learner computes wrongly.
 
-    ``score`` and ``from_logits`` are ``learner.token_logprobs``'s, the first with the model's device and ranks seen to.
-    Found are passes that fail or change the weights, models that look ahead, a head not known to ``behind_head``, and
-    log-probs that differ by more than rounding.
+    ``logprobs`` and ``from_logits`` are ``learner.token_logprobs``'s, the first with device and ranks seen to. It finds
+    passes that fail or change the weights, models that look ahead, a head not known to ``behind_head``, and log-probs
+    that differ by more than rounding.
     """
     family = causal_of(model).config.model_type
     parameters = list(model.parameters())
     written = [parameter._version for parameter in parameters]  # torch counts writes in place
     try:
         with torch.no_grad():
-            ahead, behind, whole = _compared(model, score, from_logits)
+            ahead, behind, whole = _compared(model, logprobs, from_logits)
     except Exception as error:  # whatever a model does with a pass it was not made for
-        if _machines(error):
+        if _is_machines(error):
             raise
         log.info("the forward pass of a %r model fails", family, exc_info=True)
-        return f"a forward pass of this {family!r} model fails ({_said(error)})"
+        return f"a forward pass of this {family!r} model fails ({_brief(error)})"
     if written != [parameter._version for parameter in parameters]:
         return f"a forward pass of this {family!r} model changes its weights"
     if not ahead < tolerance(dtype):
@@ -158,7 +176,7 @@ def check(model: Any, score: Score, from_logits: FromLogits, dtype: torch.dtype)
     return ""
 
 
-def _compared(model: Any, score: Score, from_logits: FromLogits) -> tuple[float, float, float]:
+def _compared(model: Any, logprobs: Logprobs, from_logits: FromLogits) -> tuple[float, float, float]:
     """Mean |difference| of log-probs, nats: of tokens before others that are changed; of what is done behind the output
     head, ours and the model's own, in float32 whatever the model's format; of the whole padded path and the model's
     own."""
@@ -183,32 +201,31 @@ def _compared(model: Any, score: Score, from_logits: FromLogits) -> tuple[float,
     own_K = own_BTV[0, 7:-1].gather(1, target_K[:, None])[:, 0]
     (pack,) = make_microbatches([Row(0, tuple(ids[:8]), tuple(ids[8:]))], 64, False, kind_of_length(causal.config))
     return (
-        _apart(own_BTV[0, :7], own_BTV[1, :7]),
-        _apart(from_logits(model, raw[0][0, 7:-1], target_K), own_K),
-        _apart(score(model, pack)[0], own_K),
+        _mean_difference(own_BTV[0, :7], own_BTV[1, :7]),
+        _mean_difference(from_logits(model, raw[0][0, 7:-1], target_K), own_K),
+        _mean_difference(logprobs(model, pack)[0], own_K),
     )
 
 
-def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().mean())
+def _mean_difference(values: torch.Tensor, others: torch.Tensor) -> float:
+    return float((values - others).abs().mean())
 
 
-def _machines(error: Exception) -> bool:
+def _is_machines(error: Exception) -> bool:
     """Whether the machine failed, and not the model's code."""
     return isinstance(error, torch.OutOfMemoryError | RunFailure) or is_lost(error)
 
 
-def _said(error: BaseException) -> str:
-    """A foreign error in a few words."""
+def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(": ")
 
 
-def probe(model: Any, score: Score) -> float:
+def probe(model: Any, logprobs: Logprobs) -> float:
     """Mean |packed - padded| log-prob, nats, on a made-up pack of two groups; infinity when it is no number. Raises
     whatever a pass raises.
 
-    ``score`` is ``learner.token_logprobs.score`` with the model's device seen to. Compare with ``tolerance``. It finds
-    tokens that see what they must not (a neighbour's state, another group), wrong positions and a lost layout;
+    ``logprobs`` is ``learner.token_logprobs.token_logprobs`` with the device seen to. Compare with ``tolerance``. It
+    finds tokens that see what they must not (a neighbour's state, another group), wrong positions and a lost layout;
     it is too short to meet a sliding window or a chunk of thousands of tokens, which ``why_not_packed`` judges.
     """
     tokens = causal_of(model).get_input_embeddings().num_embeddings
@@ -225,22 +242,22 @@ def probe(model: Any, score: Score) -> float:
     with torch.no_grad():
         for packed in (False, True):
             (pack,) = make_microbatches(rows, 4096, packed)
-            logprob_K, _ = score(model, pack)
+            logprob_K, _ = logprobs(model, pack)
             order = torch.argsort(pack.row_K * 64 + pack.column_K)
             answers.append(logprob_K.float().cpu()[order.cpu()])
-    difference = _apart(*answers)
+    difference = _mean_difference(*answers)
     return difference if math.isfinite(difference) else math.inf
 
 
-def wrong_when_packed(model: Any, score: Score, dtype: torch.dtype) -> str:
+def wrong_when_packed(model: Any, logprobs: Logprobs, dtype: torch.dtype) -> str:
     """What ``probe`` finds, as half a sentence; empty when nothing is wrong. Its traceback, if any, goes to the log."""
     try:
-        difference = probe(model, score)
+        difference = probe(model, logprobs)
     except Exception as error:  # whatever a kernel, or a model, does with a pass it was not made for
-        if _machines(error):
+        if _is_machines(error):
             raise
         log.info("the packed pass of this model fails", exc_info=True)
-        return f"its packed pass fails ({_said(error)})"
+        return f"its packed pass fails ({_brief(error)})"
     if difference <= tolerance(dtype):
         return ""
     if math.isinf(difference):
@@ -261,40 +278,6 @@ def plain_attention(model: Any) -> str:
     causal = causal_of(model)
     capped = getattr(causal.config, "attn_logit_softcapping", None)
     return "sdpa" if getattr(causal, "_supports_sdpa", False) and not capped else "eager"
-
-
-def _not_causal(config: Any) -> str:
-    return "it is an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else ""
-
-
-def _mixing_layers(causal: Any) -> str:
-    """State-space, recurrent, convolutional and chunked layers: they mix tokens by place in the pass."""
-    kinds = {
-        str(kind) for key in ("layer_types", "layers_block_type") for kind in getattr(causal.config, key, None) or ()
-    }
-    # transformers names Mamba's mixers, too, linear attention.
-    if unknown := sorted(kinds - ATTENDING - {"attention"}):
-        return f"its layers of the kind {', '.join(unknown)} mix neighbouring tokens of a pack"
-    for name, module in causal.named_modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d):
-            return f"its convolution {name!r} mixes neighbouring tokens of a pack"
-    if getattr(causal.config, "attention_chunk_size", None):
-        return "its attention is cut into chunks by place in the sequence"
-    return ""
-
-
-def _position_bias(config: Any) -> str:
-    biased = getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi"
-    return "its position bias (ALiBi) counts tokens of the whole sequence" if biased else ""
-
-
-def _sinks(causal: Any) -> str:
-    names = [name for name, _ in causal.named_parameters() if "sink" in name.rpartition(".")[2]]
-    return f"its attention sinks ({names[0]}) are not known to the packed attention" if names else ""
-
-
-def _two_ways(config: Any) -> str:
-    return "its attention looks both ways" if looks_both_ways(config) else ""
 
 
 def kind_of_length(config: Any) -> Callable[[int], Hashable] | None:
@@ -322,15 +305,3 @@ def reset_rope(causal: Any) -> None:
                 prefix = name.removesuffix("original_inv_freq")
                 setattr(part, f"{prefix}inv_freq", original)
                 setattr(part, f"{prefix}max_seq_len_cached", part.original_max_seq_len)
-
-
-def _unknown(causal: Any) -> str:
-    kind = causal.config.model_type
-    if kind in REFUSED:
-        return REFUSED[kind]
-    if not getattr(causal, "_supports_attention_backend", False):
-        return "its attention does not go through transformers' attention interface"
-    own = next(one for one in type(causal).__mro__ if not one.__name__.startswith("FSDP"))  # sharded, it has two more
-    if not own.__module__.startswith("transformers."):
-        return "its code comes with the model and has not been tested"
-    return "" if kind in FAMILIES else f"the family {kind!r} has not been tested"

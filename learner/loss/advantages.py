@@ -1,10 +1,9 @@
 """Rewards to advantages: how much better each completion is than the others of its group.
 
 Plain numbers, no tensors. Everything here works on whole groups (and ``batch_std`` on the whole batch), so it runs
-before anything is dropped, masked or split into micro-batches. Left out: the losses (``learner/loss/losses.py``).
-
-A group whose rewards are equal, or differ by rounding alone (0.1 + 0.2 beside 0.15 + 0.15), gets advantages of exactly
-0, never of rounding / 1e-4; for that the statistics module is exact.
+before anything is dropped, masked or split into micro-batches. A group whose rewards are equal, or differ by rounding
+alone (0.1 + 0.2 beside 0.15 + 0.15), gets advantages of exactly 0, never of rounding / 1e-4; for that the statistics
+module is exact. What has no signal is decided here too: of groups, and of completions.
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean, stdev
-from typing import Literal, get_args
 
-from common.types import Group
-
-AdvantageKind = Literal["zscore", "no_std", "batch_std", "leave_one_out"]
+from common.config import LearnerConfig
+from common.types import Completion, Group
 
 EPSILON = 1e-4
 """Added to every standard deviation, as TRL does; keeps a nearly constant group from exploding."""
@@ -26,34 +23,39 @@ ROUNDING = 1e-9
 """Rewards of a group that lie no further apart are equal: relative to the largest, absolute below 1."""
 
 
-def assign(groups: Sequence[Group], kind: AdvantageKind) -> list[Group]:
-    """The same groups with ``advantage`` set on every completion. With r the rewards of a group of G:
+def zscore(rewards: Sequence[float], batch_std: float) -> float:
+    """(r - mean r) / (std r + 1e-4), std with G - 1. GRPO, arXiv 2402.03300 section 4.1.2."""
+    return 1 / (_std(rewards) + EPSILON)
 
-    - ``zscore``: (r - mean r) / (std r + 1e-4), std with G - 1. GRPO, arXiv 2402.03300 section 4.1.2.
-    - ``no_std``: r - mean r. Dr. GRPO, arXiv 2503.20783 section 3: the division favours questions whose rewards
-      hardly differ.
-    - ``batch_std``: (r - mean r) / (std of all rewards of ``groups`` + 1e-4). PPO Lite, arXiv 2508.08221. Give it the
-      whole batch, groups without signal included.
-    - ``leave_one_out``: r_i - mean of the other G - 1. RLOO, arXiv 2402.14740; equals G / (G - 1) x ``no_std``.
 
-    A group of one has nothing to be compared with: 0. Every completion must have been scored with a finite reward.
-    Raises ``ValueError`` for an unknown ``kind``.
-    """
-    if kind not in get_args(AdvantageKind):
-        raise ValueError(f"advantage={kind!r} is not known; use one of {', '.join(get_args(AdvantageKind))}")
+def no_std(rewards: Sequence[float], batch_std: float) -> float:
+    """r - mean r. Dr. GRPO, arXiv 2503.20783 section 3: the division favours questions whose rewards hardly differ."""
+    return 1.0
+
+
+def by_batch_std(rewards: Sequence[float], batch_std: float) -> float:
+    """(r - mean r) / (std of all rewards of the batch + 1e-4), groups without signal included. PPO Lite, arXiv
+    2508.08221."""
+    return 1 / (batch_std + EPSILON)
+
+
+def leave_one_out(rewards: Sequence[float], batch_std: float) -> float:
+    """r_i - mean of the other G - 1, which is G / (G - 1) x ``no_std``. RLOO, arXiv 2402.14740."""
+    return len(rewards) / max(len(rewards) - 1, 1)
+
+
+SCALES = {"zscore": zscore, "no_std": no_std, "batch_std": by_batch_std, "leave_one_out": leave_one_out}
+"""``learner.advantage`` to what r - mean r is multiplied with, of a group's rewards and the std of the batch's."""
+
+
+def assign(groups: Sequence[Group], kind: str) -> list[Group]:
+    """The same groups with ``advantage`` set on every completion, each scored with a finite reward; 0 in a group of
+    one, which has nothing to be compared with."""
     rewards = [_rewards(group) for group in groups]
     batch_std = _std([reward for of_group in rewards for reward in of_group])
     result = []
     for group, of_group in zip(groups, rewards, strict=True):
-        count = len(of_group)
-        scale = 1.0
-        if kind == "zscore":
-            scale = 1 / (_std(of_group) + EPSILON)
-        elif kind == "batch_std":
-            scale = 1 / (batch_std + EPSILON)
-        elif kind == "leave_one_out" and count > 1:
-            scale = count / (count - 1)
-        baseline = mean(of_group) if of_group else 0.0
+        scale, baseline = SCALES[kind](of_group, batch_std), mean(of_group) if of_group else 0.0
         completions = zip(group.completions, of_group, strict=True)
         scored = tuple(replace(completion, advantage=(reward - baseline) * scale) for completion, reward in completions)
         result.append(replace(group, completions=scored))
@@ -67,6 +69,17 @@ def has_signal(group: Group) -> bool:
     sampling of DAPO, arXiv 2503.14476 eq. 11.
     """
     return len(set(_rewards(group))) > 1
+
+
+def counts(completion: Completion, spec: LearnerConfig) -> bool:
+    """Whether the step's averages count the completion: it has tokens, and was not cut where that leaves it out."""
+    return bool(completion.token_ids) and not (spec.truncated == "mask" and completion.finish_reason == "length")
+
+
+def has_gradient(completion: Completion, spec: LearnerConfig) -> bool:
+    """Whether a completion that counts has to be computed: by its advantage, which ``has_signal`` says of its group, or
+    by KL and entropy, which need none; or because ``drop_zero_variance`` is off."""
+    return bool(completion.advantage or spec.kl_coef or spec.entropy_coef) or not spec.drop_zero_variance
 
 
 def soft_overlong(group: Group, max_tokens: int, overlong_tokens: int) -> Group:
@@ -93,8 +106,8 @@ def _rewards(group: Group) -> list[float]:
         assert reward is not None, f"prompt {group.prompt.id} was not scored"
         assert math.isfinite(reward), f"prompt {group.prompt.id}: {reward=} is not a score"
         rewards.append(float(reward))
-    apart = max(rewards, default=0.0) - min(rewards, default=0.0)
-    if apart <= ROUNDING * max([1.0, *map(abs, rewards)]):
+    spread = max(rewards, default=0.0) - min(rewards, default=0.0)
+    if spread <= ROUNDING * max([1.0, *map(abs, rewards)]):
         return rewards[:1] * len(rewards)
     return rewards
 

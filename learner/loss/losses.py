@@ -1,177 +1,175 @@
-"""Policy losses on padded log-probs: pure functions, each with its equation and paper.
+"""Policy losses on padded log-probs: pure functions, each with its equation and paper, and their table ``LOSSES``.
 
-    B sequences    T completion tokens, padded to the longest
+    B sequences    T completion tokens, padded to the longest    K tokens of a pass
 
 Log-probs are natural logs of the probability of the token that was written, in nats. ``mask_BT`` is 1 on the tokens
-that count and 0 elsewhere (padding, sequences left out); what stands under a 0 never matters.
-
-How a batch is trained on: ``token_coefficients`` once for the whole step, then ``total_loss`` for each micro-batch of
-whole sequences with its rows of the coefficients. Every average over tokens or sequences is in the coefficients, so
-micro-batches (and ranks, if gradients are summed over them) add up to exactly the gradient of the one big batch.
-
-The conventions are TRL 1.16's, and tests compare with TRL's own code. Left out: advantages
-(``learner/loss/advantages.py``) and everything that knows a model. Used by the learner.
+that count and 0 elsewhere (padding, sequences left out); what stands under a 0 never matters. Every average over tokens
+or sequences is in ``LossInputs.coef_BT``, made once for the whole step, so micro-batches (and ranks, if gradients are
+summed over them) add up to exactly the gradient of the one big batch. The conventions are TRL 1.16's, and tests compare
+with TRL's own code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-LossKind = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"]
+from common.config import LearnerConfig
+
 Level = Literal["token", "sequence"]
 KLKind = Literal["k1", "k2", "k3"]
 ImportanceMode = Literal["off", "truncate", "mask"]
 
 
-def token_coefficients(
-    loss: LossKind,
-    mask_BT: Tensor,
-    max_tokens: int,
-    *,
-    num_sequences: float | None = None,
-    num_tokens: float | None = None,
-) -> Tensor:
-    """coef_BT, the weight of each token's loss in the scalar loss; 0 where the mask is 0.
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss of some of a step's tokens needs besides the policy's log-probs and entropies: constants."""
 
-    - ``grpo``, ``sapo``: 1 / (B x tokens of the sequence), the mean over sequences of the token mean. GRPO, arXiv
-      2402.03300 eq. 3.
-    - ``dapo``, ``bnpo``, ``cispo``: 1 / tokens of the batch. DAPO, arXiv 2503.14476 eq. 8.
-    - ``dr_grpo``: 1 / (B x max_tokens), which favours no length. Dr. GRPO, arXiv 2503.20783.
+    advantages_BT: Tensor
+    """The same for all tokens of a sequence."""
+    mask_BT: Tensor
+    sampler_BT: Tensor
+    """The sampler's log-probs."""
+    coef_BT: Tensor
+    """The weight of each token's loss in the scalar loss: ``Loss.coefficients`` of the whole step's mask."""
+    num_tokens: float
+    """That count in the whole step."""
+    old_BT: Tensor | None = None
+    """Log-probs under the weights that sampled; none before the first update, where the policy is the old one."""
+    reference_BT: Tensor | None = None
 
-    ``num_sequences`` (B) and ``num_tokens`` are the totals of the whole step; without them ``mask_BT`` is taken to be
-    the whole step. They are needed when this is one rank's part, or when sequences that count were left out.
+    def select(self, pick: Callable[[Tensor], Tensor]) -> LossInputs:
+        """Those of some rows, or of some tokens as rows of one: whatever ``pick`` takes of a [B, T]."""
+        tensors = {name: pick(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
-    As in TRL, a fully masked sequence adds nothing to the loss but counts in B, and a batch without any token gives
-    zeros. Unlike TRL, ``bnpo`` here is ``dapo``: TRL's divides by the tokens of each micro-batch, so that its result
-    depends on how the batch was split; with one micro-batch the two agree.
+
+# -- the means: coefficients [B, T] of the tokens, 0 where the mask is 0 -----------------------------------------------
+
+
+def sequence_mean(mask_BT: Tensor, max_tokens: int) -> Tensor:
+    """1 / (B x tokens of the sequence), the mean over sequences of the token mean. GRPO, arXiv 2402.03300 eq. 3.
+
+    As in TRL, a fully masked sequence adds nothing to the loss but counts in B.
     """
-    sequences = mask_BT.shape[0] if num_sequences is None else num_sequences
-    if loss in ("grpo", "sapo"):
-        return mask_BT / (sequences * mask_BT.sum(-1, keepdim=True).clamp(min=1))
-    if loss in ("dapo", "bnpo", "cispo"):
-        return mask_BT / (mask_BT.sum().clamp(min=1) if num_tokens is None else max(num_tokens, 1))
-    if loss == "dr_grpo":
-        return mask_BT / (sequences * max_tokens)
-    raise ValueError(f"loss={loss!r} is not known; use one of {', '.join(get_args(LossKind))}")
+    return mask_BT / (mask_BT.shape[0] * mask_BT.sum(-1, keepdim=True).clamp(min=1))
 
 
-def policy_ratio(logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor, level: Level) -> Tensor:
-    """ratio_BT, how much likelier the policy makes what the old policy wrote.
+def token_mean(mask_BT: Tensor, max_tokens: int) -> Tensor:
+    """1 / tokens of the step. DAPO, arXiv 2503.14476 eq. 8. TRL's bnpo divides by the tokens of each micro-batch
+    instead, so that its result depends on how the batch was split; with one micro-batch it is this."""
+    return mask_BT / mask_BT.sum().clamp(min=1)
 
-    ``token``: exp(logprob - old). ``sequence``: the geometric mean of those over the sequence's tokens, the same number
-    at each of them. GSPO, arXiv 2507.18071 eq. 7. The old policy is a constant.
-    """
-    difference_BT = logprobs_BT - old_logprobs_BT.detach()
-    if level == "token":
-        return difference_BT.exp()
-    if level == "sequence":
-        sum_B1 = torch.where(mask_BT > 0, difference_BT, 0).sum(-1, keepdim=True)
-        mean_B1 = sum_B1 / mask_BT.sum(-1, keepdim=True).clamp(min=1)
-        return mean_B1.exp().expand_as(difference_BT)
-    raise ValueError(f"ratio={level!r} is not known; use token or sequence")
+
+def constant_mean(mask_BT: Tensor, max_tokens: int) -> Tensor:
+    """1 / (B x max_tokens), which favours no length. Dr. GRPO, arXiv 2503.20783."""
+    return mask_BT / (mask_BT.shape[0] * max_tokens)
+
+
+# -- the objectives: each token's loss before any weight, and where a clip acted ---------------------------------------
 
 
 def clipped_loss(
-    ratio_BT: Tensor, advantages_B1: Tensor, clip_low: float, clip_high: float, delta: float, dual_clip: float
+    ratio_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, spec: LearnerConfig
 ) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where the clip took the gradient away.
+    """-min(min(r, delta) A, clip(r, 1 - clip_low, 1 + clip_high) A), and where the clip took the gradient away.
 
     PPO, arXiv 1707.06347 eq. 7; two different bounds are DAPO's clip-higher, arXiv 2503.14476 eq. 10. Nothing there
-    bounds the loss of a negative advantage whose ratio grew. Two papers do, each off at 0:
+    bounds the loss of a negative advantage whose ratio grew: ``delta`` does, above 1 + clip_high or off at 0. It is
+    INTELLECT-2's two-sided clip, arXiv 2505.07291, and the same thing as dual clip, max(.., delta A), arXiv 1912.09729.
 
-    - ``delta``: min(min(r, delta) A, clip(r) A), delta above 1 + clip_high. INTELLECT-2, arXiv 2505.07291.
-    - ``dual_clip``: max(min(r A, clip(r) A), dual_clip A) for A < 0, dual_clip above 1. arXiv 1912.09729.
-
-    Written out by the sign of A, all of these bound the ratio: above at 1 + clip_high for A > 0; below at 1 - clip_low
-    and above at delta or dual_clip, whichever is smaller, for A < 0. So those two are one thing under two names.
+    Written out by the sign of A: the ratio is bounded above at 1 + clip_high for A > 0; below at 1 - clip_low and above
+    at delta for A < 0.
     """
-    assert delta == 0 or delta > 1 + clip_high, f"{delta=} must be above 1 + {clip_high=}"
-    assert dual_clip == 0 or dual_clip > 1, f"{dual_clip=} must be above 1"
-    highest = min(delta or math.inf, dual_clip or math.inf)
+    assert spec.delta == 0 or spec.delta > 1 + spec.clip_high, f"{spec.delta=} must be above 1 + {spec.clip_high=}"
     bounded_BT = torch.where(
-        advantages_B1 > 0, ratio_BT.clamp(max=1 + clip_high), ratio_BT.clamp(min=1 - clip_low, max=highest)
+        advantages_BT > 0,
+        ratio_BT.clamp(max=1 + spec.clip_high),
+        ratio_BT.clamp(min=1 - spec.clip_low, max=spec.delta or math.inf),
     )
-    return -bounded_BT * advantages_B1, (bounded_BT != ratio_BT) & (advantages_B1 != 0)
+    return -bounded_BT * advantages_BT, (bounded_BT != ratio_BT) & (advantages_BT != 0)
 
 
-def cispo_loss(logprobs_BT: Tensor, ratio_BT: Tensor, advantages_B1: Tensor, clip_high: float) -> tuple[Tensor, Tensor]:
+def cispo_loss(
+    ratio_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, spec: LearnerConfig
+) -> tuple[Tensor, Tensor]:
     """-sg(min(r, clip_high)) A logprob, and where the ratio was capped (those tokens still have a gradient).
 
     MiniMax-M1, arXiv 2506.13585, without its lower bound; the cap is ``clip_high`` itself, as in ScaleRL, arXiv
     2510.13786 (elsewhere 1 + clip_high). TRL reports capped ratios of positive advantages only; here both signs count.
     """
-    loss_BT = -ratio_BT.clamp(max=clip_high).detach() * advantages_B1 * logprobs_BT
-    return loss_BT, (ratio_BT > clip_high) & (advantages_B1 != 0)
+    loss_BT = -ratio_BT.clamp(max=spec.clip_high).detach() * advantages_BT * logprobs_BT
+    return loss_BT, (ratio_BT > spec.clip_high) & (advantages_BT != 0)
 
 
 def sapo_loss(
-    ratio_BT: Tensor, advantages_B1: Tensor, tau_positive: float, tau_negative: float
+    ratio_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, spec: LearnerConfig
 ) -> tuple[Tensor, Tensor]:
     """-(4 / tau) sigmoid(tau (r - 1)) A with tau by the sign of A, and False everywhere: a soft gate clips nothing.
 
     SAPO, arXiv 2511.20347. The 4 / tau makes the gradient at r = 1 that of r A.
     """
-    tau_B1 = torch.full_like(advantages_B1, tau_negative).masked_fill(advantages_B1 > 0, tau_positive)
-    loss_BT = -(4 / tau_B1) * torch.sigmoid(tau_B1 * (ratio_BT - 1)) * advantages_B1
+    tau_BT = torch.full_like(advantages_BT, spec.sapo_tau_negative)
+    tau_BT = tau_BT.masked_fill(advantages_BT > 0, spec.sapo_tau_positive)
+    loss_BT = -(4 / tau_BT) * torch.sigmoid(tau_BT * (ratio_BT - 1)) * advantages_BT
     return loss_BT, torch.zeros_like(ratio_BT, dtype=torch.bool)
 
 
-def policy_loss(
-    kind: LossKind,
-    logprobs_BT: Tensor,
-    old_logprobs_BT: Tensor,
-    advantages_B: Tensor,
-    mask_BT: Tensor,
-    *,
-    ratio: Level,
-    clip_low: float,
-    clip_high: float,
-    delta: float,
-    dual_clip: float,
-    tau_positive: float,
-    tau_negative: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss_BT, ratio_BT, clipped_BT): each token's loss before importance weights and coefficients, the ratio before
-    any clip, and where a clip acted. Values where the mask is 0 mean nothing.
+@dataclass(frozen=True)
+class Loss:
+    objective: Callable[[Tensor, Tensor, Tensor, LearnerConfig], tuple[Tensor, Tensor]]
+    """(ratio_BT, logprobs_BT, advantages_BT, settings) to (loss_BT, clipped_BT); values under the mask mean nothing."""
+    coefficients: Callable[[Tensor, int], Tensor]
+    """(mask_BT of the whole step, max_tokens) to coef_BT."""
 
-    grpo, bnpo, dapo and dr_grpo share one loss and differ in ``token_coefficients``. A single update after sampling
-    passes ``logprobs_BT.detach()`` as the old ones: the ratio is 1 and the gradient that of A x logprob.
+
+LOSSES = {
+    "grpo": Loss(clipped_loss, sequence_mean),
+    "dapo": Loss(clipped_loss, token_mean),
+    "dr_grpo": Loss(clipped_loss, constant_mean),
+    "cispo": Loss(cispo_loss, token_mean),
+    "sapo": Loss(sapo_loss, sequence_mean),
+}
+"""``learner.loss`` to what it is; its words stand in ``common/config/schema.py`` too."""
+
+
+# -- the terms ---------------------------------------------------------------------------------------------------------
+
+
+def policy_ratio(logprobs_BT: Tensor, old_BT: Tensor, mask_BT: Tensor, level: Level) -> Tensor:
+    """ratio_BT, how much likelier the policy makes what the old policy wrote.
+
+    ``token``: exp(logprob - old). ``sequence``: the geometric mean of those over the sequence's tokens, the same number
+    at each of them. GSPO, arXiv 2507.18071 eq. 7. The old policy is a constant.
     """
-    ratio_BT = policy_ratio(logprobs_BT, old_logprobs_BT, mask_BT, ratio)
-    advantages_B1 = advantages_B[:, None]
-    if kind in ("grpo", "bnpo", "dapo", "dr_grpo"):
-        loss_BT, clipped_BT = clipped_loss(ratio_BT, advantages_B1, clip_low, clip_high, delta, dual_clip)
-    elif kind == "cispo":
-        loss_BT, clipped_BT = cispo_loss(logprobs_BT, ratio_BT, advantages_B1, clip_high)
-    elif kind == "sapo":
-        loss_BT, clipped_BT = sapo_loss(ratio_BT, advantages_B1, tau_positive, tau_negative)
-    else:
-        raise ValueError(f"loss={kind!r} is not known; use one of {', '.join(get_args(LossKind))}")
-    return loss_BT, ratio_BT, clipped_BT
+    difference_BT = logprobs_BT - old_BT.detach()
+    if level == "token":
+        return difference_BT.exp()
+    sum_B1 = torch.where(mask_BT > 0, difference_BT, 0).sum(-1, keepdim=True)
+    mean_B1 = sum_B1 / mask_BT.sum(-1, keepdim=True).clamp(min=1)
+    return mean_B1.exp().expand_as(difference_BT)
 
 
-def kl_BT(kind: KLKind, logprobs_BT: Tensor, reference_logprobs_BT: Tensor) -> Tensor:
+def kl_BT(kind: KLKind, logprobs_BT: Tensor, reference_BT: Tensor) -> Tensor:
     """Schulman's estimators of KL(policy || reference) at each token (joschu.net/blog/kl-approx.html).
 
     With log r = reference - policy: ``k1`` = -log r, ``k2`` = (log r)^2 / 2, ``k3`` = r - 1 - log r (GRPO, arXiv
     2402.03300 eq. 4). In expectation over the policy k1 and k3 are the KL; k2 is close to it for small differences.
     """
-    log_r_BT = reference_logprobs_BT - logprobs_BT
+    log_r_BT = reference_BT - logprobs_BT
     if kind == "k1":
         return -log_r_BT
     if kind == "k2":
         return log_r_BT.square() / 2
-    if kind == "k3":
-        return log_r_BT.exp() - 1 - log_r_BT
-    raise ValueError(f"kl_estimator={kind!r} is not known; use k1, k2 or k3")
+    return log_r_BT.exp() - 1 - log_r_BT
 
 
-def kl_term(kind: KLKind, logprobs_BT: Tensor, reference_logprobs_BT: Tensor, ratio_BT: Tensor) -> Tensor:
+def kl_term(kind: KLKind, logprobs_BT: Tensor, reference_BT: Tensor, ratio_BT: Tensor) -> Tensor:
     """The KL as a loss: ``ratio_BT x kl_BT``, whose gradient is that of the KL without bias (at token level).
 
     ``kl_BT`` alone has the right value and the wrong gradient: k1's is 0 in expectation, k3's is that of the opposite
@@ -180,20 +178,15 @@ def kl_term(kind: KLKind, logprobs_BT: Tensor, reference_logprobs_BT: Tensor, ra
     already the right one, so its ratio only reweights the tokens.
     """
     weight_BT = ratio_BT.detach() if kind == "k2" else ratio_BT
-    return weight_BT * kl_BT(kind, logprobs_BT, reference_logprobs_BT)
+    return weight_BT * kl_BT(kind, logprobs_BT, reference_BT)
 
 
 def importance_weights(
-    logprobs_BT: Tensor,
-    sampler_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    mode: ImportanceMode,
-    level: Level,
-    cap: float,
+    old_BT: Tensor, sampler_BT: Tensor, mask_BT: Tensor, mode: ImportanceMode, level: Level, cap: float
 ) -> Tensor:
     """weights_BT = exp(learner - sampler), bounded by ``cap``: makes up for tokens drawn by a slightly other policy.
 
-    ``logprobs_BT`` are the learner's under the weights that sampled, before any update on this batch. ``level``
+    ``old_BT`` are the learner's log-probs under the weights that sampled, before any update on this batch. ``level``
     token: each token's own difference; sequence: the **sum** over the sequence, one weight for all of its tokens.
     ``mode`` truncate: larger weights become ``cap`` (Yao et al. 2025, "Your efficient RL framework secretly brings you
     off-policy RL training"); mask: they become 0 (Liu et al. 2025, "When speed kills stability"); off: all 1. The
@@ -201,84 +194,52 @@ def importance_weights(
     """
     with torch.no_grad():
         if mode == "off":
-            return torch.ones_like(logprobs_BT)
-        difference_BT = torch.where(mask_BT > 0, logprobs_BT - sampler_logprobs_BT, 0)
+            return torch.ones_like(old_BT)
+        difference_BT = torch.where(mask_BT > 0, old_BT - sampler_BT, 0)
         if level == "sequence":
             difference_BT = difference_BT.sum(-1, keepdim=True).expand_as(difference_BT)
-        elif level != "token":
-            raise ValueError(f"importance_level={level!r} is not known; use token or sequence")
         weights_BT = difference_BT.exp()
-        if mode == "truncate":
-            return weights_BT.clamp(max=cap)
-        if mode == "mask":
-            return torch.where(weights_BT > cap, 0, weights_BT)
-        raise ValueError(f"importance={mode!r} is not known; use off, truncate or mask")
+        return weights_BT.clamp(max=cap) if mode == "truncate" else torch.where(weights_BT > cap, 0, weights_BT)
 
 
 def total_loss(
-    kind: LossKind,
-    logprobs_BT: Tensor,
-    old_logprobs_BT: Tensor,
-    sampler_logprobs_BT: Tensor,
-    advantages_B: Tensor,
-    mask_BT: Tensor,
-    coef_BT: Tensor,
-    *,
-    ratio: Level,
-    clip_low: float,
-    clip_high: float,
-    delta: float,
-    dual_clip: float,
-    tau_positive: float,
-    tau_negative: float,
-    importance: ImportanceMode,
-    importance_level: Level,
-    importance_cap: float,
-    reference_logprobs_BT: Tensor | None = None,
-    kl_coef: float = 0,
-    kl_estimator: KLKind = "k3",
-    entropy_BT: Tensor | None = None,
-    entropy_coef: float = 0,
-    num_tokens: float,
+    logprobs_BT: Tensor, entropy_BT: Tensor, inputs: LossInputs, spec: LearnerConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, stats) of one micro-batch of whole sequences; both add up over the micro-batches of a step.
 
-    loss = sum(coef x (importance x policy_loss + kl_coef x kl_term)) - entropy_coef x sum(entropy) / num_tokens
+    loss = sum(coef x (importance x objective + kl_coef x kl_term)) - entropy_coef x sum(entropy) / num_tokens
 
-    ``coef_BT`` are this micro-batch's rows of ``token_coefficients``; ``num_tokens`` counts the whole step: as in TRL
-    the entropy bonus (nats a token) is a mean over tokens whatever the loss, and the KL takes no importance weight.
+    As in TRL the entropy bonus (nats a token) is a mean over tokens whatever the loss, and the KL takes no importance
+    weight. With one update a batch the ratio is 1 and the gradient that of A x logprob.
 
     ``stats`` holds detached scalars for ``mean_stats``: ``loss``, ``tokens``, and over the tokens that count sums
-    (``_sum``) of ratio, clipped, importance (weight), sampler_difference (|learner - sampler| log-prob), and kl (the
-    plain estimate) and entropy where given; largest values (``_max``) of importance and sampler_difference.
+    (``_sum``) of ratio, clipped, importance (weight), sampler_difference (|learner - sampler| log-prob), kl (the plain
+    estimate, where there is a reference) and entropy; largest values (``_max``) of importance and sampler_difference.
     """
+    mask_BT = inputs.mask_BT
     kept_BT = mask_BT > 0  # garbage under the mask must not turn into nan (0 x inf), here or in the gradient
     logprobs_BT = torch.where(kept_BT, logprobs_BT, 0)
-    old_BT = torch.where(kept_BT, old_logprobs_BT, 0)
-    sampler_BT = torch.where(kept_BT, sampler_logprobs_BT, 0)
-    loss_BT, ratio_BT, clipped_BT = policy_loss(
-        kind, logprobs_BT, old_BT, advantages_B, mask_BT, ratio=ratio, clip_low=clip_low, clip_high=clip_high,
-        delta=delta, dual_clip=dual_clip, tau_positive=tau_positive, tau_negative=tau_negative,
-    )  # fmt: skip
-    weights_BT = importance_weights(old_BT, sampler_BT, mask_BT, importance, importance_level, importance_cap)
+    old_BT = logprobs_BT.detach() if inputs.old_BT is None else torch.where(kept_BT, inputs.old_BT, 0)
+    sampler_BT = torch.where(kept_BT, inputs.sampler_BT, 0)
+    entropy_BT = torch.where(kept_BT, entropy_BT, 0)
+    ratio_BT = policy_ratio(logprobs_BT, old_BT, mask_BT, spec.ratio)
+    loss_BT, clipped_BT = LOSSES[spec.loss].objective(ratio_BT, logprobs_BT, inputs.advantages_BT, spec)
+    levels = spec.importance, spec.importance_level, spec.importance_cap
+    weights_BT = importance_weights(old_BT, sampler_BT, mask_BT, *levels)
     loss_BT = loss_BT * weights_BT
     each_BT = {
         "ratio": ratio_BT,
         "clipped": clipped_BT,
         "importance": weights_BT,
         "sampler_difference": (old_BT - sampler_BT).abs(),
+        "entropy": entropy_BT,
     }
-    if reference_logprobs_BT is not None:
-        reference_BT = torch.where(kept_BT, reference_logprobs_BT.detach(), 0)
-        loss_BT = loss_BT + kl_coef * kl_term(kl_estimator, logprobs_BT, reference_BT, ratio_BT)
-        each_BT["kl"] = kl_BT(kl_estimator, logprobs_BT, reference_BT)
-    loss = (loss_BT * coef_BT).sum()
-    if entropy_BT is not None:
-        entropy_BT = torch.where(kept_BT, entropy_BT, 0)
-        loss = loss - entropy_coef * entropy_BT.sum() / max(num_tokens, 1)
-        each_BT["entropy"] = entropy_BT
-    assert kl_coef == 0 or "kl" in each_BT, f"{kl_coef=} needs reference_logprobs_BT"
-    assert entropy_coef == 0 or "entropy" in each_BT, f"{entropy_coef=} needs entropy_BT"
+    if inputs.reference_BT is not None:
+        reference_BT = torch.where(kept_BT, inputs.reference_BT.detach(), 0)
+        loss_BT = loss_BT + spec.kl_coef * kl_term(spec.kl_estimator, logprobs_BT, reference_BT, ratio_BT)
+        each_BT["kl"] = kl_BT(spec.kl_estimator, logprobs_BT, reference_BT)
+    assert spec.kl_coef == 0 or "kl" in each_BT, f"{spec.kl_coef=} needs reference_BT"
+    loss = (loss_BT * inputs.coef_BT).sum() - spec.entropy_coef * entropy_BT.sum() / max(inputs.num_tokens, 1)
     stats = {"loss": loss.detach(), "tokens": mask_BT.sum()}
     for name, value_BT in each_BT.items():
         masked_BT = value_BT.detach() * mask_BT
@@ -286,6 +247,37 @@ def total_loss(
         if name in ("importance", "sampler_difference"):
             stats[f"{name}_max"] = masked_BT.max() if masked_BT.numel() else masked_BT.sum()
     return loss, stats
+
+
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """``total_loss`` of any of a pass's tokens, whose rows and columns in the step's batch these are."""
+
+    row_K: Tensor
+    column_K: Tensor
+    inputs: LossInputs
+    spec: LearnerConfig
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether a token's loss depends on all of its sequence, so that a pass cannot be taken chunk by chunk."""
+        importance = self.spec.importance != "off" and self.spec.importance_level == "sequence"
+        return importance or self.spec.ratio == "sequence"
+
+    def __call__(self, logprob_K: Tensor, entropy_K: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the tokens ``part``; all of the pass's where it goes ``by_sequence``."""
+        if not self.spec.entropy_coef:  # a gradient of zeros would cost as much as a real one
+            entropy_K = entropy_K.detach()
+        row_K, column_K = self.row_K[part], self.column_K[part]
+        if not self.by_sequence:
+            inputs = self.inputs.select(lambda values_BT: values_BT[row_K, column_K][:, None])
+            return total_loss(logprob_K[:, None], entropy_K[:, None], inputs, self.spec)
+        rows_R, at_K = row_K.unique(return_inverse=True)
+        blank_RT = logprob_K.new_zeros(len(rows_R), self.inputs.mask_BT.shape[1])
+        logprobs_RT, entropy_RT = (
+            blank_RT.index_put((at_K, column_K), values_K) for values_K in (logprob_K, entropy_K)
+        )
+        return total_loss(logprobs_RT, entropy_RT, self.inputs.select(lambda values_BT: values_BT[rows_R]), self.spec)
 
 
 def total_stats(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ UPDATES: list[dict[str, Any]] = [
     {},
     {"loss": "grpo", "importance_level": "sequence"},
     {"loss": "dr_grpo", "kl_coef": 0.1, "inner_updates": 2},
-    {"loss": "bnpo", "ratio": "sequence", "inner_updates": 2, "delta": 1.5},
+    {"loss": "dapo", "ratio": "sequence", "inner_updates": 2, "delta": 1.5},
     {"loss": "cispo", "clip_high": 4.0, "entropy_coef": 0.01},
     {"loss": "sapo", "importance": "mask", "inner_updates": 3, "gradient_checkpointing": True},
 ]
