@@ -81,11 +81,7 @@ class TorchLearner:
         self._lora, self._blank = config.model.lora_rank > 0, blank
         loading.check(config.model, ranks.size)
         check_optimizer(config, ranks.size)
-        if ranks.size > 1 and config.optimizer.offload:
-            raise UserError(
-                f"optimizer.offload=true cannot be had with cluster.learner_ranks={ranks.size}, which divide the "
-                "optimizer's memory among them; set it to false, or learn with one rank"
-            )
+        assert ranks.size == 1 or not config.optimizer.offload, "ranks divide the optimizer's memory already"
         sampler = config.sampler
         self._plain = SamplingTransform(chunk=config.learner.head_tokens)
         self._transform = SamplingTransform(

@@ -16,22 +16,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pydantic import TypeAdapter
-
 from common.config import Config
 from common.errors import OutOfMemory, RunFailure, UserError, is_out_of_memory
 from common.prompts import PromptStream
 from common.protocols import GroupsFuture, Learner, Placement, Sampler
 from common.rewards.scorer import Scorer, Scoring
-from common.types import Group, Prompt, SamplingParams
+from common.types import Completion, Group, Prompt, SamplingParams
 from common.watchdog import bounded, result
 from learner.checkpoint import Checkpoints
 from learner.loss import advantages
 from learner.selection import Selection
 from learner.weight_sync import WeightSync
-
-GROUPS = TypeAdapter(list[Group])
-"""From the plain values that ``dataclasses.asdict`` makes of groups, by way of JSON."""
 
 
 class RunTracker(Protocol):
@@ -83,6 +78,17 @@ class Loop:
     def __post_init__(self) -> None:
         self.selection = Selection(self.stream, self.config.train.selection, self.config.train.seed)
 
+    def limit(self, side: str, doing: str, timeout: str) -> contextlib.AbstractContextManager[None]:
+        """Ends the process, naming ``side``, if the block takes longer than this one of the timeouts."""
+        return bounded(side, doing, getattr(self.config.timeouts, timeout), f"timeouts.{timeout}")
+
+    def ask(self, prompts: list[Prompt], params: SamplingParams, doing: str) -> Future[list[Group]]:
+        with self.limit("sampler", doing, "generate_s"):
+            return self.sampler.generate(prompts, params)
+
+    def answer(self, future: Future[list[Group]], doing: str) -> list[Group]:
+        return result(future, "sampler", doing, self.answer_s, "timeouts.generate_s")
+
     def state(self) -> dict[str, Any]:
         """Where the data stand: the answers already there (after a sync, all, unless weights are swapped in flight),
         and the first request that a resumed run must make again."""
@@ -106,7 +112,7 @@ class Loop:
         self.selection.restore(state.get("selection", {}))
         self.requests_made = int(state["requests_made"])
         for answered in state["in_flight"]:
-            groups = GROUPS.validate_python(answered["groups"])
+            groups = [_group_of(values) for values in answered["groups"]]
             future: Future[list[Group]] = Future()
             future.set_result(groups)
             prompts = [group.prompt for group in groups]
@@ -116,7 +122,7 @@ class Loop:
     def save(self) -> None:
         doing = f"writing checkpoint {self.learner.version}"
         self.tracker.phase(f"disk: {doing}")
-        with bounded("learner", doing, self.config.timeouts.load_s, "timeouts.load_s"):
+        with self.limit("learner", doing, "load_s"):
             self.checkpoints.save(self.learner.version, self.learner, self.state())
 
 
@@ -136,7 +142,7 @@ def train(loop: Loop, evaluate: Callable[[int], object], stopping: Callable[[], 
 
         learning = time.perf_counter()
         loop.tracker.phase(f"learner: step {step}, {len(groups)} groups")
-        with loop.placement.learning(), _learning(config, f"doing step {step}"):
+        with loop.placement.learning(), loop.limit("learner", f"doing step {step}", "update_s"):
             metrics |= learner.update(groups)
         metrics["seconds_learn"] = time.perf_counter() - learning
 
@@ -201,22 +207,16 @@ def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
 
     with part("sample", "sampler", f"{size} x {group_size} completions of {length} tokens"), loop.placement.sampling():
         doing = "writing the rehearsal's request"
-        with bounded("sampler", doing, config.timeouts.generate_s, "timeouts.generate_s"):
-            future = loop.sampler.generate(batch, params)
-        groups = result(future, "sampler", doing, loop.answer_s, "timeouts.generate_s")
-    through = _learning(config, "doing the rehearsal's pack")
-    with part("learn", "learner", "the largest pack through the learner"), loop.placement.learning(), through:
+        groups = loop.answer(loop.ask(batch, params, doing), doing)
+    limit = loop.limit("learner", "doing the rehearsal's pack", "update_s")
+    with part("learn", "learner", "the largest pack through the learner"), loop.placement.learning(), limit:
         loop.learner.rehearse(groups)
     with part("sync", "run", "the weights to the sampler"):
         loop.sync()
-    limit = bounded("learner", "writing a checkpoint for trial", config.timeouts.load_s, "timeouts.load_s")
+    limit = loop.limit("learner", "writing a checkpoint for trial", "load_s")
     with part("save", "learner", "a checkpoint to the disk"), limit:
         written = loop.checkpoints.rehearse(loop.learner)
     return seconds | {"checkpoint_bytes": written, "peak_gib": loop.memory_gib()}
-
-
-def _learning(config: Config, doing: str) -> contextlib.AbstractContextManager[None]:
-    return bounded("learner", doing, config.timeouts.update_s, "timeouts.update_s")
 
 
 @contextlib.contextmanager
@@ -287,7 +287,7 @@ def _fill(loop: Loop, size: int) -> None:
     while len(loop.in_flight) < min(config.train.max_staleness + 1, steps_left):
         state = loop.stream.state()
         try:
-            with bounded("task", "making its prompts", config.timeouts.load_s, "timeouts.load_s"):
+            with loop.limit("task", "making its prompts", "load_s"):
                 prompts = loop.selection.take(size)
         except UserError:  # of very many prompts only some were looked at before the run
             if loop.learner.version:
@@ -297,9 +297,7 @@ def _fill(loop: Loop, size: int) -> None:
         # A number of its own for every request, so that no two draw alike and a resumed run draws the same.
         seed = (config.train.seed * 1_000_003 + loop.requests_made) % 2**31
         params = dataclasses.replace(sampling_params(config), seed=seed)
-        doing = f"writing request {loop.requests_made}"
-        with bounded("sampler", doing, config.timeouts.generate_s, "timeouts.generate_s"):
-            future = loop.sampler.generate(prompts, params)
+        future = loop.ask(prompts, params, f"writing request {loop.requests_made}")
         scores = loop.scorer.begin()
         if isinstance(future, GroupsFuture):
             future.on_group(scores.add)
@@ -309,8 +307,7 @@ def _fill(loop: Loop, size: int) -> None:
 
 def _result(loop: Loop, request: Request) -> list[Group]:
     """The request's groups, checked: one a prompt, in order, not staler than allowed."""
-    doing = f"writing request {request.number} ({len(request.prompts)} prompts)"
-    groups = result(request.future, "sampler", doing, loop.answer_s, "timeouts.generate_s")
+    groups = loop.answer(request.future, f"writing request {request.number} ({len(request.prompts)} prompts)")
     asked, got = [prompt.id for prompt in request.prompts], [group.prompt.id for group in groups]
     if asked != got:
         raise RunFailure(f"the sampler answered other prompts than asked: {got[:3]}... instead of {asked[:3]}...")
@@ -330,6 +327,16 @@ def _result(loop: Loop, request: Request) -> list[Group]:
                     f"{loop.learner.version}; train.max_staleness={loop.config.train.max_staleness} allows no such lag"
                 )
     return groups
+
+
+def _group_of(values: Mapping[str, Any]) -> Group:
+    """A group from the plain values that ``dataclasses.asdict`` made of it, by way of JSON."""
+
+    def made(kind: Any, fields: Mapping[str, Any]) -> Any:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+    completions = tuple(made(Completion, fields) for fields in values["completions"])
+    return Group(made(Prompt, values["prompt"]), completions)
 
 
 def _batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
