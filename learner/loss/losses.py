@@ -14,16 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from common.config import LearnerConfig
-
-Level = Literal["token", "sequence"]
-KLKind = Literal["k1", "k2", "k3"]
-ImportanceMode = Literal["off", "truncate", "mask"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ LOSSES = {
 # -- the terms ---------------------------------------------------------------------------------------------------------
 
 
-def policy_ratio(logprobs_BT: Tensor, old_BT: Tensor, mask_BT: Tensor, level: Level) -> Tensor:
+def policy_ratio(logprobs_BT: Tensor, old_BT: Tensor, mask_BT: Tensor, level: str) -> Tensor:
     """ratio_BT, how much likelier the policy makes what the old policy wrote.
 
     ``token``: exp(logprob - old). ``sequence``: the geometric mean of those over the sequence's tokens, the same number
@@ -155,7 +150,7 @@ def policy_ratio(logprobs_BT: Tensor, old_BT: Tensor, mask_BT: Tensor, level: Le
     return mean_B1.exp().expand_as(difference_BT)
 
 
-def kl_BT(kind: KLKind, logprobs_BT: Tensor, reference_BT: Tensor) -> Tensor:
+def kl_BT(kind: str, logprobs_BT: Tensor, reference_BT: Tensor) -> Tensor:
     """Schulman's estimators of KL(policy || reference) at each token (joschu.net/blog/kl-approx.html).
 
     With log r = reference - policy: ``k1`` = -log r, ``k2`` = (log r)^2 / 2, ``k3`` = r - 1 - log r (GRPO, arXiv
@@ -169,7 +164,7 @@ def kl_BT(kind: KLKind, logprobs_BT: Tensor, reference_BT: Tensor) -> Tensor:
     return log_r_BT.exp() - 1 - log_r_BT
 
 
-def kl_term(kind: KLKind, logprobs_BT: Tensor, reference_BT: Tensor, ratio_BT: Tensor) -> Tensor:
+def kl_term(kind: str, logprobs_BT: Tensor, reference_BT: Tensor, ratio_BT: Tensor) -> Tensor:
     """The KL as a loss: ``ratio_BT x kl_BT``, whose gradient is that of the KL without bias (at token level).
 
     ``kl_BT`` alone has the right value and the wrong gradient: k1's is 0 in expectation, k3's is that of the opposite
@@ -182,7 +177,7 @@ def kl_term(kind: KLKind, logprobs_BT: Tensor, reference_BT: Tensor, ratio_BT: T
 
 
 def importance_weights(
-    old_BT: Tensor, sampler_BT: Tensor, mask_BT: Tensor, mode: ImportanceMode, level: Level, cap: float
+    old_BT: Tensor, sampler_BT: Tensor, mask_BT: Tensor, mode: str, level: str, cap: float
 ) -> Tensor:
     """weights_BT = exp(learner - sampler), bounded by ``cap``: makes up for tokens drawn by a slightly other policy.
 
