@@ -347,13 +347,15 @@ def check_batch(loop: Any) -> None:
 
 def check_rates(optim: Any) -> None:
     """Each rate by its own count: full after the warm-up, the end at the last step, and 0 only after it."""
-    for schedule, warmup, steps, ratio in itertools.product(("linear", "cosine"), (0, 3), (1, 2, 9), (0.0, 0.25)):
+    schedules = ("constant", "linear", "cosine")
+    for schedule, warmup, steps, ratio in itertools.product(schedules, (0, 3), (1, 2, 9), (0.0, 0.25)):
         spec = OptimizerConfig(lr=2.0, schedule=schedule, warmup_steps=warmup, min_lr_ratio=ratio)
         updates = warmup + steps
         last = steps if ratio else steps + 1  # counted from the warm-up's end, where the rate is full
         for update in range(updates):
             after = update + 1 - warmup
-            share = 1 - after / last if schedule == "linear" else (1 + math.cos(math.pi * after / last)) / 2
+            falls = {"constant": 1.0, "linear": 1 - after / last, "cosine": (1 + math.cos(math.pi * after / last)) / 2}
+            share = falls[schedule]
             rate = 2.0 * (update + 1) / warmup if after <= 0 else 2.0 * (ratio + (1 - ratio) * share)
             found = optim.learning_rate(spec, update, updates)
             assert found > 0, (spec, update)

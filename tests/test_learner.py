@@ -17,7 +17,7 @@ from common.errors import RunFailure, UserError
 from common.weights.handles import FolderWeights, fingerprint
 from learner.loss import losses
 from learner.model import loading
-from learner.optimizer import MasterOptimizer, learning_rate
+from learner.optimizer import MasterOptimizer
 from learner.torch_learner import TorchLearner
 from tests.making import GROUPS, config, group
 from tests.test_families import MOVING
@@ -164,30 +164,6 @@ def test_gradients_of_micro_batches_add_up_in_float32():
     for part in [256.0, *[1.0] * 64]:  # in bfloat16 256 + 1 is 256
         (weight * part).sum().backward()
     assert optimizer.clip() == 320.0
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_learning_rate(schedule):
-    sections = {"schedule": schedule} | ({} if schedule == "constant" else {"min_lr_ratio": 0.1})
-    spec = config(optimizer={"lr": 1.0, "warmup_steps": 4, **sections}, train={"steps": 20}).optimizer
-    rates = [learning_rate(spec, update, 20) for update in range(20)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert max(rates) == 1.0
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
-    if schedule != "constant":
-        middle = rates[4 + 7]  # half of the 16 steps after the warm-up
-        assert middle == pytest.approx(0.55, abs=0.01)
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_a_schedule_that_falls_to_nothing_has_no_step_in_vain(schedule, steps):
-    spec = config(optimizer={"lr": 1.0, "schedule": schedule}, train={"steps": steps}).optimizer
-    rates = [learning_rate(spec, update, steps) for update in range(steps)]
-    assert rates == sorted(rates, reverse=True)
-    assert 0 < rates[-1] < 0.6
-    assert learning_rate(spec, steps, steps) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_run_of_one_step_moves_the_weights(folder):
