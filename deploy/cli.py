@@ -341,8 +341,6 @@ def server(
     """Print the command that starts the vLLM server which a run with sampler.name=remote needs."""
     with _in_sentences():
         _quiet_libraries()
-        from urllib.parse import urlsplit
-
         from common.config import load
         from deploy import components
         from sampler.server.command import server_command, shell_line
@@ -351,9 +349,8 @@ def server(
         if config.sampler.name != "remote":
             raise UserError(f"sampler.name={config.sampler.name!r} needs no server; this is for sampler.name='remote'")
         ready = components.prepare(config)
-        where = urlsplit(str(config.sampler.options["url"]))
         setup = components.sampler_setup(ready, shares_device=False)
-        command = server_command(setup, host=where.hostname or "127.0.0.1", port=where.port or 8000)
+        command = server_command(setup, str(config.sampler.options["url"]))
         sys.stdout.write(shell_line(*command) + "\n")
 
 

@@ -70,7 +70,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        environment, words = server_command(setup, model_folder=model_folder, port=port)
+        environment, words = server_command(setup, self.url, model_folder)
         outside = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1"}
         self.log = log.open("w+")
@@ -497,7 +497,7 @@ def test_the_untied_copy_is_the_same_model(folder, tmp_path):
 
 
 def test_the_command_line():
-    environment, words = server_command(setup_of(Path("my model")), port=9000)
+    environment, words = server_command(setup_of(Path("my model")), "http://127.0.0.1:9000")
     line = shell_line(environment, words)
     assert "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in line
     assert f"{sys.executable} -m vllm.entrypoints.openai.api_server --model 'my model'" in line

@@ -22,8 +22,9 @@ from learner.torch_learner import TorchLearner
 from learner.weight_sync import SyncError, WeightSync, probe_of
 from sampler.conformance.reference import Truth, lend, perturbed
 from sampler.engine.arguments import CPU_BLOCK, cache_bytes, cache_bytes_per_token, engine_arguments
-from sampler.engine.vllm import VllmSampler, _part_seed, _spread_seed
-from sampler.engine.worker import _chosen_only
+from sampler.engine.cpu_patches import chosen_logprobs
+from sampler.engine.sampling import part_seed, prompt_seed
+from sampler.engine.vllm import VllmSampler
 from tests import weight_faults
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
@@ -38,8 +39,6 @@ def folder(tmp_path_factory):
 
 
 def make(folder, kind=None, lora=0, **options):
-    from sampler.engine.vllm import VllmSampler
-
     spec = config(model={"name": "unused", "dtype": "float32", "lora_rank": lora}, sync={"tolerance": 0.02})
     learner = TorchLearner(spec, folder, "cpu")
     adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict()) if lora else None
@@ -86,15 +85,10 @@ def test_a_sync_reaches_the_head_however_it_is_tied(tmp_path, closing, family, s
     assert sync()["probe_diff"] < 0.001
 
 
-def test_a_tied_head_that_keeps_its_old_weights_is_caught(folder, closing):
+def test_a_tied_head_that_keeps_its_old_weights_is_caught(folder, closing, monkeypatch):
     """What vLLM's reload does to a tied output head when it is not untied: everything new but the head."""
-    from sampler.engine.vllm import VllmSampler
-
-    class Tied(VllmSampler):
-        def _must_untie(self):
-            return False
-
-    _, sampler, sync = make(folder, Tied)
+    monkeypatch.setattr("sampler.engine.vllm.needs_head", lambda model: False)
+    _, sampler, sync = make(folder)
     closing(sampler)
     with pytest.raises(SyncError, match="other weights"):
         sync.challenge()
@@ -102,7 +96,6 @@ def test_a_tied_head_that_keeps_its_old_weights_is_caught(folder, closing):
 
 def test_an_adapter_served_from_the_cache_is_caught(folder, closing):
     """vLLM keeps adapters by id: a new one under an old id is not looked at."""
-    from sampler.engine.vllm import VllmSampler
 
     class SameId(VllmSampler):
         def _load_adapter(self, tensors, described):
@@ -131,8 +124,6 @@ def test_an_adapter_served_from_the_cache_is_caught(folder, closing):
     ],
 )
 def test_wrong_options_are_one_sentence(folder, options, said):
-    from sampler.engine.vllm import VllmSampler
-
     with pytest.raises(UserError, match=said) as caught:
         VllmSampler(SamplerSetup(str(folder), "float32", 64, 16), **options)
     assert "\n" not in str(caught.value)
@@ -173,7 +164,7 @@ def test_the_log_prob_of_the_token_drawn_is_bit_for_bit_that_of_the_whole_vocabu
     logits_NV = 3 * torch.randn(11, 500, generator=generator)
     logits_NV[3, 10:] = -torch.inf  # a cut
     token_ids = torch.arange(11) % 10
-    got = _chosen_only(logits_NV, 0, token_ids)
+    got = chosen_logprobs(logits_NV, 0, token_ids)
     assert torch.equal(got.logprobs, logits_NV.log_softmax(-1).gather(-1, token_ids[:, None]))
     assert got.logprob_token_ids[:, 0].tolist() == token_ids.tolist()
 
@@ -185,8 +176,6 @@ PROMPTS = [Prompt(f"p{index}", (), token_ids=tuple(range(20 + index, 70 + 9 * in
 
 
 def serve(folder, closing, **changes):
-    from sampler.engine.vllm import VllmSampler
-
     sampler = VllmSampler(SamplerSetup(str(folder), "float32", 192, 16, **changes))
     closing(sampler)
     truth = Truth(str(folder))
@@ -348,8 +337,6 @@ def test_weights_swapped_in_flight(folder, closing):
 
 
 def test_an_adapter_cannot_be_swapped_in_flight(folder):
-    from sampler.engine.vllm import VllmSampler
-
     setup = SamplerSetup(str(folder), "float32", 64, 16, adapter=AdapterSpec(4, {}), in_flight_updates=True)
     with pytest.raises(UserError, match=r"sampler\.in_flight_updates=true cannot be had with an adapter"):
         VllmSampler(setup)
@@ -438,20 +425,20 @@ def test_two_devices(folder, closing):
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
 def test_seeds_of_prompts_are_far_apart(seed):
     """vLLM gives the k-th completion of a prompt the prompt's seed + k; no two completions of a request may share."""
-    seeds = sorted(_spread_seed(seed, place) for place in range(256))
-    assert seeds == sorted(_spread_seed(seed, place) for place in range(256))
+    seeds = sorted(prompt_seed(seed, place) for place in range(256))
+    assert seeds == sorted(prompt_seed(seed, place) for place in range(256))
     assert all(0 <= one < 2**31 for one in seeds)
     assert min(b - a for a, b in pairwise(seeds)) > 64
 
 
 def test_seeds_of_parts_are_all_different():
     """Also from those of the next requests, which count their seeds up by one; a whole request's is its own."""
-    assert _part_seed(7, 0) == 7
-    seeds = [_part_seed(seed, offset) for seed in range(1000, 1200) for offset in range(200)]
+    assert part_seed(7, 0) == 7
+    seeds = [part_seed(seed, offset) for seed in range(1000, 1200) for offset in range(200)]
     assert len(set(seeds)) == len(seeds)
-    torch.manual_seed(_part_seed(1000, 3))
+    torch.manual_seed(part_seed(1000, 3))
     drawn = torch.rand(4)
-    torch.manual_seed(_part_seed(1000, 4))
+    torch.manual_seed(part_seed(1000, 4))
     assert not torch.equal(drawn, torch.rand(4))
 
 
@@ -508,15 +495,10 @@ def test_experts_reach_the_engine_under_the_names_of_the_files(tmp_path, closing
     assert sync()["probe_diff"] < 0.001
 
 
-def test_experts_that_are_not_packed_again_are_caught(tmp_path, closing):
+def test_experts_that_are_not_packed_again_are_caught(tmp_path, closing, monkeypatch):
     """What vLLM's reload does by itself on a CPU."""
-    from sampler.engine.vllm import VllmSampler
-
-    class Unpacked(VllmSampler):
-        def _reload(self, tensors):
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
-
-    _, sampler, sync = make(make_tiny(tmp_path, tied=False, family="qwen3_moe"), Unpacked)
+    monkeypatch.setattr("sampler.engine.cpu_patches.pack_experts_again", lambda worker: None)
+    _, sampler, sync = make(make_tiny(tmp_path, tied=False, family="qwen3_moe"))
     closing(sampler)
     with pytest.raises(SyncError, match="other weights"):
         sync.challenge()
@@ -534,7 +516,6 @@ def test_an_adapter_on_experts_is_refused_on_a_cpu_before_anything_loads(tmp_pat
 
 def test_the_engine_says_how_many_completions_it_takes_at_once(folder):
     from deploy.components import at_once
-    from sampler.engine.vllm import VllmSampler
 
     assert VllmSampler.completions_at_once({}) == 256
     assert at_once(config(sampler={"name": "vllm", "options": {"max_num_seqs": 1024}})) == 1024
@@ -577,12 +558,12 @@ def test_every_layout_is_followed(tmp_path, closing, family):
     sampler, _, _ = serve(folder, closing)
     for seed in range(3):
         assert sampler.check_weights(sampler.load_weights(lend(perturbed(base, seed)), seed)) == []
-    sums = sampler._arrived.sums
     (stored,) = sampler._llm.collective_rpc(stored_of)
-    for name, right in sums.items():
+    loaded = stored._changed
+    for name, right in sampler._arrived.sums.items():
         arrived = stored.arriving()
         for sent, tensor in perturbed(base, 2).items():
             arrived.add(sent, tensor * (1.001 if sent == name else 1))
-        stored._arrived = arrived
-        assert name in " ".join(stored.faults(sums | {name: arrived.sums[name]})), name
+        stored._changed = loaded
+        assert name in " ".join(stored.faults(arrived.sums)), name
         assert right != arrived.sums[name]

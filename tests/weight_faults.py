@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,11 @@ class FaultyVllm(VllmSampler):
             self._llm.collective_rpc(_forget_watching)
             self.load_weights(FolderWeights(self._setup.model_folder), 0)
 
-    def _reload(self, tensors: Tensors) -> None:
-        product = self._llm.collective_rpc(_product)
-        super()._reload(self._altered(tensors))
-        self._damage(product[0])
+    def _load_full(self, handle: Any) -> Any:
+        (product,) = self._llm.collective_rpc(_alter, args=(self._altered,))
+        arrived = super()._load_full(handle)
+        self._damage(product)
+        return arrived
 
     def _load_adapter(self, tensors: Tensors, config: dict[str, Any]) -> None:
         if self.fault == "lora_alpha x 1.1":
@@ -138,7 +139,11 @@ class FaultyVllm(VllmSampler):
             yield name, tensor
 
 
-def _product(worker: Any) -> Any:
+def _alter(worker: Any, altered: Callable[[Tensors], Tensors]) -> Any:
+    """From now on what has arrived is altered before it is loaded. Returns the product of one layer."""
+    vars(worker).pop("reload_weights", None)
+    right = worker.reload_weights
+    worker.reload_weights = lambda weights_iterator: right(weights_iterator=altered(weights_iterator))
     layers = dict(worker.model_runner.get_model().named_modules())
     return vars(layers["model.layers.1.mlp.down_proj"]).get("cpu_linear")
 

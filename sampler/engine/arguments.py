@@ -1,14 +1,19 @@
-"""What vLLM's engine is started with: the arguments that are ours, those that a user may set, its cache in bytes."""
+"""What vLLM's engine is started with: the arguments that are ours, those that a user may set, its cache in bytes; and
+the output head of a tied model, which has to be sent as a weight of its own."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.types import SamplerSetup
+from sampler.hf import is_tied
+
+if TYPE_CHECKING:
+    import torch
 
 # Ours to set, because the loop depends on them; each with where the wish belongs instead.
 OURS = {
@@ -27,20 +32,12 @@ OURS = {
     "skip_tokenizer_init": "nothing: stop strings need the tokenizer",
     "tensor_parallel_size": "sampler.tensor_parallel",
 }
+HEAD = "lm_head.weight"
 # Names of the input embedding, which is also the head of a tied model.
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 # Models whose vLLM class computes logits with the embedding module itself: nothing to untie, a reload reaches it.
 HEAD_IS_EMBEDDING = ("gemma2", "gemma3n_text", "cohere", "cohere2", "cohere2_moe")
 CPU_BLOCK = 32  # tokens of a block of the cache on the CPU
-
-
-def check_temperature(temperature: float) -> None:
-    """vLLM 0.32 refuses temperatures above 2, and draws by 0.01 where one below that is asked for, which the learner
-    would not know. 0 is greedy."""
-    if temperature and not 0.01 <= temperature <= 2:
-        raise UserError(
-            f"sampler.temperature={temperature:g} is none that vLLM draws by; use 0.01 to 2, or sampler.name='hf'"
-        )
 
 
 def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie: bool) -> dict[str, Any]:
@@ -74,8 +71,7 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
                 f"model.lora_rank={setup.adapter.rank}: vLLM on a CPU serves no adapter on a mixture of experts; set "
                 "model.lora_variant='dora' (merged weights are sent), model.lora_rank=0, or sampler.name='hf'"
             )
-        rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= min(setup.adapter.rank, 512))
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(setup.adapter.rank)}
         # Left to itself vLLM wraps the output head too, and on the CPU prompt log-probs then fail.
         arguments["lora_target_modules"] = setup.adapter.layers
         if setup.quantize == "nf4" and not on_cpu:
@@ -91,13 +87,42 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
         # Compiling costs half a minute at every start; sequences are short here.
         arguments |= {"enforce_eager": True, "block_size": CPU_BLOCK}
         arguments["kv_transfer_config"] = {
-            "kv_connector": "SharedPrompts", "kv_connector_module_path": "sampler.engine.partial_block_connector",
+            "kv_connector": "PartialBlockConnector",
+            "kv_connector_module_path": "sampler.engine.partial_block_connector",
             "kv_role": "kv_consumer",
-        }  # fmt: skip
+        }
         arguments["kv_cache_memory_bytes"] = cache_bytes(model_config, setup)
     elif setup.shares_device:
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
     return arguments
+
+
+def lora_rank(rank: int) -> int:
+    """The least rank that vLLM can be set up for."""
+    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= min(rank, 512))
+
+
+def needs_head(model_config: Mapping[str, Any]) -> bool:
+    """Whether the output head has to be sent as a weight of its own: vLLM's reload leaves a tied one as it was."""
+    return is_tied(model_config) and model_config.get("model_type") not in HEAD_IS_EMBEDDING
+
+
+def with_head(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a tied model, and the embedding once more as the output head where no head is among them."""
+    embedding, has_head = None, False
+    for name, tensor in tensors:
+        yield name, tensor
+        has_head = has_head or name == HEAD
+        if name.endswith(EMBEDDINGS):
+            embedding = tensor
+    if has_head:
+        return
+    if embedding is None:
+        raise UserError(
+            "the model ties its output head to an embedding of a name that is not known here "
+            f"(known: {', '.join(EMBEDDINGS)}); use sampler.name='hf', or an adapter (model.lora_rank)"
+        )
+    yield HEAD, embedding
 
 
 def _has_experts(model_config: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ class Copies(KVConnectorMetadata):
     target: list[int]
 
 
-class SharedPrompts(KVConnectorBase_V1, SupportsHMA):
+class PartialBlockConnector(KVConnectorBase_V1, SupportsHMA):
     """One of these plans, beside vLLM's scheduler; another, beside the model, copies."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:

@@ -2,18 +2,19 @@
 
 vLLM concatenates (q, k and v; the experts), shards over devices, pads, transposes and, on a CPU, packs linear layers
 into blocks that cannot be read back. So each stored tensor is cut into *places*, rows that one sent tensor fills. Which
-they are is found out by content when weights first come, among the sent tensors whose name allows it (the same layer);
-from then on each place must hold the ``bit_sum`` of its own. One that holds its old values is stale, one that holds
-others is wrong, and a tensor that was sent and fills no place was dropped.
+they are is found out by content when weights first come, among the sent tensors of the same layer; from then on each
+place must hold the ``bit_sum`` of its own. One that holds its old values is stale, one that holds others is wrong, and
+a tensor that was sent and fills no place was dropped.
 
-- A layer that vLLM changes after loading (packs, quantizes, pads) is compared at that moment, before the change; after
-  the load it must still be what that made of it. A packed CPU layer must compute with the very product made then, and
-  that product must give back some of the layer's columns exactly: asked for by unit vectors, it cannot round.
+- A layer that vLLM changes after loading (packs, quantizes, pads) is compared before the change; after the load it must
+  still be what that made of it. A packed CPU layer must compute with the very product made then, and that product must
+  give back some of the layer's columns exactly: asked for by unit vectors, it cannot round.
 - What vLLM computes from a sent tensor (``_COMPUTED``) must change when that does, and only then.
 - An adapter is compared number by number in the slot it is served from, scaling included (vLLM folds it into B).
 
-Works alike on CPU and GPU, and on each shard. vLLM's own checker (``weight_checksum.py``: a hash of each parameter)
-sees neither packed CPU layers nor adapters, and cannot say what a hash should be. Used by sampler/engine/vllm.py.
+Works alike on CPU and GPU, and on each shard. vLLM's own checker (``weight_checksum.py``) sees neither packed CPU
+layers nor adapters, and cannot say what a hash should be. Used by sampler/engine/vllm.py; the last functions are called
+in the engine's process by name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.protocols import WeightHandle
 from common.weights.handles import Fingerprint, Sum, bit_sum
+from sampler.engine.arguments import with_head
 from sampler.hf import lora_scaling
 
 # Shapes: R rows, C columns of a tensor cut at its last dimension; C is 1 for a vector, which is concatenated too.
@@ -41,39 +44,43 @@ Source = tuple[str, str]
 ``"cast"`` in the engine's narrower format, ``"rows a:b"`` or ``"columns a:b"`` a shard."""
 
 
-class Arrived(Fingerprint):
-    """The fingerprint of what arrives, and the sums of the other layouts in which the engine may keep a tensor:
-    those in ``layouts`` by tensor, and all that there are of one that is not listed; without ``layouts`` only shards
-    and casts."""
+class ArrivedAdapter(Fingerprint):
+    """The fingerprint of an adapter that arrives, and its tensors."""
 
-    def __init__(
-        self,
-        adapter_config: Mapping[str, Any] | None = None,
-        layouts: Mapping[str, Collection[str]] | None = None,
-        rank: int = 0,
-        size: int = 1,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, adapter_config: Mapping[str, Any]) -> None:
         super().__init__(adapter_config)
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        super().add(name, tensor)
+        self.kept[name] = tensor.detach().clone()
+
+
+class Arrived(Fingerprint):
+    """The fingerprint of what arrives, and the sums of the other layouts in which the engine may keep a tensor: those
+    in ``layouts`` by tensor, and all that there are of one that is not listed; without ``layouts`` only shards and
+    casts."""
+
+    def __init__(self, layouts: Mapping[str, Collection[str]] | None, rank: int, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
         self.blocks: dict[Source, tuple[int, int, int]] = {}
         """Rows, columns and sum."""
-        self.kept: dict[str, torch.Tensor] = {}
-        """An adapter's tensors."""
         self._layouts, self._rank, self._size, self._dtype = layouts, rank, size, dtype
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         super().add(name, tensor)
-        if self.adapter_config is not None:
-            self.kept[name] = tensor.detach().clone()
-            return
         rows_RC = _rows(tensor.detach())
-        self.blocks[name, ""] = (len(rows_RC), rows_RC.shape[1], self.sums[name].bits)
+        rows, columns = rows_RC.shape
+        self.blocks[name, ""] = rows, columns, self.sums[name].bits
         listed = None if self._layouts is None else self._layouts.get(name)
         for layout in listed or self._possible(tensor):
             if layout == "cast":
-                self.blocks[name, layout] = (len(rows_RC), rows_RC.shape[1], bit_sum(rows_RC.to(self._dtype)))
+                self.blocks[name, layout] = rows, columns, bit_sum(rows_RC.to(self._dtype))
+            elif layout == "any":
+                self.blocks[name, layout] = rows, columns, _order_free(rows_RC)
             elif layout:
-                self.blocks[name, layout] = _block(rows_RC, layout)
+                part = _part(rows_RC, layout)
+                self.blocks[name, layout] = len(part), part.shape[1], bit_sum(part)
 
     def _possible(self, tensor: torch.Tensor) -> list[str]:
         rows, columns = _rows(tensor).shape
@@ -83,10 +90,9 @@ class Arrived(Fingerprint):
         # Fewer parts than devices: keys and values, whose heads may be fewer.
         for parts in [count for count in range(2, self._size + 1) if self._size % count == 0]:
             part = self._rank * parts // self._size
-            if rows % parts == 0:
-                layouts.append(f"rows {rows // parts * part}:{rows // parts * (part + 1)}")
-            if columns % parts == 0:
-                layouts.append(f"columns {columns // parts * part}:{columns // parts * (part + 1)}")
+            for kind, length in (("rows", rows), ("columns", columns)):
+                if length % parts == 0:
+                    layouts.append(f"{kind} {length // parts * part}:{length // parts * (part + 1)}")
         if self._size > 1:
             shard = -(-rows // _VOCABULARY) * _VOCABULARY // self._size
             layouts.append(f"rows {min(rows, shard * self._rank)}:{min(rows, shard * (self._rank + 1))}")
@@ -101,16 +107,12 @@ class _Place:
     stop: int
     sources: list[Source]
     """The sent tensors that may fill it: more than one as long as they are all alike. Empty: padding."""
-    bits: int = 0
+    bits: int
     """What it held after the load before."""
-
-    @property
-    def ordered(self) -> bool:
-        return not self.sources or self.sources[0][1] != "any"
 
 
 @dataclass
-class _Packed:
+class _Changed:
     """A layer as it was when vLLM changed it."""
 
     seen: dict[str, list[int]]
@@ -132,19 +134,18 @@ class StoredWeights:
         self._places: dict[str, list[_Place]] = {}
         self._from_folder: dict[str, set[str]] = {}  # the tensors of the folder that filled each
         self._own: dict[str, int] = {}  # what holds nothing that is sent
-        self._arrived: Arrived | None = None
-        self._before: dict[str, Sum] = {}  # what was sent before that
-        self._sent: dict[str, Sum] = {}
-        self._packed: dict[str, _Packed] = {}
+        self._arrived = Arrived(None, rank, size, self._dtype)
+        self._before: dict[str, Sum] = {}  # what had been sent when it was last compared
+        self._changed: dict[str, _Changed] = {}  # in this load
         self._drawn = random.Random(0)
-        self._changed: dict[str, Any] = {name: m for name, m in model.named_modules() if _is_changed(m)}
-        self._names = {id(layer): name for name, layer in self._changed.items()}
-        for method in {id(m.quant_method): m.quant_method for m in self._changed.values()}.values():
-            method.process_weights_after_loading = partial(self._pack, method.process_weights_after_loading)
+        self._changing: dict[str, Any] = {name: layer for name, layer in model.named_modules() if _is_changed(layer)}
+        self._names = {id(layer): name for name, layer in self._changing.items()}
+        for method in {id(layer.quant_method): layer.quant_method for layer in self._changing.values()}.values():
+            method.process_weights_after_loading = partial(self._change, method.process_weights_after_loading)
 
     def arriving(self) -> Arrived:
-        """To watch the next transfer with. The first is the engine's own folder: it shows whether there are other than
-        plain layouts, but its names need not be those that the learner sends."""
+        """To watch the load that comes next with. The first is of the engine's own folder: it shows whether there are
+        other than plain layouts, but its names need not be those that the learner sends."""
         self._loads += 1
         layouts: dict[str, set[str]] | None = None
         if self._loads == 2:
@@ -157,19 +158,15 @@ class StoredWeights:
             for places in self._places.values():
                 for name, layout in (source for place in places for source in place.sources):
                     layouts[name].add(layout)
-        return Arrived(None, layouts, self._rank, self._size, self._dtype)
-
-    def expect(self, arrived: Arrived) -> None:
-        """Before a load: what ``arrived`` takes note of is what will be loaded."""
-        self._arrived, self._packed = arrived, {}
+        self._arrived, self._changed = Arrived(layouts, self._rank, self._size, self._dtype), {}
+        return self._arrived
 
     def faults(self, sums: Mapping[str, Sum]) -> list[str]:
         """After the load: what is not stored as in ``sums``, which are those of the tensors sent."""
-        assert self._arrived is not None, "nothing was loaded"
+        arrived = self._arrived.sums
+        if strange := [name for name in {**sums, **arrived} if sums.get(name) != arrived.get(name)]:
+            return [f"{name} was loaded with other values than were sent" for name in strange]
         faults: list[str] = []
-        if self._arrived.sums.keys() != sums.keys():
-            return ["other tensors were loaded than arrived"]
-        self._before, self._sent = self._sent or dict(sums), dict(sums)
         filled: set[str] = set()
         for key, bits in self._look(faults):
             if (places := self._places.get(key)) is None:
@@ -182,6 +179,7 @@ class StoredWeights:
             for place, sum_ in zip(places, bits, strict=True):
                 faults += self._wrong(key, place, sum_)
         faults += [f"{name} was sent and is stored nowhere" for name in sums.keys() - filled if not _computed(name)]
+        self._before = dict(sums)
         return faults
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -189,23 +187,23 @@ class StoredWeights:
     def _look(self, faults: list[str]) -> Iterator[tuple[str, list[int]]]:
         """The sums of every stored tensor's places; adds to ``faults`` the layers that are not what they were loaded
         as."""
-        for name, layer in self._changed.items():
-            packed = self._packed.get(name)
-            if packed is None:
+        for name, layer in self._changing.items():
+            changed = self._changed.get(name)
+            if changed is None:
                 keys = [f"{name}.{key}" for key in layer._parameters]
-                if any(_names(self._places.get(key, [])) & self._sent.keys() for key in keys):
+                if any(_names(self._places.get(key, [])) & self._arrived.sums.keys() for key in keys):
                     faults.append(f"{name} was not loaded and keeps its old weights")
                 continue
-            yield from packed.seen.items()
+            yield from changed.seen.items()
             now = vars(layer).get("cpu_linear")
-            if now is not packed.product or not _gives(now, layer, packed):
+            if now is not changed.product or not _gives(now, layer, changed):
                 faults.append(f"{name} computes with other weights than those loaded last")
             tensors = dict(layer.named_parameters(recurse=False))
-            if any(bit_sum(tensors[key]) != bits for key, bits in packed.after.items()):
+            if any(bit_sum(tensors[key]) != bits for key, bits in changed.after.items()):
                 faults.append(f"{name} was changed after it was loaded")
         for name, parameter in self._model.named_parameters():
-            owner = name.rpartition(".")[0]
-            if parameter.numel() and not (owner in self._changed and "cpu_linear" not in vars(self._changed[owner])):
+            owner = self._changing.get(name.rpartition(".")[0])
+            if parameter.numel() and (owner is None or "cpu_linear" in vars(owner)):
                 yield name, self._sums_of(name, parameter)
 
     def _wrong(self, key: str, place: _Place, bits: int) -> list[str]:
@@ -213,37 +211,27 @@ class StoredWeights:
         before, place.bits = place.bits, bits
         if not place.sources:
             return [f"the padding of {key} changed"] if bits != before else []
-        right = [source for source in place.sources if self._is(source, place, bits)]
-        if right:
+        blocks = self._arrived.blocks
+        if right := [source for source in place.sources if source in blocks and blocks[source][2] == bits]:
             place.sources = right
             return []
         name = place.sources[0][0]
         where = "" if key == name else f" in {key}"
         return [f"{name}{where} holds {'its old' if bits == before else 'other'} values"]
 
-    def _is(self, source: Source, place: _Place, bits: int) -> bool:
-        name, layout = source
-        if not layout:
-            return name in self._sent and self._sent[name].bits == bits
-        # A shard's sum comes from what this process read: that must be what was sent.
-        assert self._arrived is not None
-        return (
-            self._arrived.sums.get(name) == self._sent.get(name) is not None and self._arrived.blocks[source][2] == bits
-        )
-
     def _foreign(self, key: str, bits: int) -> list[str]:
         """A tensor that no sent one fills: vLLM's own, or computed from one."""
         before, self._own[key] = self._own.get(key), bits
         owner, _, leaf = key.rpartition(".")
-        source = next((f"{owner}.{sent}" for sent, made in _COMPUTED.items() if made == leaf), "")
-        if source in self._sent:
-            moved = self._sent[source] != self._before.get(source)
+        sent = self._arrived.sums
+        source = next((f"{owner}.{name}" for name, made in _COMPUTED.items() if made == leaf), "")
+        if source in sent:
+            moved = sent[source] != self._before.get(source)
             if before is not None and moved != (bits != before):
                 return [f"{key}, computed from {source}, {'keeps its old values' if moved else 'changed alone'}"]
             return []
-        assert self._arrived is not None
         folder = self._from_folder.get(key, set())
-        if folder and not folder & self._sent.keys() and before in (None, bits):
+        if folder and not folder & sent.keys() and before in (None, bits):
             return []  # a part of the model that the learner does not have: were it sent by another name, it would fill
         columns = {block[1] for block in self._arrived.blocks.values()}
         tensor = self._model.get_parameter(key)
@@ -254,27 +242,25 @@ class StoredWeights:
     def _sums_of(self, key: str, tensor: torch.Tensor) -> list[int]:
         """The sum of each place; of the whole tensor where it has none."""
         rows_RC = _rows(tensor.detach())
-        if key not in self._places and (found := self._learn(key, rows_RC)):
+        if key not in self._places and (found := self._fill(key, rows_RC)):
             self._places[key] = found
         return [self._sum_of(rows_RC, place) for place in self._places.get(key, ())] or [bit_sum(rows_RC)]
 
     def _sum_of(self, rows_RC: torch.Tensor, place: _Place) -> int:
         part = rows_RC[place.start : place.stop]
-        if place.sources and place.sources[0][1] != "cast":
-            assert self._arrived is not None
+        name, layout = place.sources[0] if place.sources else ("", "cast")
+        if layout != "cast":
             # Kept in a wider format the numbers are the same, and go back exactly.
-            name = place.sources[0][0]
-            came = self._arrived.sums.get(name) or self._sent.get(name)  # a swapped one may fill it before its own came
-            part = part.to(came.dtype if came else part.dtype)
-        return bit_sum(part) if place.ordered else _order_free(part)
+            sent = self._arrived.sums.get(name) or self._before.get(name)  # a swapped one may fill it before its own
+            part = part.to(sent.dtype if sent else part.dtype)
+        return _order_free(part) if layout == "any" else bit_sum(part)
 
-    def _learn(self, key: str, rows_RC: torch.Tensor) -> list[_Place]:
+    def _fill(self, key: str, rows_RC: torch.Tensor) -> list[_Place]:
         """The tensors, of those that have arrived, that fill this stored one."""
-        assert self._arrived is not None
-        sums, blocks = self._arrived.sums, self._arrived.blocks
+        sums = self._arrived.sums
         known: dict[tuple[int, torch.dtype], dict[int, list[Source]]] = defaultdict(lambda: defaultdict(list))
         any_order = []
-        for source, (rows, columns, bits) in blocks.items():
+        for source, (rows, columns, bits) in self._arrived.blocks.items():
             if _may_hold(key, source[0], sums):
                 if source[1] == "any":
                     any_order.append((source, rows * columns, bits))
@@ -296,38 +282,118 @@ class StoredWeights:
             places.append(_Place(start, len(rows_RC), [], bit_sum(rows_RC[start:])))
         for source, count, bits in any_order if not places else ():
             if count == rows_RC.numel() and _order_free(rows_RC.to(sums[source[0]].dtype)) == bits:
-                places.append(_Place(0, len(rows_RC), [source], bits))
-                break
+                return [_Place(0, len(rows_RC), [source], bits)]
         return places
 
-    def _pack(self, original: Callable[[nn.Module], None], layer: nn.Module) -> None:
+    def _change(self, original: Callable[[nn.Module], None], layer: nn.Module) -> None:
         """In place of a layer's ``process_weights_after_loading``."""
         name = self._names[id(layer)]
         tensors = {key: p for key, p in layer.named_parameters(recurse=False) if p.numel() and not p.is_meta}
-        packed = _Packed({f"{name}.{key}": self._sums_of(f"{name}.{key}", p) for key, p in tensors.items()})
+        changed = _Changed({f"{name}.{key}": self._sums_of(f"{name}.{key}", p) for key, p in tensors.items()})
         weight = tensors.get("weight")
         if weight is not None and weight.dim() == 2:
             count = min(_COLUMNS, weight.shape[1])
             first = self._drawn.randrange(weight.shape[1] - count + 1)
-            packed.columns_NR = weight.detach()[:, first : first + count].t().clone()
-            packed.units_NC = weight.new_zeros(count, weight.shape[1])
-            packed.units_NC[:, first : first + count].fill_diagonal_(1)
+            changed.columns_NR = weight.detach()[:, first : first + count].t().clone()
+            changed.units_NC = weight.new_zeros(count, weight.shape[1])
+            changed.units_NC[:, first : first + count].fill_diagonal_(1)
         original(layer)
-        packed.product = vars(layer).get("cpu_linear")
-        if packed.product is None:
-            packed.after = {key: bit_sum(p) for key, p in layer.named_parameters(recurse=False)}
-        self._packed[name] = packed
+        changed.product = vars(layer).get("cpu_linear")
+        if changed.product is None:
+            changed.after = {key: bit_sum(p) for key, p in layer.named_parameters(recurse=False)}
+        self._changed[name] = changed
 
 
-def adapter_faults(runner: Any, lora_id: int, arrived: Arrived) -> list[str]:
+def _is_changed(layer: nn.Module) -> bool:
+    """Whether vLLM keeps this layer otherwise than it is loaded."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    product, method = vars(layer).get("cpu_linear"), getattr(layer, "quant_method", None)
+    if not callable(getattr(method, "process_weights_after_loading", None)):
+        return False
+    if isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+        return product is not None and product is not nn.functional.linear
+    return any(True for _ in layer.named_parameters(recurse=False))
+
+
+def _gives(product: Any, layer: Any, changed: _Changed) -> bool:
+    """Whether the packed layer's product with unit vectors gives the columns that were packed."""
+    if product is None:
+        return True
+    got_NR = product(changed.units_NC, layer.weight, None)
+    # By value, since a sum with zeros loses the sign of -0; and some processors take subnormal numbers for 0.
+    return changed.columns_NR is not None and torch.allclose(got_NR, changed.columns_NR, rtol=0, atol=1e-37)
+
+
+def _may_hold(key: str, name: str, sums: Mapping[str, Sum]) -> bool:
+    """Whether the stored tensor ``key`` may be filled by the sent ``name``: the one of its own name where there is one,
+    else those of the same layer, and of any expert in it."""
+    if key in sums:
+        return key == name
+    mine, theirs = ([part for part in path.split(".") if part.isdigit()] for path in (key, name))
+    return theirs[: len(mine)] == mine
+
+
+def _computed(name: str) -> bool:
+    return name.rpartition(".")[2] in _COMPUTED
+
+
+def _names(places: Collection[_Place]) -> set[str]:
+    return {name for place in places for name, _ in place.sources}
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+
+
+def _part(rows_RC: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "T":
+        return rows_RC.t().contiguous()
+    kind, _, span = layout.partition(" ")
+    start, stop = map(int, span.split(":"))
+    return rows_RC[start:stop] if kind == "rows" else rows_RC[:, start:stop].contiguous()
+
+
+def _order_free(rows_RC: torch.Tensor) -> int:
+    """A sum that no order of the numbers changes: of the squares of their bit patterns, and of these, modulo 2**64."""
+    total = 0
+    pattern = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows_RC.element_size()]
+    for part in rows_RC.contiguous().view(pattern).flatten().split(1 << 20):
+        wide = part.to(torch.int64)
+        total += int((wide * wide * wide * 0x9E3779B1 + wide * wide).sum())
+    return total % 2**64
+
+
+# -- called in the engine's process by name ----------------------------------------------------------------------------
+
+
+def reload_weights(worker: Any, handle: WeightHandle, sends_head: bool) -> Arrived:
+    """Loads the weights. Returns what arrived."""
+    if not hasattr(worker, "stored_weights"):
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        worker.stored_weights = StoredWeights(worker.model_runner.get_model(), rank, size)
+    arrived: Arrived = worker.stored_weights.arriving()
+    tensors = arrived.watch(handle.open())
+    worker.reload_weights(weights_iterator=with_head(tensors) if sends_head else tensors)
+    return arrived
+
+
+def weight_faults(worker: Any, sums: Mapping[str, Sum]) -> list[str]:
+    return list(worker.stored_weights.faults(sums))
+
+
+def adapter_faults(worker: Any, lora_id: int, arrived: ArrivedAdapter) -> list[str]:
     """What of this adapter the engine does not serve as it arrived: A as it is, B times the scaling."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
-    manager = runner.lora_manager._adapter_manager
+    manager = worker.model_runner.lora_manager._adapter_manager
     if lora_id not in manager.lora_index_to_id:
         return ["the adapter is not in the engine's slots"]
     slot = manager.lora_index_to_id.index(lora_id)
-    mapper = getattr(runner.get_model(), "hf_to_vllm_mapper", None)
+    mapper = getattr(worker.model_runner.get_model(), "hf_to_vllm_mapper", None)
     mapper = mapper.get_rename_mapper() if mapper is not None else None
     config = arrived.adapter_config or {}
     sent: dict[tuple[str, bool], tuple[str, torch.Tensor]] = {}
@@ -358,68 +424,3 @@ def adapter_faults(runner: Any, lora_id: int, arrived: Arrived) -> list[str]:
                 if not torch.equal(held, expected):
                     faults.append(f"{name or f'the adapter of {module}'} is served with other values")
     return faults + [f"{name} was sent and is served nowhere" for name, _ in sent.values()]
-
-
-def _is_changed(layer: nn.Module) -> bool:
-    """Whether vLLM keeps this layer otherwise than it is loaded."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-
-    product, method = vars(layer).get("cpu_linear"), getattr(layer, "quant_method", None)
-    if not callable(getattr(method, "process_weights_after_loading", None)):
-        return False
-    if isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
-        return product is not None and product is not nn.functional.linear
-    return any(True for _ in layer.named_parameters(recurse=False))
-
-
-def _gives(product: Any, layer: Any, packed: _Packed) -> bool:
-    """Whether the packed layer's product with unit vectors gives the columns that were packed."""
-    if product is None:
-        return True
-    got_NR = product(packed.units_NC, layer.weight, None)
-    # By value, since a sum with zeros loses the sign of -0; and some processors take subnormal numbers for 0.
-    return packed.columns_NR is not None and torch.allclose(got_NR, packed.columns_NR, rtol=0, atol=1e-37)
-
-
-def _may_hold(key: str, name: str, sums: Mapping[str, Sum]) -> bool:
-    """Whether the stored tensor ``key`` may be filled by the sent ``name``: the one of its own name where there is one,
-    else those of the same layer, and of any expert in it."""
-    if key in sums:
-        return key == name
-    mine, theirs = ([part for part in one.split(".") if part.isdigit()] for one in (key, name))
-    return theirs[: len(mine)] == mine
-
-
-def _computed(name: str) -> bool:
-    return name.rpartition(".")[2] in _COMPUTED
-
-
-def _names(places: Collection[_Place]) -> set[str]:
-    return {name for place in places for name, _ in place.sources}
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(-1, 1)
-
-
-def _block(rows_RC: torch.Tensor, layout: str) -> tuple[int, int, int]:
-    if layout == "any":
-        return len(rows_RC), rows_RC.shape[1], _order_free(rows_RC)
-    if layout == "T":
-        part = rows_RC.t().contiguous()
-    else:
-        which, _, span = layout.partition(" ")
-        start, stop = map(int, span.split(":"))
-        part = rows_RC[start:stop] if which == "rows" else rows_RC[:, start:stop].contiguous()
-    return len(part), part.shape[1], bit_sum(part)
-
-
-def _order_free(rows_RC: torch.Tensor) -> int:
-    """A sum that no order of the numbers changes: of the squares of their bit patterns, and of these, modulo 2**64."""
-    total = 0
-    pattern = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows_RC.element_size()]
-    for part in rows_RC.contiguous().view(pattern).flatten().split(1 << 20):
-        wide = part.to(torch.int64)
-        total += int((wide * wide * wide * 0x9E3779B1 + wide * wide).sum())
-    return total % 2**64

@@ -1,27 +1,12 @@
 """vLLM in this process, on a CPU or a GPU build: the sampler of every real run.
 
-Everything that depends on vLLM's ways is in this file, ``arguments.py`` and ``worker.py``:
+The engine stays in this process, so that tensors are handed over as they are. It works in ``pump``, a step at a time,
+and requests join and leave between steps; one thread makes every call, ``result`` of its futures included. Weights go
+in through ``reload_weights``: after loading, vLLM repacks its linear layers, and its model's own ``load_weights`` fails
+on them. Over several devices the shards live in worker processes, which read the weights from shared memory.
 
-- the engine stays in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), so that tensors are handed over as they are;
-- it works in ``pump``, an engine step at a time, and requests join and leave between steps. One thread makes every
-  call, ``result`` of its futures included;
-- weights go in through ``reload_weights``: after loading, vLLM repacks its linear layers, and its model's own
-  ``load_weights`` fails on them;
-- over several devices the shards live in worker processes, which take the weights from a folder in shared memory;
-- a tied output head is untied and sent explicitly: ``reload_weights`` leaves a tied head at its old values;
-- on the CPU a request cannot carry a seed, so the generator that all draw from is seeded before the request: there
-  a seed fixes a request only while no other is in flight;
-- on the CPU the cache's block is 32 tokens, the least it takes, so that short prompts are shared in a group (the
-  default of 128 shares only longer ones), and what a prompt has beyond its last whole block is copied
-  (``partial_block_connector.py``) where vLLM would compute it for each completion again;
-- on the CPU vLLM would spend a twelfth of its time on log-probs of the whole vocabulary and on the rank of the token
-  drawn; it is made to compute the one log-prob that is asked for;
-- on the CPU experts are packed when their kernel is made, so that each reload has to make it again
-  (``pack_experts_again``), and an adapter on a mixture of experts, for which vLLM has no CPU kernel, is refused;
-- a base in 4 bits (``SamplerSetup.quantize``) under an adapter is made by vLLM's bitsandbytes plugin on a GPU; on the
-  CPU the folder given holds the values that the 4 bits stand for.
-
-Sleeping and waking, and the base in 4 bits, need a GPU and have not yet run on one.
+What only a CPU needs is in ``cpu_patches.py``. Sleeping and waking, and the base in 4 bits, need a GPU and have not yet
+run on one.
 """
 
 from __future__ import annotations
@@ -32,7 +17,6 @@ import difflib
 import gc
 import itertools
 import json
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,29 +31,12 @@ from common.errors import RunFailure, UserError, brief
 from common.protocols import GroupsFuture, WeightHandle
 from common.tokenizer import check_room
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from common.weights.handles import FolderWeights, SharedMemoryWeights, shared_memory_folder, weight_files
-from sampler.engine.arguments import (
-    EMBEDDINGS,
-    HEAD_IS_EMBEDDING,
-    OURS,
-    check_temperature,
-    engine_arguments,
-    environment,
-)
+from common.weights.handles import Fingerprint, FolderWeights, SharedMemoryWeights, shared_memory_folder, weight_files
+from sampler.engine import cpu_patches
+from sampler.engine.arguments import OURS, engine_arguments, environment, needs_head
 from sampler.engine.memory import memory_needed
-from sampler.engine.stored_weights import Arrived
-from sampler.engine.worker import (
-    adapter_faults,
-    arriving,
-    embed_only,
-    pack_experts_again,
-    reload_from,
-    score_chosen_only,
-    seed_worker,
-    settle_worker,
-    weight_faults,
-)
-from sampler.hf import is_tied
+from sampler.engine.sampling import check_temperature, part_seed, prompt_seed, sampling_arguments, stop_string
+from sampler.engine.stored_weights import ArrivedAdapter, adapter_faults, reload_weights, weight_faults
 
 
 class Answer(GroupsFuture):
@@ -160,8 +127,7 @@ class VllmSampler:
                 "sampler.in_flight_updates=true cannot be had with an adapter: a completion in flight keeps its "
                 "own; set it to false, or model.lora_rank to 0"
             )
-        import vllm
-
+        self._llm: Any = None
         self._setup = setup
         self._on_cpu = setup.device == "cpu"
         self.seeds_prompts = not self._on_cpu
@@ -170,34 +136,36 @@ class VllmSampler:
         self._torn = ""  # says that a transfer of weights stopped half-way; the next one fixes it
         self._adapter: Any = None  # the LoRARequest served now
         self._adapter_count = 0
-        self._arrived = Arrived()  # in the last transfer
+        self._arrived = Fingerprint()  # of the last transfer
         self._numbers = itertools.count()
         self._open: dict[str, tuple[Answer, int]] = {}  # by the engine's request id: whose, and which of its prompts
         self._model: dict[str, Any] = json.loads((Path(setup.model_folder) / "config.json").read_text())
         self._scratch = shared_memory_folder("nanogrpo-sampler")
-        self._untie = self._must_untie()
+        self._sends_head = setup.adapter is None and needs_head(self._model)
         try:
-            served = dataclasses.replace(setup, model_folder=str(self._own_files(Path(setup.model_folder))))
-            self._llm: Any = vllm.LLM(**(engine_arguments(served, self._model, self._untie) | options))
-        except Exception as error:  # of any kind: a model class of vLLM's may not even be whole
-            self.close()
-            vllm.distributed.cleanup_dist_env_and_memory()  # or its groups would be the next engine's
-            said = f"vLLM cannot start with model {setup.model_folder!r}: {type(error).__name__}: {brief(error)}"
-            # vLLM refuses arguments, models and too little memory by ValueError; anything else broke on its way.
-            raise (UserError if isinstance(error, ValueError) else RunFailure)(said) from error
-        try:
-            if self._on_cpu:
-                self._llm.collective_rpc(score_chosen_only)
-                self._llm.collective_rpc(embed_only)
-                if setup.tensor_parallel > 1:
-                    self._llm.collective_rpc(settle_worker)
-            if setup.adapter is None:
-                self.load_weights(FolderWeights(setup.model_folder), version=0)
-            else:
-                self._llm.llm_engine.set_weight_version("0")
+            self._start(options)
         except BaseException:
             self.close()
             raise
+
+    def _start(self, options: dict[str, Any]) -> None:
+        import vllm
+
+        setup = self._setup
+        served = dataclasses.replace(setup, model_folder=str(self._own_files(Path(setup.model_folder))))
+        try:
+            self._llm = vllm.LLM(**(engine_arguments(served, self._model, self._sends_head) | options))
+        except Exception as error:  # of any kind: a model class of vLLM's may not even be whole
+            vllm.distributed.cleanup_dist_env_and_memory()  # or its groups would be the next engine's
+            sentence = f"vLLM cannot start with model {setup.model_folder!r}: {type(error).__name__}: {brief(error)}"
+            # vLLM refuses arguments, models and too little memory by ValueError; anything else broke on its way.
+            raise (UserError if isinstance(error, ValueError) else RunFailure)(sentence) from error
+        if self._on_cpu:
+            self._llm.collective_rpc(cpu_patches.patch_worker, args=(setup.tensor_parallel > 1,))
+        if setup.adapter is None:
+            self.load_weights(FolderWeights(setup.model_folder), version=0)
+        else:
+            self._llm.llm_engine.set_weight_version("0")
 
     def _own_files(self, folder: Path) -> Path:
         """The folder, or where it holds a second set of weights and vLLM is to read them from it, which would then take
@@ -212,49 +180,28 @@ class VllmSampler:
                 (links / file.name).symlink_to(file.absolute())
         return links
 
-    def _must_untie(self) -> bool:
-        return (
-            self._setup.adapter is None
-            and is_tied(self._model)
-            and self._model.get("model_type") not in HEAD_IS_EMBEDDING
-        )
-
     # -- the contract ------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
-        from vllm import SamplingParams as VllmParams
-        from vllm.sampling_params import RequestOutputKind
-
         self._ready()
         check_room(prompts, params.max_tokens, self._setup.max_model_tokens)
+        fields = sampling_arguments(params, self._setup.end_tokens)
+        seeds: list[int | None] = [None] * len(prompts)
+        if params.seed is not None and self.seeds_prompts:
+            seeds = [prompt_seed(params.seed, params.seed_offset + place) for place in range(len(prompts))]
         with _refusals():
-            requests = [
-                VllmParams(
-                    n=params.n,
-                    max_tokens=params.max_tokens,
-                    min_tokens=params.min_tokens,
-                    temperature=params.temperature,
-                    top_p=params.top_p,
-                    top_k=params.top_k or -1,
-                    stop=list(params.stop) or None,
-                    stop_token_ids=list(self._setup.end_tokens),
-                    skip_special_tokens=False,
-                    logprobs=0,
-                    seed=None if params.seed is None or self._on_cpu else _spread_seed(params.seed, place),
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
-                for place in range(params.seed_offset, params.seed_offset + len(prompts))
-            ]
+            requests = [_vllm_params(**fields, seed=seed) for seed in seeds]
         if params.seed is not None:
             if not self._open:
                 # The same blocks must be computed and not found, or rounding differs between two equal requests.
                 self._forget()
             if self._on_cpu:
-                self._llm.collective_rpc(seed_worker, args=(_part_seed(params.seed, params.seed_offset),))
+                seed = part_seed(params.seed, params.seed_offset)
+                self._llm.collective_rpc(cpu_patches.seed_worker, args=(seed,))
         return self._begin(
             [prompt.token_ids for prompt in prompts],
             requests,
-            lambda place, output: _group(prompts[place], output),
+            lambda place, output: Group(prompts[place], tuple(map(_completion, output.outputs))),
         )
 
     def pump(self) -> bool:
@@ -281,11 +228,8 @@ class VllmSampler:
         return bool(self._open)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        from vllm import SamplingParams as VllmParams
-        from vllm.sampling_params import RequestOutputKind
-
         self._ready()
-        ask = VllmParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+        ask = _vllm_params(max_tokens=1, temperature=1.0, prompt_logprobs=0)
         outputs = self._begin(sequences, [ask] * len(sequences), lambda place, output: output).result()
         return [
             [entry[token].logprob for entry, token in zip(out.prompt_logprobs[1:], sequence[1:], strict=True)]
@@ -300,18 +244,12 @@ class VllmSampler:
         if swapping:  # no step may run, not even one already on its way to the device
             self._llm.sleep(level=0, mode="keep")
         self._torn = f"the vLLM sampler was left with a part of the weights of version {version}"
-        if handle.kind == "adapter":
-            arrived = Arrived(handle.adapter_config or {})
-        elif self._setup.tensor_parallel == 1:
-            arrived = self._llm.collective_rpc(arriving)[0]
-        else:
-            arrived = Arrived()
-        tensors = arrived.watch(handle.open())
         try:
             if handle.kind == "adapter":
-                self._load_adapter(tensors, dict(handle.adapter_config or {}))
+                arrived: Fingerprint = ArrivedAdapter(handle.adapter_config or {})
+                self._load_adapter(arrived.watch(handle.open()), arrived.adapter_config or {})
             else:
-                self._reload(self._with_head(tensors))
+                arrived = self._load_full(handle)
         except Exception as error:
             self._drop(self._torn, error)
             if isinstance(error, UserError):
@@ -333,15 +271,11 @@ class VllmSampler:
         arrived = self._arrived
         if arrived.digest() != fingerprint:
             return ["the transfer was not completed"]
-        if arrived.adapter_config is not None:
+        if isinstance(arrived, ArrivedAdapter):
             served = 0 if self._adapter is None else self._adapter.lora_int_id
             found = self._llm.collective_rpc(adapter_faults, args=(served, arrived))
         else:
-            sums = dict(arrived.sums)
-            head = next((sums[name] for name in sums if name.endswith(EMBEDDINGS)), None)
-            if self._untie and self._setup.tensor_parallel > 1 and head is not None:
-                sums.setdefault("lm_head.weight", head)  # as _with_head sends it
-            found = self._llm.collective_rpc(weight_faults, args=(sums,))
+            found = self._llm.collective_rpc(weight_faults, args=(arrived.sums,))
         return list(dict.fromkeys(fault for faults in found for fault in faults))
 
     def sleep(self) -> None:
@@ -359,7 +293,7 @@ class VllmSampler:
         self._asleep = part == "weights"
 
     def close(self) -> None:
-        llm, self._llm = getattr(self, "_llm", None), None
+        llm, self._llm = self._llm, None
         if llm is not None:
             from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -386,10 +320,10 @@ class VllmSampler:
         added: list[str] = []
         try:
             with _refusals():
-                for place, (token_ids, one) in enumerate(zip(prompts, params, strict=True)):
+                for place, (token_ids, asked) in enumerate(zip(prompts, params, strict=True)):
                     number = str(next(self._numbers))
                     inputs = tokens_input(list(token_ids))
-                    self._llm.llm_engine.add_request(number, inputs, one, lora_request=self._adapter)
+                    self._llm.llm_engine.add_request(number, inputs, asked, lora_request=self._adapter)
                     self._open[number] = (answer, place)
                     added.append(number)
         except BaseException:  # those before one that is refused must not stay behind
@@ -427,32 +361,19 @@ class VllmSampler:
         with contextlib.suppress(Exception):  # an engine that failed may not be able to do even this
             self._llm.llm_engine.abort_request(list(open_))
 
-    def _reload(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def _load_full(self, handle: WeightHandle) -> Fingerprint:
         if self._on_cpu:
-            self._llm.collective_rpc(pack_experts_again)
+            self._llm.collective_rpc(cpu_patches.pack_experts_again)
         if self._setup.tensor_parallel == 1:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
-            return
-        shared = SharedMemoryWeights.write(tensors, "full")
+            arrived: Fingerprint = self._llm.collective_rpc(reload_weights, args=(handle, self._sends_head))[0]
+            return arrived
+        arrived = Fingerprint()
+        shared = SharedMemoryWeights.write(arrived.watch(handle.open()), "full")
         try:
-            self._llm.collective_rpc(reload_from, args=(shared,))
+            self._llm.collective_rpc(reload_weights, args=(shared, self._sends_head))
         finally:
             shared.remove()
-
-    def _with_head(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        sent_head, embedding = False, None
-        for name, tensor in tensors:
-            sent_head = sent_head or name == "lm_head.weight"
-            yield name, tensor
-            if name.endswith(EMBEDDINGS):
-                embedding = tensor
-        if self._untie and not sent_head:
-            if embedding is None:
-                raise UserError(
-                    "the model ties its output head to an embedding of a name that is not known here "
-                    f"(known: {', '.join(EMBEDDINGS)}); use sampler.name='hf', or an adapter (model.lora_rank)"
-                )
-            yield "lm_head.weight", embedding
+        return arrived
 
     def _load_adapter(self, tensors: Iterator[tuple[str, torch.Tensor]], config: dict[str, Any]) -> None:
         from vllm.lora.request import LoRARequest
@@ -469,7 +390,7 @@ class VllmSampler:
             shutil.rmtree(old.lora_path, ignore_errors=True)
 
     def _alive(self) -> None:
-        if getattr(self, "_llm", None) is None:
+        if self._llm is None:
             raise RunFailure("the vLLM sampler was called after it was closed")
         if self._broken:
             raise RunFailure(self._broken)
@@ -480,6 +401,12 @@ class VllmSampler:
             raise RunFailure("the vLLM sampler was called while asleep; wake it first")
         if self._torn:
             raise RunFailure(self._torn)
+
+
+def _vllm_params(**fields: Any) -> Any:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 @contextlib.contextmanager
@@ -493,38 +420,15 @@ def _refusals() -> Iterator[None]:
         raise UserError(f"vLLM refuses what it was asked to write: {brief(error)}") from error
 
 
-def _group(prompt: Prompt, output: Any) -> Group:
-    return Group(prompt, tuple(_completion(one) for one in output.outputs))
-
-
-def _completion(one: Any) -> Completion:
+def _completion(output: Any) -> Completion:
     # vLLM notes which of the names given to set_weight_version was in force at each token.
-    versions = tuple(int(span.version) for span in one.weight_versions for _ in range(span.start, span.end))
-    assert len(versions) == len(one.token_ids), (one.weight_versions, len(one.token_ids))
+    versions = tuple(int(span.version) for span in output.weight_versions for _ in range(span.start, span.end))
+    assert len(versions) == len(output.token_ids), (output.weight_versions, len(output.token_ids))
     return Completion(
-        token_ids=tuple(one.token_ids),
-        text=one.text + stop_string(one.stop_reason),
-        logprobs=tuple(entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)),
-        finish_reason="length" if one.finish_reason == "length" else "stop",
+        token_ids=tuple(output.token_ids),
+        text=output.text + stop_string(output.stop_reason),
+        logprobs=tuple(entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)),
+        finish_reason="length" if output.finish_reason == "length" else "stop",
         policy_version=min(versions),
         token_versions=versions if len(set(versions)) > 1 else (),
     )
-
-
-def stop_string(reason: Any) -> str:
-    """What vLLM cut off a completion's text: the stop string that ended it. A token that ended it is no part of the
-    text."""
-    return reason if isinstance(reason, str) else ""
-
-
-def _spread_seed(seed: int, place: int) -> int:
-    """A seed for one prompt, far from every other's: vLLM counts it up for each completion of a group."""
-    return random.Random(f"{seed}/{place}").getrandbits(31)
-
-
-def _part_seed(seed: int, offset: int) -> int:
-    """A seed for a part of a request, its own for every ``offset``; that of a whole request (offset 0) is its own.
-
-    torch's CPU generator uses 32 bits. Steps of the golden ratio of that range are all different, and far apart.
-    """
-    return (seed + 0x9E3779B1 * offset) % 2**32

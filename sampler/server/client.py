@@ -1,24 +1,16 @@
-"""A vLLM server that was started separately, driven over HTTP: for a sampler that outlives runs, or that lives where
-only a port is open.
+"""``sampler.name="remote"``: a vLLM server that was started separately, driven over HTTP, for a sampler that outlives
+runs, or that lives where only a port is open.
 
-Everything that depends on the ways of vLLM's server is in this file:
-
-- token ids go in and come out, one request for each prompt; requests run in the background, on one thread;
-- full weights are written to a folder that both sides see, and the server reads them from there
-  (``/collective_rpc``, which needs ``VLLM_SERVER_DEV_MODE=1``). vLLM's own weight-transfer endpoints know GPU
-  transports only;
-- an adapter is written there too and loaded under a name that was never used before;
-- a tied output head is sent explicitly, or a reload leaves it at its old values; whether that reaches this server's
-  model is tried out at the start;
-- on the CPU a request with a seed, or the log-probs of a prompt under an adapter that wraps the output head, kills
-  the server unless it was started with the flags of ``server_command``; both are found out before.
-
-Left out: starting and stopping the server, several servers, sleeping. Whoever reaches the server's port in developer
-mode commands it, key or not: keep the port on the host or behind a tunnel.
+Token ids go in and come out, one request for each prompt. Full weights are written to a folder that both sides see, and
+the server reads them from there (``/collective_rpc``, which needs ``VLLM_SERVER_DEV_MODE=1``); an adapter is loaded
+from there under a name that was never used before. Left out: starting and stopping the server, several servers,
+sleeping. Whoever reaches the port of a server in developer mode commands it, key or not: keep the port on the host or
+behind a tunnel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fcntl
 import hashlib
@@ -26,7 +18,6 @@ import ipaddress
 import itertools
 import json
 import os
-import random
 import shutil
 import socket
 import time
@@ -35,7 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
@@ -45,13 +36,12 @@ from common.protocols import GroupsFuture, WeightHandle
 from common.tokenizer import check_room, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights.handles import FolderWeights, InlineWeights, SharedMemoryWeights, fingerprint, shared_memory_folder
-from sampler.engine.arguments import EMBEDDINGS, HEAD_IS_EMBEDDING, check_temperature
-from sampler.engine.vllm import stop_string
+from sampler.engine.arguments import EMBEDDINGS, HEAD, needs_head, with_head
+from sampler.engine.sampling import check_temperature, prompt_seed, sampling_arguments, stop_string
 from sampler.hf import is_tied
-from sampler.server.command import HEAD, lora_rank
-from sampler.server.http import START_S, Wire, follow, in_order, read_key
+from sampler.server.command import check_settings, server_command, shell_line
+from sampler.server.http import MEET_S, VllmHttp, follow, in_order, read_key
 
-T = TypeVar("T")
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
 _OPTIONS = ("url", "api_key_env", "weights_folder", "seed_requests", "timeout_s")
@@ -114,216 +104,145 @@ class RemoteSampler:
                 "requests only; set it to false"
             )
         self._setup = setup
-        self._place = _weights_place(options)
-        self._place.mkdir(exist_ok=True)
+        self._model: dict[str, Any] = json.loads((Path(setup.model_folder) / "config.json").read_text())
         self._pending: set[Future[list[Group]]] = set()
         self._calls, self._adapters = itertools.count(), itertools.count()
         self._run = uuid.uuid4().hex[:12]  # tells this sampler's adapters and cache entries from all others'
         self._version = 0
         self._adapter: str | None = None
-        self._scratch: Path | None = None
-        self._lock: tuple[int, Path] | None = None
-        config = json.loads((Path(setup.model_folder) / "config.json").read_text())
-        self._tied = is_tied(config)
-        self._sends_head = self._tied and config.get("model_type") not in HEAD_IS_EMBEDDING
-        self._wire: Wire | None = Wire(
-            options["url"], options.get("api_key_env"), float(options.get("timeout_s", 1800)), setup
-        )
+        self._http: VllmHttp | None = None
+        self._closing = contextlib.ExitStack()
+        place, url = _weights_place(options), options["url"]
+        place.mkdir(exist_ok=True)
         try:
-            self._meet(options.get("seed_requests"))
+            self._closing.enter_context(_only_sampler_of(url.rstrip("/"), place))
+            self._scratch = shared_memory_folder("nanogrpo-remote", place)
+            self._closing.callback(shutil.rmtree, self._scratch, ignore_errors=True)
+            cure = f"the server for this run is started by `{shell_line(*server_command(setup, url))}`"
+            limit_s = float(options.get("timeout_s", 1800))
+            self._http = VllmHttp(url, options.get("api_key_env"), limit_s, setup.max_sequences, cure)
+            self._closing.callback(self._http.close)
+            self._meet(self._http, options.get("seed_requests"))
         except BaseException:
             self.close()
             raise
-        self._wire.met = True
+        self._http.met = True
 
     def __repr__(self) -> str:
-        return f"RemoteSampler(url={self._wire.url if self._wire else 'closed'!r}, version={self._version})"
+        return f"RemoteSampler(url={self._http.url if self._http else 'closed'!r}, version={self._version})"
 
-    # -- meeting the server --------------------------------------------------------------------------------------------
+    # -- meeting the server: all that could make a later request wrong is found out before the first -------------------
 
-    def _meet(self, seed_requests: bool | None) -> None:
-        """Finds out, before the first request of the run, all that could make a later one wrong."""
-        wire = self._open()
-        listed = wire.call("/v1/models", doing="listing its models", timeout_s=START_S)
+    def _meet(self, http: VllmHttp, seed_requests: bool | None) -> None:
+        listed = http.call("/v1/models", doing="listing its models", timeout_s=MEET_S)
         models = listed.get("data", []) if isinstance(listed, dict) else []
-        base: dict[str, Any] = next((one for one in models if not one.get("parent")), {})
+        base: dict[str, Any] = next((model for model in models if not model.get("parent")), {})
         if not isinstance(base.get("max_model_len"), int):
             raise UserError(
-                f"the server at {wire.url} is not vLLM's: it lists no model with a max_model_len; {wire.cure}"
+                f"the server at {http.url} is not vLLM's: it lists no model with a max_model_len; {http.cure}"
             )
         self._base: str = base["id"]
         self._context: int = base["max_model_len"]
-        if self._context < self._setup.max_model_tokens:
-            raise UserError(
-                f"the server at {wire.url} takes {self._context} tokens, fewer than the {self._setup.max_model_tokens} "
-                f"of this run's longest prompt and sampler.max_tokens; start it with --max-model-len "
-                f"{self._setup.max_model_tokens + 1}"
-            )
-        shown = wire.call("/server_info?config_format=json", doing="telling its settings", optional=True)
+        shown = http.call("/server_info?config_format=json", doing="telling its settings", optional=True)
         settings = (shown or {}).get("vllm_config")
         settings = settings if isinstance(settings, dict) else {}
-        self._check_settings(settings)
-        ids = self._check_tokenizer()
-        self._check_logprobs(ids)
-        self.takes_adapters = bool(
-            wire.has("/v1/unload_lora_adapter", {"lora_name": f"{self._run}-none"})
-            and settings.get("lora_config", "unknown")
-        )
-        self.seeds_prompts = self._check_seeds(seed_requests, settings)
-        self._take_lock()
-        self._scratch = shared_memory_folder("nanogrpo-remote", self._place)
-        self._serve_folder(ids)
+        check_settings(http.url, self._context, settings, self._setup, seed_requests)
+        self.seeds_prompts = seed_requests is not False
+        self.takes_adapters = bool(settings.get("lora_config", "unknown")) and http.has("/v1/unload_lora_adapter")
+        ids = self._check_tokenizer(http)
+        self._check_logprobs(http, ids)
+        self._serve_folder(http, ids)
 
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        """``settings`` are empty where the server does not show them."""
-        url = self._open().url
-        dtype = str(_setting(settings, "model_config", "dtype") or "").removeprefix("torch.")
-        if dtype and dtype != self._setup.dtype:
-            raise UserError(
-                f"the server at {url} computes in {dtype}, this run in model.dtype={self._setup.dtype!r}; start it "
-                f"with --dtype {self._setup.dtype}"
-            )
-        if _setting(settings, "load_config", "load_format") == "dummy":
-            raise UserError(
-                f"the server at {url} was started with --load-format dummy, which cannot read weights later; leave "
-                "it out"
-            )
-        lora = settings.get("lora_config") or {}
-        adapter = self._setup.adapter
-        if adapter and lora and adapter.rank > lora.get("max_lora_rank", adapter.rank):
-            raise UserError(
-                f"the server at {url} takes adapters up to rank {lora['max_lora_rank']}, model.lora_rank is "
-                f"{adapter.rank}; start it with --max-lora-rank {lora_rank(adapter.rank)}"
-            )
-        if lora and _on_cpu(settings) and "lm_head" in (lora.get("target_modules") or ["lm_head"]):
-            wanted = " ".join(adapter.layers) if adapter else "q_proj v_proj ..."
-            raise UserError(
-                f"the server at {url} wraps its output head for adapters, and on a CPU dies of the next log-probs of a "
-                f"prompt; start it with --lora-target-modules {wanted}"
-            )
-
-    def _check_tokenizer(self) -> list[int]:
+    def _check_tokenizer(self, http: VllmHttp) -> list[int]:
         """A short text's token ids, once the server makes the same of it."""
-        wire, folder = self._open(), self._setup.model_folder
+        folder = self._setup.model_folder
         tokenizer = load_tokenizer(folder, self._setup.trust_remote_code)
         ids = [int(token) for token in tokenizer.encode(_SAMPLE, add_special_tokens=False)]
         body = {"model": self._base, "prompt": _SAMPLE, "add_special_tokens": False}
-        theirs = wire.call("/tokenize", body, doing="tokenizing a line", optional=True)
+        theirs = http.call("/tokenize", body, doing="tokenizing a line", optional=True)
         if isinstance(theirs, dict) and theirs.get("tokens") != ids:
             raise UserError(
-                f"the server at {wire.url} serves {self._base!r}, whose tokenizer is not that of model.name "
-                f"({folder!r}); start it with this model: {wire.cure}"
+                f"the server at {http.url} serves {self._base!r}, whose tokenizer is not that of model.name "
+                f"({folder!r}); start it with this model: {http.cure}"
             )
         return [token for token in ids if token][: max(2, min(16, self._setup.max_model_tokens - 8))]
 
-    def _check_logprobs(self, ids: list[int]) -> None:
+    def _check_logprobs(self, http: VllmHttp, ids: list[int]) -> None:
         """With top-k 1 one token is left to draw, so that its log-prob is 0 if it is of the distribution drawn from."""
-        wire = self._open()
-        params = SamplingParams(max_tokens=4, top_k=1)
-        work = self._choices(self._body(ids, params), "writing a first completion")
-        (choice,) = wire.start(work).result()
+        body = self._body(ids, SamplingParams(max_tokens=4, top_k=1))
+        (choice,) = http.start(self._choices(body, "writing a first completion")).result()
         if not choice.get("token_ids"):
-            raise UserError(f"the server at {wire.url} returns no token ids; it needs vLLM 0.11 or newer")
+            raise UserError(f"the server at {http.url} returns no token ids; it needs vLLM 0.11 or newer")
         if any(abs(value) > 1e-3 for value in choice["logprobs"]["token_logprobs"]):
             raise UserError(
-                f"the server at {wire.url} returns log-probs of another distribution than it draws from; start it with "
+                f"the server at {http.url} returns log-probs of another distribution than it draws from; start it with "
                 "--logprobs-mode processed_logprobs"
             )
 
-    def _check_seeds(self, wanted: bool | None, settings: Mapping[str, Any]) -> bool:
-        chunked = _setting(settings, "scheduler_config", "enable_chunked_prefill")
-        if wanted is False:
-            return False
-        if not settings and wanted is None:
-            raise UserError(
-                f"the server at {self._open().url} does not show whether it can seed single requests; set "
-                "sampler.options.seed_requests=true (on a GPU, or on a CPU with --no-enable-chunked-prefill), or false"
-            )
-        if _on_cpu(settings) and chunked:
-            raise UserError(
-                f"the server at {self._open().url} dies of a seeded request whose prompt it computes in parts, as vLLM "
-                "on a CPU does; start it with --no-enable-chunked-prefill, or set sampler.options.seed_requests=false "
-                "to give up reproducible completions"
-            )
-        return True
-
-    def _serve_folder(self, ids: list[int]) -> None:
-        """Version 0, whatever the server was left with."""
-        wire, adapted = self._open(), self._setup.adapter is not None and self.takes_adapters
-        if not wire.has("/collective_rpc", {}):
+    def _serve_folder(self, http: VllmHttp, ids: list[int]) -> None:
+        """Version 0, whatever the server was left with; and whether a tied head follows."""
+        adapted = self._setup.adapter is not None and self.takes_adapters
+        if not http.has("/collective_rpc"):
             if adapted:  # the base is the server's own; the proof of the first sync compares it with the learner's
                 return
             raise UserError(
-                f"the server at {wire.url} takes no weights; start it with VLLM_SERVER_DEV_MODE=1: {wire.cure}"
+                f"the server at {http.url} takes no weights; start it with VLLM_SERVER_DEV_MODE=1: {http.cure}"
             )
         folder = FolderWeights(self._setup.model_folder)
-        if self._tied and not adapted:
+        shifted = None
+        if is_tied(self._model) and not adapted:
             # Every token takes its neighbour's place: the same log-probs one id lower, if all of the model follows.
-            self._load_full(
-                (name, t.roll(-1, 0) if name.endswith((*EMBEDDINGS, HEAD)) else t) for name, t in folder.open()
-            )
+            ends = (*EMBEDDINGS, HEAD)
+            self._load_full((name, t.roll(-1, 0) if name.endswith(ends) else t) for name, t in folder.open())
             (shifted,) = self.logprobs([[token - 1 for token in ids]])
-            self._load_full(folder.open())
+        self._load_full(folder.open())
+        if shifted is not None:
             (right,) = self.logprobs([ids])
             if sum(abs(a - b) for a, b in zip(shifted, right, strict=True)) / len(right) > 0.3:
                 raise UserError(
-                    f"the server at {wire.url} leaves the tied output head of {self._base!r} at its old weights; start "
-                    f"it on an untied copy: sampler.server.prepare_for_server({self._setup.model_folder!r}, NEW_FOLDER)"
+                    f"the server at {http.url} leaves the tied output head of {self._base!r} at its old weights; start "
+                    "it on an untied copy: sampler.server.command.prepare_for_server("
+                    f"{self._setup.model_folder!r}, NEW_FOLDER)"
                 )
-        else:
-            self._load_full(folder.open())
-
-    def _take_lock(self) -> None:
-        """Two runs that give one server their weights would both train on the other's completions."""
-        url = self._open().url
-        path = self._place / f"nanogrpo-remote-{os.getuid()}-{hashlib.sha256(url.encode()).hexdigest()[:12]}.lock"
-        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(opened).st_nlink:  # its last holder has removed it just now: the next one makes another
-                raise BlockingIOError
-        except BlockingIOError:
-            os.close(opened)
-            raise UserError(
-                f"another sampler gives its weights to the server at {url} ({path} is locked); wait for it, or start "
-                "another server on another port"
-            ) from None
-        self._lock = (opened, path)
 
     # -- the contract --------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
-        wire = self._open()
+        http, version = self._server(), self._version
         check_room(prompts, params.max_tokens, self._setup.max_model_tokens)
         # The same blocks must be computed and not found, or rounding differs between two equal requests.
-        salt = f"{self._run}-{next(self._calls)}" if params.seed is not None else None
+        salt = {} if params.seed is None else {"cache_salt": f"{self._run}-{next(self._calls)}"}
         future = GroupsFuture()
 
         async def write(index: int, prompt: Prompt, body: dict[str, Any]) -> Group:
-            group = await self._group(prompt, params, body)
+            group = await self._group(prompt, params.n, body, version)
             future.group_done(index, group)
             return group
 
-        bodies = [self._body(p.token_ids, params, self._seed(params, i), salt) for i, p in enumerate(prompts)]
-        work = [write(index, prompt, bodies[index]) for index, prompt in enumerate(prompts)]
-        started = wire.start(in_order(work))
+        work = []
+        for index, prompt in enumerate(prompts):
+            body = self._body(prompt.token_ids, params) | salt
+            if params.seed is not None and self.seeds_prompts:
+                body["seed"] = prompt_seed(params.seed, params.seed_offset + index)
+            work.append(write(index, prompt, body))
+        started = http.start(in_order(work))
         self._pending.add(started)
         started.add_done_callback(self._pending.discard)
         follow(future, started)
         return future
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        wire = self._open()
+        http = self._server()
         longest = max((len(sequence) for sequence in sequences), default=0)
         if longest >= self._context:
             raise UserError(
                 f"a sequence of {longest} tokens leaves no room in the {self._context} tokens of the server at "
-                f"{wire.url}; start it with --max-model-len {longest + 1}"
+                f"{http.url}; start it with --max-model-len {longest + 1}"
             )
-        return wire.start(in_order([self._scored(sequence) for sequence in sequences])).result()
+        return http.start(in_order([self._prompt_logprobs(sequence) for sequence in sequences])).result()
 
     def load_weights(self, handle: WeightHandle, version: int) -> str:
-        self._open()
+        self._server()
         futures.wait(set(self._pending))  # each ends within its own time limit
         arrived = self._load_adapter(handle) if handle.kind == "adapter" else self._load_full(handle.open())
         self._version = version
@@ -337,90 +256,58 @@ class RemoteSampler:
 
     def close(self) -> None:
         """Ends what is in flight, and lets go of the server without stopping it."""
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            if self._adapter is not None:
-                wire.leave("/v1/unload_lora_adapter", {"lora_name": self._adapter})
-            wire.close()
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-        if self._lock is not None:
-            opened, path = self._lock
-            path.unlink(missing_ok=True)
-            fcntl.flock(opened, fcntl.LOCK_UN)  # closing alone would leave it with processes forked since
-            os.close(opened)
-        self._scratch, self._lock = None, None
+        if self._http is not None and self._adapter is not None:
+            self._http.leave("/v1/unload_lora_adapter", {"lora_name": self._adapter})
+        self._http = self._adapter = None
+        self._closing.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _open(self) -> Wire:
-        if self._wire is None:
+    def _server(self) -> VllmHttp:
+        if self._http is None:
             raise RunFailure("the remote sampler was called after it was closed")
-        return self._wire
+        return self._http
 
-    def _seed(self, params: SamplingParams, index: int) -> int | None:
-        """A prompt's own, far from every other's: vLLM counts it up for each completion of a group."""
-        if params.seed is None or not self.seeds_prompts:
-            return None
-        return random.Random(f"{params.seed}/{params.seed_offset + index}").getrandbits(31)
-
-    def _body(
-        self, token_ids: Sequence[int], params: SamplingParams, seed: int | None = None, salt: str | None = None
-    ) -> dict[str, Any]:
+    def _body(self, token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
         """A request that leaves nothing to the defaults of the server or of the model's generation_config.json."""
-        body: dict[str, Any] = {
+        return sampling_arguments(params, self._setup.end_tokens) | {
             "model": self._adapter or self._base,
             "prompt": list(token_ids),
-            "n": params.n,
-            "max_tokens": params.max_tokens,
-            "min_tokens": params.min_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "stop": list(params.stop),
-            "stop_token_ids": list(self._setup.end_tokens),
-            "skip_special_tokens": False,
-            "logprobs": 0,
             "return_token_ids": True,
         }
-        return body | ({} if seed is None else {"seed": seed}) | ({} if salt is None else {"cache_salt": salt})
 
     async def _choices(self, body: dict[str, Any], doing: str) -> list[dict[str, Any]]:
-        answer = await self._open().ask("/v1/completions", body, doing=doing)
+        http = self._server()
+        answer = await http.ask("/v1/completions", body, doing=doing)
         if not isinstance(answer, dict) or not answer.get("choices"):
-            raise RunFailure(
-                f"the sampler server at {self._open().url} gave no completion while {doing}; is it vLLM's?"
-            )
+            raise RunFailure(f"the sampler server at {http.url} gave no completion while {doing}; is it vLLM's?")
         return sorted(answer["choices"], key=lambda choice: int(choice["index"]))
 
-    async def _group(self, prompt: Prompt, params: SamplingParams, body: dict[str, Any]) -> Group:
-        version = self._version  # before the first wait: load_weights comes after
+    async def _group(self, prompt: Prompt, n: int, body: dict[str, Any], version: int) -> Group:
         choices = await self._choices(body, f"writing completions of prompt {prompt.id!r}")
         reasons = {choice["finish_reason"] for choice in choices}
-        if len(choices) != params.n or not reasons <= {"stop", "length"}:
+        if len(choices) != n or not reasons <= {"stop", "length"}:
             raise RunFailure(
-                f"the sampler server at {self._open().url} gave {len(choices)} of {params.n} completions of prompt "
+                f"the sampler server at {self._server().url} gave {len(choices)} of {n} completions of prompt "
                 f"{prompt.id!r}, finished by {sorted(map(str, reasons))}; another client may have aborted them"
             )
-        return Group(
-            prompt,
-            tuple(
-                Completion(
-                    token_ids=tuple(choice["token_ids"]),
-                    text=choice["text"] + stop_string(choice.get("stop_reason")),
-                    logprobs=tuple(choice["logprobs"]["token_logprobs"]),
-                    finish_reason=choice["finish_reason"],
-                    policy_version=version,
-                )
-                for choice in choices
-            ),
-        )
+        completions = [
+            Completion(
+                token_ids=tuple(choice["token_ids"]),
+                text=choice["text"] + stop_string(choice.get("stop_reason")),
+                logprobs=tuple(choice["logprobs"]["token_logprobs"]),
+                finish_reason=choice["finish_reason"],
+                policy_version=version,
+            )
+            for choice in choices
+        ]
+        return Group(prompt, tuple(completions))
 
-    async def _scored(self, sequence: Sequence[int]) -> list[float]:
+    async def _prompt_logprobs(self, sequence: Sequence[int]) -> list[float]:
         if len(sequence) < 2:
             return []
         body = self._body(sequence, SamplingParams(max_tokens=1)) | {"prompt_logprobs": 0}
@@ -429,30 +316,20 @@ class RemoteSampler:
         return [float(entry[str(token)]["logprob"]) for entry, token in zip(entries, sequence[1:], strict=True)]
 
     def _load_full(self, tensors: Tensors) -> str:
-        wire, added = self._open(), False
+        sent: set[str] = set()
 
-        def with_head() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal added
-            embedding, added = None, self._sends_head
+        def noted() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in tensors:
-                added = added and name != HEAD
+                sent.add(name)
                 yield name, tensor
-                if name.endswith(EMBEDDINGS):
-                    embedding = tensor
-            if added:
-                if embedding is None:
-                    raise UserError(
-                        "the model ties its output head to an embedding of a name that is not known here "
-                        f"(known: {', '.join(EMBEDDINGS)}); use sampler.name='hf', or an adapter (model.lora_rank)"
-                    )
-                yield HEAD, embedding
 
-        written = SharedMemoryWeights.write(with_head(), "full", bucket_bytes=_FILE_BYTES, place=self._scratch)
+        source = with_head(noted()) if needs_head(self._model) else noted()
+        written = SharedMemoryWeights.write(source, "full", bucket_bytes=_FILE_BYTES, place=self._scratch)
         try:
-            arrived = fingerprint(pair for pair in written.open() if not (added and pair[0] == HEAD))
+            arrived = fingerprint(pair for pair in written.open() if pair[0] in sent)
             body = {"method": "reload_weights", "kwargs": {"weights_path": written.folder}}
             doing = f"reading the weights in {written.folder} (which must be the same folder over there)"
-            wire.call("/collective_rpc", body, doing=doing)
+            self._server().call("/collective_rpc", body, doing=doing)
         finally:
             written.remove()
         self._forget_cache()
@@ -460,23 +337,23 @@ class RemoteSampler:
         return arrived
 
     def _forget_cache(self) -> None:
-        deadline = time.monotonic() + _RESET_S
+        http, deadline = self._server(), time.monotonic() + _RESET_S
         while True:
-            answer = self._open().call("/reset_prefix_cache", {}, doing="forgetting its prefix cache")
+            answer = http.call("/reset_prefix_cache", {}, doing="forgetting its prefix cache")
             if not isinstance(answer, dict) or answer.get("success", True):
                 return
             if time.monotonic() > deadline:
                 raise RunFailure(
-                    f"the sampler server at {self._open().url} did not forget its prefix cache within {_RESET_S:g} s; "
+                    f"the sampler server at {http.url} did not forget its prefix cache within {_RESET_S:g} s; "
                     "another client keeps it in use"
                 )
             time.sleep(0.05)  # blocks of requests just ended are freed a moment later
 
     def _load_adapter(self, handle: WeightHandle) -> str:
-        wire = self._open()
-        if not self.takes_adapters or self._scratch is None:
+        http = self._server()
+        if not self.takes_adapters:
             raise UserError(
-                f"the server at {wire.url} takes no adapters; start it with --enable-lora and "
+                f"the server at {http.url} takes no adapters; start it with --enable-lora and "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
             )
         name = f"nanogrpo-{self._run}-{next(self._adapters)}"  # one it has seen would be served from its cache
@@ -486,37 +363,63 @@ class RemoteSampler:
         file.write_bytes(InlineWeights.of(handle.open(), "adapter").data)
         (folder / "adapter_config.json").write_text(json.dumps(dict(handle.adapter_config or {})))
         doing = f"reading the adapter in {folder} (which must be the same folder over there)"
-        wire.call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, doing=doing)
+        http.call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, doing=doing)
         self._drop_adapter()
         self._adapter = name
         return FolderWeights(str(folder)).sent()[0]
 
     def _drop_adapter(self) -> None:
         old, self._adapter = self._adapter, None
-        if old is not None and self._scratch is not None:
-            self._open().call("/v1/unload_lora_adapter", {"lora_name": old}, doing="forgetting an adapter")
+        if old is not None:
+            self._server().call("/v1/unload_lora_adapter", {"lora_name": old}, doing="forgetting an adapter")
             shutil.rmtree(self._scratch / old, ignore_errors=True)
 
 
-# -- options and answers -----------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _only_sampler_of(url: str, place: Path) -> Iterator[None]:
+    """Two runs that give one server their weights would both train on the other's completions."""
+    path = place / f"nanogrpo-remote-{os.getuid()}-{hashlib.sha256(url.encode()).hexdigest()[:12]}.lock"
+    opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.fstat(opened).st_nlink > 0  # else its last holder has removed it just now
+        except BlockingIOError:
+            free = False
+        if not free:
+            raise UserError(
+                f"another sampler gives its weights to the server at {url} ({path} is locked); wait for it, or start "
+                "another server on another port"
+            )
+        yield
+        path.unlink(missing_ok=True)
+        fcntl.flock(opened, fcntl.LOCK_UN)  # closing alone would leave it with processes forked since
+    finally:
+        os.close(opened)
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
 
 
 def _check_url(url: Any) -> None:
     if url is None:
         raise UserError("sampler.options.url is missing, and sampler 'remote' needs it; set it to http://HOST:PORT")
-    try:
-        parts = urlsplit(url) if isinstance(url, str) else None
-        right = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        parts, right = None, False
-    if parts is not None and parts.username is not None:
+    if "@" in str(url):  # what stands before it may be a key
         raise UserError(
             "sampler.options.url holds a user name; leave it out and name a key in sampler.options.api_key_env"
         )
-    if not right or parts is None or parts.query or parts.fragment:
-        raise UserError(f"sampler.options.url={url!r} is not of the form http://HOST:PORT")
-    if parts.path.rstrip("/").endswith("/v1"):
+    if str(url).rstrip("/").endswith("/v1"):
         raise UserError(f"sampler.options.url={url!r} ends with /v1; leave that out")
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        parts = urlsplit(url)
+        if (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and not parts.query + parts.fragment
+        ):
+            return
+    raise UserError(f"sampler.options.url={url!r} is not of the form http://HOST:PORT")
 
 
 def _weights_place(options: Mapping[str, Any]) -> Path:
@@ -543,11 +446,3 @@ def _is_here(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in ("localhost", socket.gethostname())
-
-
-def _on_cpu(settings: Mapping[str, Any]) -> bool:
-    return bool(_setting(settings, "device_config", "device") == "cpu")
-
-
-def _setting(settings: Mapping[str, Any], section: str, name: str) -> Any:
-    return (settings.get(section) or {}).get(name)

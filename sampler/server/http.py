@@ -1,5 +1,6 @@
-"""The HTTP side of ``sampler/server/client.py``: questions to one vLLM server, asked on a thread of their own, and the
-sentences for what goes wrong on the way. It knows addresses, keys and limits, and nothing of weights or completions.
+"""HTTP to one vLLM server, on a thread of its own, and the sentences for what goes wrong on the way.
+
+It knows addresses, keys and limits, and nothing of weights or completions. Used by ``sampler/server/client.py``.
 """
 
 from __future__ import annotations
@@ -13,57 +14,48 @@ from collections.abc import Coroutine, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 
 from common.errors import RunFailure, UserError
-from common.types import SamplerSetup
-from sampler.server.command import server_command, shell_line
 
 T = TypeVar("T")
 CONNECT_S = 10.0
-START_S = 60.0  # for each question asked while meeting the server
-IDLE_S = 2.0  # a connection is not used again after this: the server hangs up after 5, at times in mid-request
+MEET_S = 60.0  # for each question asked while meeting the server
+_IDLE_S = 2.0  # a connection is not used again after this: the server hangs up after 5, at times in mid-request
 # A machine that vanishes without a word is noticed within half a minute.
-_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+_KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
     if hasattr(socket, name)
 ]
-
-
-_ENABLES = {
-    "/collective_rpc": " (VLLM_SERVER_DEV_MODE=1 was not set when it started)",
-    "/reset_prefix_cache": " (VLLM_SERVER_DEV_MODE=1 was not set when it started)",
-    "/v1/load_lora_adapter": " (VLLM_ALLOW_RUNTIME_LORA_UPDATING=True was not set when it started)",
+_SWITCHES = {
+    "/collective_rpc": "VLLM_SERVER_DEV_MODE=1",
+    "/reset_prefix_cache": "VLLM_SERVER_DEV_MODE=1",
+    "/v1/load_lora_adapter": "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True",
 }
+"""The variable that the server must be started with to have the address."""
 
 
-class Wire:
-    """The connections to one server, on a thread of their own; every failure in one sentence, never with the key."""
+class VllmHttp:
+    """The connections to one server. Every failure is one sentence, never with the key: a ``UserError`` until ``met``
+    is set, a ``RunFailure`` from then on. ``cure`` ends the sentences about a server that is not right."""
 
-    def __init__(self, url: str, key_env: str | None, timeout_s: float, setup: SamplerSetup) -> None:
-        self.url = url.rstrip("/")
-        self.met = False
-        """Until the server was met, what goes wrong is the user's to fix."""
-        where = urlsplit(self.url)
-        environment, words = server_command(setup, host=where.hostname or "127.0.0.1", port=where.port or 8000)
-        self.cure = f"the server for this run is started by `{shell_line(environment, words)}`"
-        self._key_env, self._key = key_env, read_key(key_env)
-        self._timeout_s = timeout_s
+    def __init__(self, url: str, key_env: str | None, timeout_s: float, connections: int, cure: str) -> None:
+        self.url, self.cure, self.met = url.rstrip("/"), cure, False
+        self._key_env, self._key, self._timeout_s = key_env, read_key(key_env), timeout_s
         self._client = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(None, connect=CONNECT_S),
             trust_env=False,  # neither a web proxy nor the passwords in ~/.netrc belong in between
             transport=httpx.AsyncHTTPTransport(
-                limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_S),
-                socket_options=_ALIVE,
+                limits=httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S),
+                socket_options=_KEEPALIVE,
                 trust_env=False,
             ),
         )
-        self._slots = asyncio.Semaphore(max(1, setup.max_sequences))
+        self._slots = asyncio.Semaphore(max(1, connections))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="remote sampler", daemon=True)
         self._thread.start()
@@ -77,34 +69,29 @@ class Wire:
     async def ask(
         self, path: str, body: Any = None, *, doing: str, timeout_s: float | None = None, optional: bool = False
     ) -> Any:
-        """The answer's JSON, or its text where it is none; None for an ``optional`` address that does not exist.
-
-        Raises ``RunFailure`` (``UserError`` before the server was met) naming the server and what it was doing.
-        """
+        """The answer's JSON, or its text where it is none; None for an ``optional`` address that does not exist."""
         async with self._slots:
             response = await self._send(path, body, doing, min(timeout_s or self._timeout_s, self._timeout_s))
-        unknown = response.status_code == 404 and not _vllm_error(response)
-        if unknown and optional:
-            return None
-        if unknown:
-            raise UserError(
-                f"the server at {self.url} has no {path.partition('?')[0]}{_ENABLES.get(path, '')}; {self.cure}"
-            )
         if response.status_code != 200:
+            error = _vllm_error(response)
+            if response.status_code == 404 and not error:
+                if optional:
+                    return None
+                switch = f" ({_SWITCHES[path]} was not set when it started)" if path in _SWITCHES else ""
+                raise UserError(f"the server at {self.url} has no {path.partition('?')[0]}{switch}; {self.cure}")
             raise self._error(
                 f"the sampler server at {self.url} failed while {doing}: HTTP {response.status_code}, "
-                f"{self._short(_vllm_error(response) or response.text)}"
+                f"{self._short(error or response.text)}"
             )
         try:
             return response.json()
         except ValueError:
             return response.text
 
-    def has(self, path: str, body: Any) -> bool:
-        """Whether the address exists, asked with a body that does nothing."""
-        work = self._send(path, body, "telling what it offers", min(START_S, self._timeout_s))
-        response = self.start(work).result()
-        return response.status_code != 404 or bool(_vllm_error(response))
+    def has(self, path: str) -> bool:
+        """Whether there is such an address to POST to: asked by GET, which does nothing there."""
+        work = self._send(path, None, "telling what it offers", min(MEET_S, self._timeout_s))
+        return self.start(work).result().status_code != 404
 
     def leave(self, path: str, body: Any) -> None:
         """A last word that nobody waits for long, nor minds if it is lost."""
@@ -118,7 +105,7 @@ class Wire:
             self._loop.close()
 
     async def _end(self) -> None:
-        rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
@@ -127,10 +114,7 @@ class Wire:
     async def _send(self, path: str, body: Any, doing: str, limit_s: float) -> httpx.Response:
         try:
             async with asyncio.timeout(limit_s):
-                if body is None:
-                    response = await self._client.get(path)
-                else:
-                    response = await self._client.post(path, json=body)
+                response = await self._client.request("GET" if body is None else "POST", path, json=body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise self._error(f"nothing answers at {self.url} ({self._short(str(error))}); {self.cure}") from None
         except (TimeoutError, httpx.TimeoutException):
@@ -161,7 +145,7 @@ class Wire:
 
 
 def read_key(name: Any) -> str:
-    """The server's key, empty where none is named. The value is in no message."""
+    """The server's key, empty where no variable is named. The value is in no message."""
     if name is None:
         return ""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
@@ -187,7 +171,7 @@ def _vllm_error(response: httpx.Response) -> str:
 
 async def in_order(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Their results in order; when one fails, the others are given up."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
