@@ -38,13 +38,13 @@ def folder(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tied"), tied=True)
 
 
-def make(folder, kind=None, lora=0, **options):
-    spec = config(model={"name": "unused", "dtype": "float32", "lora_rank": lora}, sync={"tolerance": 0.02})
+def make(folder, kind=VllmSampler, lora=0, dtype="float32", tolerance=0.02, **options):
+    spec = config(model={"name": "unused", "dtype": dtype, "lora_rank": lora}, sync={"tolerance": tolerance})
     learner = TorchLearner(spec, folder, "cpu")
     adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict()) if lora else None
-    sampler = (kind or VllmSampler)(SamplerSetup(str(folder), "float32", 64, 16, adapter=adapter), **options)
+    sampler = kind(SamplerSetup(str(folder), dtype, 64, 16, adapter=adapter), **options)
     probe = probe_of([group.prompt for group in GROUPS], 32, 32)
-    return learner, sampler, WeightSync(learner, sampler, Separate(), probe, spec.sync, 60)
+    return learner, sampler, WeightSync(learner, sampler, Separate(), probe, spec.sync, 60, dtype)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_vllm_follows_the_learner(folder, closing, lora):
         learner.update(GROUPS)
     prompt = Prompt("p", (), token_ids=GROUPS[0].prompt.token_ids)
     (answer,) = sampler.generate([prompt], SamplingParams(n=3, max_tokens=4, seed=1)).result()
-    assert {one.policy_version for one in answer.completions} == {1}
+    assert {completion.policy_version for completion in answer.completions} == {1}
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def serve(folder, closing, **changes):
     return sampler, truth, {name: tensor.clone() for name, tensor in truth.weights()}
 
 
-def versions_of(one):
-    return one.token_versions or (one.policy_version,) * len(one.token_ids)
+def versions_of(completion):
+    return completion.token_versions or (completion.policy_version,) * len(completion.token_ids)
 
 
 def off_by(truth, weights, groups):
@@ -191,14 +191,14 @@ def off_by(truth, weights, groups):
     worst = 0.0
     for group in groups:
         start = len(group.prompt.token_ids) - 1
-        for one in group.completions:
-            versions = versions_of(one)
-            assert len(versions) == len(one.token_ids) == len(one.logprobs) > 0
-            assert one.policy_version == min(versions)
+        for completion in group.completions:
+            versions, token_ids = versions_of(completion), completion.token_ids
+            assert len(versions) == len(token_ids) == len(completion.logprobs) > 0
+            assert completion.policy_version == min(versions)
             for version in set(versions):
-                right = truth.logprobs(weights[version], group.prompt.token_ids + one.token_ids)[start:]
-                rows = zip(versions, one.logprobs, right, strict=True)
-                worst = max([worst, *(abs(mine - yes) for number, mine, yes in rows if number == version)])
+                right = truth.logprobs(weights[version], group.prompt.token_ids + token_ids)[start:]
+                rows = zip(versions, completion.logprobs, right, strict=True)
+                worst = max([worst, *(abs(got - wanted) for number, got, wanted in rows if number == version)])
     return worst
 
 
@@ -217,9 +217,9 @@ def test_a_request_alone_is_what_vllm_itself_writes(folder, closing):
     with torch.compiler.set_stance("force_eager"):
         outputs = sampler._llm.generate([{"prompt_token_ids": list(p.token_ids)} for p in PROMPTS], own, use_tqdm=False)
     for group, output in zip(first, outputs, strict=True):
-        for one, right in zip(group.completions, output.outputs, strict=True):
-            assert (list(one.token_ids), one.text) == (list(right.token_ids), right.text)
-            assert list(one.logprobs) == [
+        for completion, right in zip(group.completions, output.outputs, strict=True):
+            assert (list(completion.token_ids), completion.text) == (list(right.token_ids), right.text)
+            assert list(completion.logprobs) == [
                 entry[token].logprob for entry, token in zip(right.logprobs, right.token_ids, strict=True)
             ]
 
@@ -227,9 +227,9 @@ def test_a_request_alone_is_what_vllm_itself_writes(folder, closing):
 def check_against_computed_anew(sampler, groups):
     """The engine's own log-probs of the same tokens, each sequence read at once."""
     for group in groups:
-        asked = [(*group.prompt.token_ids, *one.token_ids) for one in group.completions]
-        for one, again in zip(group.completions, sampler.logprobs(asked), strict=True):
-            assert one.logprobs == pytest.approx(again[-len(one.token_ids) :], abs=1e-4)
+        asked = [(*group.prompt.token_ids, *completion.token_ids) for completion in group.completions]
+        for completion, again in zip(group.completions, sampler.logprobs(asked), strict=True):
+            assert completion.logprobs == pytest.approx(again[-len(completion.token_ids) :], abs=1e-4)
 
 
 def random_prompts(seed, lengths):
@@ -256,7 +256,7 @@ def test_a_prompt_is_computed_once_for_its_group(folder, closing, lora):
     prompts = random_prompts(0, lengths)
     params = SamplingParams(n=3, max_tokens=4, seed=1)
     groups = sampler.generate(prompts, params).result()
-    written = sum(len(one.token_ids) for group in groups for one in group.completions)
+    written = sum(len(completion.token_ids) for group in groups for completion in group.completions)
     # Of the others of a group only the prompt's last token, and of no completion its own last.
     assert sum(computed) == sum(lengths) + (3 - 1) * len(lengths) + written - 3 * len(lengths)
     # More sequences than there is room for at once: the one that computed a prompt may end before others of its group.
@@ -284,8 +284,9 @@ def test_sequences_put_off_for_want_of_cache_are_written_as_well(folder, closing
     check_against_computed_anew(sampler, groups)
 
 
-def test_requests_are_in_work_together(folder, closing):
-    """A short one overtakes a long one; log-probs and new weights between them disturb neither."""
+def test_requests_are_in_flight_together(folder, closing):
+    """A short one overtakes a long one; log-probs and new weights between them disturb neither. A prefix cache that is
+    in use is not taken for an empty one: vLLM answers its reset with False, and keeps it."""
     sampler, truth, base = serve(folder, closing)
     new = perturbed(base, seed=1)
     assert not sampler.pump()
@@ -295,6 +296,8 @@ def test_requests_are_in_work_together(folder, closing):
     assert not long.cancel()
     for _ in range(5):
         assert sampler.pump()
+    with pytest.raises(RunFailure, match="cannot empty its prefix cache"):
+        sampler._forget()
     short = sampler.generate(PROMPTS[1:], SamplingParams(n=2, max_tokens=4, temperature=0.7, seed=1))
     assert [group.prompt for group in short.result(timeout=60)] == PROMPTS[1:]
     assert not long.done()
@@ -305,7 +308,7 @@ def test_requests_are_in_work_together(folder, closing):
     assert long.done()
     assert not sampler.pump()
     assert off_by(truth, {0: base}, long.result()) < 1e-3
-    assert {one.policy_version for group in long.result() for one in group.completions} == {0}
+    assert {completion.policy_version for group in long.result() for completion in group.completions} == {0}
     assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(new, ids), abs=1e-4)
 
 
@@ -328,12 +331,12 @@ def test_weights_swapped_in_flight(folder, closing):
     third = sampler.generate(PROMPTS, SamplingParams(max_tokens=3))
     answers = [future.result(timeout=60) for future in (first, second, third)]
     assert max(off_by(truth, weights, groups) for groups in answers) < 1e-3
-    seen = [{versions_of(one) for group in groups for one in group.completions} for groups in answers]
+    seen = [{versions_of(completion) for group in groups for completion in group.completions} for groups in answers]
     assert all(list(versions) == sorted(versions) for kinds in seen for versions in kinds)
     assert any(set(versions) == {0, 4, 5} and versions[:11] == (0,) * 10 + (4,) for versions in seen[0])
     assert any(set(versions) == {4, 5} for versions in seen[1])
     assert {version for versions in seen[2] for version in versions} == {5}
-    assert all(not one.token_versions for group in answers[2] for one in group.completions)
+    assert not any(completion.token_versions for group in answers[2] for completion in group.completions)
 
 
 def test_an_adapter_cannot_be_swapped_in_flight(folder):
@@ -346,7 +349,7 @@ def lose_model(worker):
     worker.model_runner.model = None
 
 
-def test_failures_reach_every_request_in_work(folder, closing):
+def test_failures_reach_every_request_in_flight(folder, closing):
     """A transfer cut off half-way, which the next one fixes; a step that fails, which nothing fixes; closing."""
     sampler, truth, base = serve(folder, closing, in_flight_updates=True)
     params = SamplingParams(n=2, max_tokens=30, seed=1)
@@ -359,11 +362,11 @@ def test_failures_reach_every_request_in_work(folder, closing):
             yield from list(perturbed(base, seed=1).items())[:5]
             raise ConnectionError("the learner is gone")
 
-    one, two = sampler.generate(PROMPTS, params), sampler.generate(PROMPTS[:1], params)
+    work = sampler.generate(PROMPTS, params), sampler.generate(PROMPTS[:1], params)
     sampler.pump()
     with pytest.raises(RunFailure, match=r"could not load weights of version 7: the learner is gone"):
         sampler.load_weights(CutOff(), 7)
-    for future in (one, two):
+    for future in work:
         assert isinstance(future.exception(timeout=0), RunFailure)
     for call in (lambda: sampler.generate(PROMPTS, params), lambda: sampler.logprobs([ids])):
         with pytest.raises(RunFailure, match="left with a part of the weights of version 7"):
@@ -372,18 +375,18 @@ def test_failures_reach_every_request_in_work(folder, closing):
     sampler.load_weights(lend(new), 8)
     assert off_by(truth, {8: new}, sampler.generate(PROMPTS, params).result(timeout=60)) < 1e-3
 
-    one, two = sampler.generate(PROMPTS, params), sampler.generate(PROMPTS[:1], params)
+    work = sampler.generate(PROMPTS, params), sampler.generate(PROMPTS[:1], params)
     sampler.pump()
     sampler._llm.collective_rpc(lose_model)
     assert not sampler.pump()
-    for future in (one, two):
+    for future in work:
         with pytest.raises(RunFailure, match=r"the vLLM sampler failed while writing: .*NoneType"):
             future.result(timeout=60)
     with pytest.raises(RunFailure, match="failed while writing"):
         sampler.load_weights(lend(base), 9)
 
 
-def test_closing_ends_requests_in_work(folder, closing):
+def test_closing_ends_requests_in_flight(folder, closing):
     sampler, _, _ = serve(folder, closing)
     future = sampler.generate(PROMPTS, SamplingParams(max_tokens=30))
     with pytest.raises(UserError, match="Token id 1000000 is out of vocabulary"):  # and the one before it is taken back
@@ -398,7 +401,7 @@ def test_closing_ends_requests_in_work(folder, closing):
 
 @pytest.mark.full
 def test_two_devices(folder, closing):
-    """Shards in two processes: weights (a tied head too) and seeds reach both, and the death of one is told."""
+    """Shards in two processes: weights (a tied head too) and seeds reach both, and the death of one is reported."""
     sampler, truth, base = serve(folder, closing, tensor_parallel=2)
     new = perturbed(base, seed=1)
     params = SamplingParams(n=3, max_tokens=20, seed=3)
@@ -412,7 +415,7 @@ def test_two_devices(folder, closing):
     assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(new, ids), abs=1e-4)
     future = sampler.generate(PROMPTS, params)
     sampler.pump()
-    workers = [one for one in active_children() if one.name.startswith("VllmWorker")]
+    workers = [process for process in active_children() if process.name.startswith("VllmWorker")]
     assert len(workers) == 2
     workers[0].kill()
     with pytest.raises(RunFailure, match="one of its worker processes died"):
@@ -427,7 +430,7 @@ def test_seeds_of_prompts_are_far_apart(seed):
     """vLLM gives the k-th completion of a prompt the prompt's seed + k; no two completions of a request may share."""
     seeds = sorted(prompt_seed(seed, place) for place in range(256))
     assert seeds == sorted(prompt_seed(seed, place) for place in range(256))
-    assert all(0 <= one < 2**31 for one in seeds)
+    assert min(seeds) >= 0 and max(seeds) < 2**31
     assert min(b - a for a, b in pairwise(seeds)) > 64
 
 
@@ -440,17 +443,6 @@ def test_seeds_of_parts_are_all_different():
     drawn = torch.rand(4)
     torch.manual_seed(part_seed(1000, 4))
     assert not torch.equal(drawn, torch.rand(4))
-
-
-def test_a_cache_in_use_is_not_taken_for_an_empty_one(folder, closing):
-    """vLLM answers a reset of its prefix cache with False, and keeps it, while a block is in use."""
-    sampler, _, _ = serve(folder, closing)
-    future = sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=30))
-    sampler.pump()
-    with pytest.raises(RunFailure, match="cannot empty its prefix cache"):
-        sampler._forget()
-    future.result(timeout=60)
-    sampler._forget()
 
 
 def test_an_engine_that_breaks_at_its_start_is_no_mistake_of_the_users(folder):
@@ -530,13 +522,8 @@ def test_the_engine_says_how_many_completions_it_takes_at_once(folder):
 @pytest.mark.parametrize(("dtype", "lora"), [("bfloat16", 0), ("bfloat16", 4), ("float32", 0)])
 def test_every_fault_behind_the_fingerprint_is_caught_at_that_sync(folder, closing, dtype, lora):
     """From the start and later on, each between two right syncs of a training, which pass."""
-    spec = config(model={"name": "unused", "dtype": dtype, "lora_rank": lora})
-    learner = TorchLearner(spec, folder, "cpu")
-    adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict()) if lora else None
-    sampler = weight_faults.FaultyVllm(SamplerSetup(str(folder), dtype, 64, 16, adapter=adapter))
+    learner, sampler, sync = make(folder, weight_faults.FaultyVllm, lora, dtype, tolerance=0)
     closing(sampler)
-    probe = probe_of([group.prompt for group in GROUPS], 32, 32)
-    sync = WeightSync(learner, sampler, Separate(), probe, spec.sync, 60, dtype)
     sync.challenge()
     sync()
     for early in (True, False):

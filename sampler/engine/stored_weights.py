@@ -257,31 +257,30 @@ class StoredWeights:
 
     def _fill(self, key: str, rows_RC: torch.Tensor) -> list[_Place]:
         """The tensors, of those that have arrived, that fill this stored one."""
-        sums = self._arrived.sums
-        known: dict[tuple[int, torch.dtype], dict[int, list[Source]]] = defaultdict(lambda: defaultdict(list))
-        any_order = []
-        for source, (rows, columns, bits) in self._arrived.blocks.items():
-            if _may_hold(key, source[0], sums):
-                if source[1] == "any":
-                    any_order.append((source, rows * columns, bits))
-                elif columns == rows_RC.shape[1] and rows:
-                    dtype = rows_RC.dtype if source[1] == "cast" else sums[source[0]].dtype
-                    known[rows, dtype][bits].append(source)
+        sums, blocks = self._arrived.sums, self._arrived.blocks
+        fits = {source: block for source, block in blocks.items() if _may_hold(key, source[0], sums)}
+        known: dict[tuple[int, torch.dtype, int], list[Source]] = defaultdict(list)
+        for source, (rows, columns, bits) in fits.items():
+            if source[1] != "any" and columns == rows_RC.shape[1] and rows:
+                dtype = rows_RC.dtype if source[1] == "cast" else sums[source[0]].dtype
+                known[rows, dtype, bits].append(source)
+        kinds = sorted(dict.fromkeys((rows, dtype) for rows, dtype, _ in known), key=lambda kind: -kind[0])
         places: list[_Place] = []
         start = 0
         while start < len(rows_RC):
-            for (rows, dtype), by_sum in sorted(known.items(), key=lambda item: -item[0][0]):
+            for rows, dtype in kinds:
                 bits = bit_sum(rows_RC[start : start + rows].to(dtype))
-                if start + rows <= len(rows_RC) and (found := by_sum.get(bits)):
-                    places.append(_Place(start, start + rows, found, bits))
+                if start + rows <= len(rows_RC) and (rows, dtype, bits) in known:
+                    places.append(_Place(start, start + rows, known[rows, dtype, bits], bits))
                     start += rows
                     break
             else:
                 break
         if places and start < len(rows_RC):
             places.append(_Place(start, len(rows_RC), [], bit_sum(rows_RC[start:])))
-        for source, count, bits in any_order if not places else ():
-            if count == rows_RC.numel() and _order_free(rows_RC.to(sums[source[0]].dtype)) == bits:
+        for source, (rows, columns, bits) in fits.items() if not places else ():
+            whole = source[1] == "any" and rows * columns == rows_RC.numel()
+            if whole and _order_free(rows_RC.to(sums[source[0]].dtype)) == bits:
                 return [_Place(0, len(rows_RC), [source], bits)]
         return places
 
