@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from common.errors import UserError
-from common.types import SamplingParams
+from common.errors import UserError, brief
+from common.types import Completion, SamplingParams
 
 
 def check_temperature(temperature: float) -> None:
@@ -52,3 +53,36 @@ def stop_string(reason: Any) -> str:
     """What vLLM cut off a completion's text: the stop string that ended it. A token that ended it is no part of the
     text."""
     return reason if isinstance(reason, str) else ""
+
+
+def vllm_params(**fields: Any) -> Any:
+    """vLLM's ``SamplingParams`` of a request that is answered once it is whole."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turns vLLM's own kind of error, which other processes may not even be able to unpickle, into ours."""
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        yield
+    except VLLMClientError as error:
+        raise UserError(f"vLLM refuses what it was asked to write: {brief(error)}") from error
+
+
+def completion_of(output: Any) -> Completion:
+    """What the engine wrote, with the versions of the weights that wrote it."""
+    # vLLM notes which of the names given to set_weight_version was in force at each token.
+    versions = tuple(int(span.version) for span in output.weight_versions for _ in range(span.start, span.end))
+    assert len(versions) == len(output.token_ids), (output.weight_versions, len(output.token_ids))
+    return Completion(
+        token_ids=tuple(output.token_ids),
+        text=output.text + stop_string(output.stop_reason),
+        logprobs=tuple(entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)),
+        finish_reason="length" if output.finish_reason == "length" else "stop",
+        policy_version=min(versions),
+        token_versions=versions if len(set(versions)) > 1 else (),
+    )

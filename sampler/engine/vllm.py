@@ -30,12 +30,20 @@ from safetensors.torch import save_file
 from common.errors import RunFailure, UserError, brief
 from common.protocols import GroupsFuture, WeightHandle
 from common.tokenizer import check_room
-from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
+from common.types import Group, Prompt, SamplerSetup, SamplingParams
 from common.weights.handles import Fingerprint, FolderWeights, SharedMemoryWeights, shared_memory_folder, weight_files
 from sampler.engine import cpu_patches
 from sampler.engine.arguments import OURS, engine_arguments, environment, needs_head
 from sampler.engine.memory import memory_needed
-from sampler.engine.sampling import check_temperature, part_seed, prompt_seed, sampling_arguments, stop_string
+from sampler.engine.sampling import (
+    check_temperature,
+    completion_of,
+    part_seed,
+    prompt_seed,
+    refusals,
+    sampling_arguments,
+    vllm_params,
+)
 from sampler.engine.stored_weights import ArrivedAdapter, adapter_faults, reload_weights, weight_faults
 
 
@@ -189,8 +197,8 @@ class VllmSampler:
         seeds: list[int | None] = [None] * len(prompts)
         if params.seed is not None and self.seeds_prompts:
             seeds = [prompt_seed(params.seed, params.seed_offset + place) for place in range(len(prompts))]
-        with _refusals():
-            requests = [_vllm_params(**fields, seed=seed) for seed in seeds]
+        with refusals():
+            requests = [vllm_params(**fields, seed=seed) for seed in seeds]
         if params.seed is not None:
             if not self._open:
                 # The same blocks must be computed and not found, or rounding differs between two equal requests.
@@ -201,7 +209,7 @@ class VllmSampler:
         return self._begin(
             [prompt.token_ids for prompt in prompts],
             requests,
-            lambda place, output: Group(prompts[place], tuple(map(_completion, output.outputs))),
+            lambda place, output: Group(prompts[place], tuple(map(completion_of, output.outputs))),
         )
 
     def pump(self) -> bool:
@@ -229,7 +237,7 @@ class VllmSampler:
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         self._ready()
-        ask = _vllm_params(max_tokens=1, temperature=1.0, prompt_logprobs=0)
+        ask = vllm_params(max_tokens=1, temperature=1.0, prompt_logprobs=0)
         outputs = self._begin(sequences, [ask] * len(sequences), lambda place, output: output).result()
         return [
             [entry[token].logprob for entry, token in zip(out.prompt_logprobs[1:], sequence[1:], strict=True)]
@@ -319,7 +327,7 @@ class VllmSampler:
             answer.set_result([])
         added: list[str] = []
         try:
-            with _refusals():
+            with refusals():
                 for place, (token_ids, asked) in enumerate(zip(prompts, params, strict=True)):
                     number = str(next(self._numbers))
                     inputs = tokens_input(list(token_ids))
@@ -401,34 +409,3 @@ class VllmSampler:
             raise RunFailure("the vLLM sampler was called while asleep; wake it first")
         if self._torn:
             raise RunFailure(self._torn)
-
-
-def _vllm_params(**fields: Any) -> Any:
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-    return SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns vLLM's own kind of error, which other processes may not even be able to unpickle, into ours."""
-    from vllm.exceptions import VLLMClientError
-
-    try:
-        yield
-    except VLLMClientError as error:
-        raise UserError(f"vLLM refuses what it was asked to write: {brief(error)}") from error
-
-
-def _completion(output: Any) -> Completion:
-    # vLLM notes which of the names given to set_weight_version was in force at each token.
-    versions = tuple(int(span.version) for span in output.weight_versions for _ in range(span.start, span.end))
-    assert len(versions) == len(output.token_ids), (output.weight_versions, len(output.token_ids))
-    return Completion(
-        token_ids=tuple(output.token_ids),
-        text=output.text + stop_string(output.stop_reason),
-        logprobs=tuple(entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)),
-        finish_reason="length" if output.finish_reason == "length" else "stop",
-        policy_version=min(versions),
-        token_versions=versions if len(set(versions)) > 1 else (),
-    )

@@ -128,9 +128,6 @@ class RemoteSampler:
             raise
         self._http.met = True
 
-    def __repr__(self) -> str:
-        return f"RemoteSampler(url={self._http.url if self._http else 'closed'!r}, version={self._version})"
-
     # -- meeting the server: all that could make a later request wrong is found out before the first -------------------
 
     def _meet(self, http: VllmHttp, seed_requests: bool | None) -> None:
