@@ -20,7 +20,7 @@ from common.tasks.warmup import Warmup
 from common.tokenizer import end_of_sequence_ids
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.weights.handles import FolderWeights, fingerprint
-from sampler.conformance.reference import Lora, Truth, forced, lend, perturbed
+from sampler.conformance.reference import Lora, ReferenceModel, forced, handle_of, perturbed
 from sampler.hf import HfSampler, _draw
 from tests.tiny import make_tiny
 
@@ -75,9 +75,9 @@ def test_greedy_equals_transformers_generate(family: str, tmp_path: Path) -> Non
 
 
 def test_serves_the_folder_as_version_0(tied: Path) -> None:
-    sampler, truth = HfSampler(_setup(tied)), Truth(str(tied))
+    sampler, reference = HfSampler(_setup(tied)), ReferenceModel(str(tied))
     ids = _prompts(sampler)[0].token_ids
-    assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(dict(truth.weights()), ids), abs=1e-4)
+    assert sampler.logprobs([ids])[0] == pytest.approx(reference.logprobs(dict(reference.weights()), ids), abs=1e-4)
     one = sampler.generate(_prompts(sampler), SamplingParams(max_tokens=2)).result()[0].completions[0]
     assert one.policy_version == 0
 
@@ -145,12 +145,12 @@ def test_no_draw_from_outside_the_cut(seed: int, uniform: float, top_p: float, t
 
 @pytest.mark.parametrize("with_head", [False, True])
 def test_a_tied_head_may_be_sent_or_not(with_head: bool, tied: Path) -> None:
-    sampler, truth = HfSampler(_setup(tied)), Truth(str(tied))
-    tensors = perturbed(dict(truth.weights()), seed=1)
+    sampler, reference = HfSampler(_setup(tied)), ReferenceModel(str(tied))
+    tensors = perturbed(dict(reference.weights()), seed=1)
     sent = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]} if with_head else tensors
-    assert sampler.load_weights(lend(sent), 4) == fingerprint(iter(sent.items()))
+    assert sampler.load_weights(handle_of(sent), 4) == fingerprint(iter(sent.items()))
     ids = _prompts(sampler)[0].token_ids
-    assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(tensors, ids), abs=1e-4)
+    assert sampler.logprobs([ids])[0] == pytest.approx(reference.logprobs(tensors, ids), abs=1e-4)
 
 
 def test_a_tied_head_sent_apart_is_refused(tied: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_tied_head_sent_apart_is_refused(tied: Path) -> None:
     sent = dict(FolderWeights(str(tied)).open())
     sent["lm_head.weight"] = sent["model.embed_tokens.weight"] + 1
     with pytest.raises(RunFailure, match=r"lm_head\.weight.* ties it to"):
-        sampler.load_weights(lend(sent), 1)
+        sampler.load_weights(handle_of(sent), 1)
 
 
 def test_what_is_missing_or_unknown_is_named(untied: Path) -> None:
@@ -166,20 +166,20 @@ def test_what_is_missing_or_unknown_is_named(untied: Path) -> None:
     whole = dict(FolderWeights(str(untied)).open())
     short = {name: tensor for name, tensor in whole.items() if "layers.1." not in name and name != "lm_head.weight"}
     with pytest.raises(RunFailure, match=r"misses model\.layers\.1\..* and \d+ more"):
-        sampler.load_weights(lend(short), 1)
+        sampler.load_weights(handle_of(short), 1)
     with pytest.raises(RunFailure, match=r"misses lm_head\.weight$"):
-        sampler.load_weights(lend({name: whole[name] for name in whole if name != "lm_head.weight"}), 1)
+        sampler.load_weights(handle_of({name: whole[name] for name in whole if name != "lm_head.weight"}), 1)
     with pytest.raises(RunFailure, match=r"does not have: model\.extra"):
-        sampler.load_weights(lend({**whole, "model.extra": torch.zeros(1)}), 1)
+        sampler.load_weights(handle_of({**whole, "model.extra": torch.zeros(1)}), 1)
     with pytest.raises(RunFailure, match=r"'model\.norm\.weight' of shape \(3,\) where the model has \(64,\)"):
-        sampler.load_weights(lend({**whole, "model.norm.weight": torch.zeros(3)}), 1)
+        sampler.load_weights(handle_of({**whole, "model.norm.weight": torch.zeros(3)}), 1)
     assert sampler.version == 0
 
 
 def test_other_number_formats_are_cast(untied: Path) -> None:
     sampler = HfSampler(_setup(untied))
     sent = {name: tensor.bfloat16() for name, tensor in FolderWeights(str(untied)).open()}
-    assert sampler.load_weights(lend(sent), 1) == fingerprint(iter(sent.items()))
+    assert sampler.load_weights(handle_of(sent), 1) == fingerprint(iter(sent.items()))
     assert torch.equal(sampler.model.model.norm.weight, sent["model.norm.weight"].float())
 
 
@@ -221,18 +221,18 @@ def test_an_adapter_as_peft_saves_it(tied: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tied: Path) -> None:
-    lora = Lora.on(Truth(str(tied)), str(tied))
+    lora = Lora.on(ReferenceModel(str(tied)), str(tied))
     tensors = lora.tensors(seed=1)
     with pytest.raises(RunFailure, match="set up without one"):
-        HfSampler(_setup(tied)).load_weights(lend(tensors, "adapter", lora.config), 1)
+        HfSampler(_setup(tied)).load_weights(handle_of(tensors, "adapter", lora.config), 1)
     sampler = HfSampler(_setup(tied, adapter=AdapterSpec(lora.rank, lora.config)))
     with pytest.raises(RunFailure, match="lora_alpha=16 but was set up for 8"):
-        sampler.load_weights(lend(tensors, "adapter", {**lora.config, "lora_alpha": 16}), 1)
+        sampler.load_weights(handle_of(tensors, "adapter", {**lora.config, "lora_alpha": 16}), 1)
     lost = next(iter(tensors))
     with pytest.raises(RunFailure, match=f"misses {lost}"):
-        sampler.load_weights(lend({n: t for n, t in tensors.items() if n != lost}, "adapter", lora.config), 1)
+        sampler.load_weights(handle_of({n: t for n, t in tensors.items() if n != lost}, "adapter", lora.config), 1)
     with pytest.raises(RunFailure, match=r"does not have: extra\.lora_A\.weight"):
-        sampler.load_weights(lend({**tensors, "extra.lora_A.weight": torch.zeros(1)}, "adapter", lora.config), 1)
+        sampler.load_weights(handle_of({**tensors, "extra.lora_A.weight": torch.zeros(1)}, "adapter", lora.config), 1)
 
 
 def test_an_adapter_for_another_model_is_refused(tied: Path) -> None:
@@ -329,11 +329,11 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, HfSampler, P
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    truth, setup = Truth(str(folder)), _setup(folder, end_tokens=(2,))
+    reference, setup = ReferenceModel(str(folder)), _setup(folder, end_tokens=(2,))
     sampler = HfSampler(setup)
     (prompt,) = _prompts(sampler, "7")
     ids = sampler.tokenizer.encode("<answer>18</answer> or<|im_start|>", add_special_tokens=False)
-    sampler.load_weights(lend(forced(truth, dict(truth.weights()), prompt.token_ids, ids)), 1)
+    sampler.load_weights(handle_of(forced(reference, dict(reference.weights()), prompt.token_ids, ids)), 1)
     return folder, sampler, prompt
 
 

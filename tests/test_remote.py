@@ -31,8 +31,8 @@ from common.weights.handles import FolderWeights
 from learner.model import adapters
 from learner.torch_learner import TorchLearner
 from learner.weight_sync import WeightSync, probe_of
-from sampler.conformance.reference import Truth
-from sampler.conformance.suite import CHECKS, Env
+from sampler.conformance.reference import ReferenceModel
+from sampler.conformance.suite import CHECKS, Harness
 from sampler.server.client import RemoteSampler
 from sampler.server.command import prepare_for_server, server_command, shell_line
 from tests.making import GROUPS, config
@@ -119,7 +119,7 @@ def server(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def env(server, folder):
-    with Env(lambda setup: make(server, setup), folder) as env:
+    with Harness(lambda setup: make(server, setup), folder) as env:
         yield env
 
 
@@ -216,11 +216,11 @@ def test_a_tied_server_follows(folder, tmp_path):
     running = Server(setup_of(folder), tmp_path / "log")
     try:
         sampler = make(running, setup_of(folder, adapter=None))
-        truth = Truth(str(folder))
-        tensors = {name: 1.5 * tensor if "embed" in name else tensor.clone() for name, tensor in truth.weights()}
+        reference = ReferenceModel(str(folder))
+        tensors = {name: 1.5 * tensor if "embed" in name else tensor.clone() for name, tensor in reference.weights()}
         sampler.load_weights(_Lent(tensors), 3)
         ids = [5, 60, 61, 70, 90]
-        assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(tensors, ids), abs=2e-3)
+        assert sampler.logprobs([ids])[0] == pytest.approx(reference.logprobs(tensors, ids), abs=2e-3)
         sampler.close()
     finally:
         running.kill()
@@ -483,7 +483,7 @@ def test_the_untied_copy_is_the_same_model(folder, tmp_path):
     before, after = dict(FolderWeights(str(folder)).open()), dict(FolderWeights(str(out)).open())
     assert torch.equal(after.pop("lm_head.weight"), before["model.embed_tokens.weight"])
     assert before.keys() == after.keys()
-    tied, untied = Truth(str(folder)), Truth(str(out))
+    tied, untied = ReferenceModel(str(folder)), ReferenceModel(str(out))
     ids = [5, 60, 61]
     assert untied.logprobs(dict(untied.weights()), ids) == tied.logprobs(dict(tied.weights()), ids)
     assert not untied.is_tied

@@ -15,7 +15,7 @@ from torch import nn
 from common.errors import RunFailure, UserError
 from common.protocols import GroupsFuture, Sampler, WeightHandle
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from sampler.conformance.suite import CHECKS, ContractError, Env, check_sampler
+from sampler.conformance.suite import CHECKS, ContractError, Harness, check_sampler
 from sampler.hf import HfSampler
 from tests.tiny import make_tiny
 
@@ -53,18 +53,18 @@ _BACK_ENDS = [
 
 
 @pytest.fixture(scope="module", params=_BACK_ENDS)
-def env(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Env]:
+def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     make, family, tied, dtype = request.param
     if make is _make_vllm:
         pytest.importorskip("vllm")
     folder = make_tiny(tmp_path_factory.mktemp("model"), tied=tied, family=family)
-    with Env(make, folder, dtype=dtype) as env:
-        yield env
+    with Harness(make, folder, dtype=dtype) as harness:
+        yield harness
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_contract(env: Env, name: str) -> None:
-    CHECKS[name](env)
+def test_contract(harness: Harness, name: str) -> None:
+    CHECKS[name](harness)
 
 
 # -- the contract finds what breaks it ---------------------------------------------------------------------------------
@@ -613,8 +613,8 @@ _IN_ORDER = (KeepsHead, ShiftedLogprobs, IgnoresAdapter)
 
 @pytest.mark.parametrize(("make", "check"), _WRONG, ids=lambda value: getattr(value, "__name__", value))
 def test_contract_finds(make: Callable[[SamplerSetup], Sampler], check: str, tiny: Path) -> None:
-    with pytest.raises(ContractError) as caught, Env(make, tiny) as env:
-        check_sampler(make, tiny) if make in _IN_ORDER else CHECKS[check](env)
+    with pytest.raises(ContractError) as caught, Harness(make, tiny) as harness:
+        check_sampler(make, tiny) if make in _IN_ORDER else CHECKS[check](harness)
     assert caught.value.check == check, str(caught.value)
     assert "expected" in str(caught.value)
     assert "got" in str(caught.value)
@@ -639,22 +639,25 @@ class ReportsInTheWrongPlace(HfSampler):
 
 
 def test_groups_reported_otherwise_than_answered_are_found(tiny: Path) -> None:
-    with Env(ReportsInTheWrongPlace, tiny) as env, pytest.raises(ContractError, match="reported as it is answered"):
-        CHECKS["groups"](env)
+    with (
+        Harness(ReportsInTheWrongPlace, tiny) as harness,
+        pytest.raises(ContractError, match="reported as it is answered"),
+    ):
+        CHECKS["groups"](harness)
 
 
-def test_vllm_reports_a_group_before_the_others_are_written(env: Env) -> None:
+def test_vllm_reports_a_group_before_the_others_are_written(harness: Harness) -> None:
     """The first prompt's completions take every place in the engine, so that the second's can only end later."""
-    if not hasattr(env.sampler, "pump"):
+    if not hasattr(harness.sampler, "pump"):
         pytest.skip("writes inside generate")
-    prompts = [env.prompt("a word"), env.prompt("and another")]
-    future = env.sampler.generate(prompts, SamplingParams(n=env.setup.max_sequences, max_tokens=6))
+    prompts = [harness.prompt("a word"), harness.prompt("and another")]
+    future = harness.sampler.generate(prompts, SamplingParams(n=harness.setup.max_sequences, max_tokens=6))
     assert isinstance(future, GroupsFuture)
     steps: list[int] = []
     reported: list[tuple[int, Group, int]] = []
     future.on_group(lambda index, group: reported.append((index, group, len(steps))))
     while not future.done():
-        steps.append(env.sampler.pump())
+        steps.append(harness.sampler.pump())
     assert [index for index, _, _ in reported] == [0, 1]
     assert reported[0][2] < reported[1][2]
     assert all(group is future.result()[index] for index, group, _ in reported)

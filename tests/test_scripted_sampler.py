@@ -12,7 +12,7 @@ import torch
 from common.errors import RunFailure, UserError
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.weights.handles import fingerprint
-from sampler.conformance.reference import Lora, Truth, lend, perturbed
+from sampler.conformance.reference import Lora, ReferenceModel, handle_of, perturbed
 from sampler.scripted import ScriptedSampler
 from tests.tiny import make_tiny
 
@@ -64,8 +64,8 @@ def test_tokens_of_the_folder(folder: Path) -> None:
     sampler = ScriptedSampler(_setup(folder), {"a": ["five 日"]}, logprobs="model")
     one = sampler.generate([A], SamplingParams(temperature=0.7, max_tokens=20)).result()[0].completions[0]
     assert (one.text, one.token_ids[-1], one.finish_reason) == ("five 日", 3, "stop")
-    truth = Truth(str(folder))
-    logits_TV = truth.logits(dict(truth.weights()), A.token_ids + one.token_ids)[0] / 0.7
+    reference = ReferenceModel(str(folder))
+    logits_TV = reference.logits(dict(reference.weights()), A.token_ids + one.token_ids)[0] / 0.7
     right = [logits_TV.log_softmax(-1)[2 + place, token].item() for place, token in enumerate(one.token_ids)]
     assert one.logprobs == pytest.approx(right, abs=1e-4)
     given = ScriptedSampler(_setup(folder), logprobs=lambda prompt, ids: [-float(token) for token in ids])
@@ -90,7 +90,7 @@ def test_books_are_kept() -> None:
     params = SamplingParams(n=2)
     weights = {"w": torch.ones(3)}
     before = sampler.generate([A], params)
-    sent = sampler.load_weights(lend(weights), 5)
+    sent = sampler.load_weights(handle_of(weights), 5)
     weights["w"].zero_()
     after = sampler.generate([B], params)
     sampler.sleep()
@@ -128,31 +128,31 @@ def test_refusals() -> None:
 def test_faults_in_whole_weights(fault: Any, tied: bool, tmp_path: Path) -> None:
     """What each fault leaves right (the version, the fingerprint) and what it leaves wrong (what is computed)."""
     folder = make_tiny(tmp_path, tied=tied)
-    sampler, truth = ScriptedSampler(_setup(folder), fault=fault), Truth(str(folder))
-    old = dict(truth.weights())
+    sampler, reference = ScriptedSampler(_setup(folder), fault=fault), ReferenceModel(str(folder))
+    old = dict(reference.weights())
     old = {name: tensor.clone() for name, tensor in old.items()}
     new = perturbed(old, seed=1)
     ids = tuple(range(30, 50))
-    assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(old, ids), abs=1e-4)
-    arrived = sampler.load_weights(lend(new), 1)
+    assert sampler.logprobs([ids])[0] == pytest.approx(reference.logprobs(old, ids), abs=1e-4)
+    arrived = sampler.load_weights(handle_of(new), 1)
     assert sampler.version == 1
     assert (arrived == fingerprint(iter(new.items()))) is (fault != "corrupt")
     got = sampler.logprobs([ids])[0]
     if fault == "corrupt":  # one number of many: these tokens may not show it, so the fingerprint must
         return
-    assert (got == pytest.approx(truth.logprobs(new, ids), abs=1e-4)) is (fault is None)
-    assert (got == pytest.approx(truth.logprobs(old, ids), abs=1e-4)) is (fault == "stale")
+    assert (got == pytest.approx(reference.logprobs(new, ids), abs=1e-4)) is (fault is None)
+    assert (got == pytest.approx(reference.logprobs(old, ids), abs=1e-4)) is (fault == "stale")
 
 
 def test_an_adapter_that_is_not_served(folder: Path) -> None:
-    truth = Truth(str(folder))
-    base = {name: tensor.clone() for name, tensor in truth.weights()}
-    lora = Lora.on(truth, str(folder))
+    reference = ReferenceModel(str(folder))
+    base = {name: tensor.clone() for name, tensor in reference.weights()}
+    lora = Lora.on(reference, str(folder))
     adapter, ids = lora.tensors(seed=1), tuple(range(30, 50))
     setup = _setup(folder, adapter=AdapterSpec(lora.rank, lora.config))
     for fault, served in ((None, lora.merged(base, adapter)), ("ignore_adapter", base)):
         sampler = ScriptedSampler(setup, fault=fault)  # type: ignore[arg-type]
-        assert sampler.load_weights(lend(adapter, "adapter", lora.config), 1) == fingerprint(
+        assert sampler.load_weights(handle_of(adapter, "adapter", lora.config), 1) == fingerprint(
             iter(adapter.items()), lora.config
         )
-        assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(served, ids), abs=1e-3)
+        assert sampler.logprobs([ids])[0] == pytest.approx(reference.logprobs(served, ids), abs=1e-3)

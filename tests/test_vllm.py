@@ -20,7 +20,7 @@ from common.weights.handles import FolderWeights
 from learner.model import adapters
 from learner.torch_learner import TorchLearner
 from learner.weight_sync import SyncError, WeightSync, probe_of
-from sampler.conformance.reference import Truth, lend, perturbed
+from sampler.conformance.reference import ReferenceModel, handle_of, perturbed
 from sampler.engine.arguments import CPU_BLOCK, cache_bytes, cache_bytes_per_token, engine_arguments
 from sampler.engine.cpu_patches import chosen_logprobs
 from sampler.engine.sampling import part_seed, prompt_seed
@@ -178,16 +178,16 @@ PROMPTS = [Prompt(f"p{index}", (), token_ids=tuple(range(20 + index, 70 + 9 * in
 def serve(folder, closing, **changes):
     sampler = VllmSampler(SamplerSetup(str(folder), "float32", 192, 16, **changes))
     closing(sampler)
-    truth = Truth(str(folder))
-    return sampler, truth, {name: tensor.clone() for name, tensor in truth.weights()}
+    reference = ReferenceModel(str(folder))
+    return sampler, reference, {name: tensor.clone() for name, tensor in reference.weights()}
 
 
 def versions_of(completion):
     return completion.token_versions or (completion.policy_version,) * len(completion.token_ids)
 
 
-def off_by(truth, weights, groups):
-    """The largest |log-prob - truth|, each token's under the weights of its version."""
+def off_by(reference, weights, groups):
+    """The largest |log-prob - reference|, each token's under the weights of its version."""
     worst = 0.0
     for group in groups:
         start = len(group.prompt.token_ids) - 1
@@ -196,7 +196,7 @@ def off_by(truth, weights, groups):
             assert len(versions) == len(token_ids) == len(completion.logprobs) > 0
             assert completion.policy_version == min(versions)
             for version in set(versions):
-                right = truth.logprobs(weights[version], group.prompt.token_ids + token_ids)[start:]
+                right = reference.logprobs(weights[version], group.prompt.token_ids + token_ids)[start:]
                 rows = zip(versions, completion.logprobs, right, strict=True)
                 worst = max([worst, *(abs(got - wanted) for number, got, wanted in rows if number == version)])
     return worst
@@ -287,7 +287,7 @@ def test_sequences_put_off_for_want_of_cache_are_written_as_well(folder, closing
 def test_requests_are_in_flight_together(folder, closing):
     """A short one overtakes a long one; log-probs and new weights between them disturb neither. A prefix cache that is
     in use is not taken for an empty one: vLLM answers its reset with False, and keeps it."""
-    sampler, truth, base = serve(folder, closing)
+    sampler, reference, base = serve(folder, closing)
     new = perturbed(base, seed=1)
     assert not sampler.pump()
     long = sampler.generate(PROMPTS[:2], SamplingParams(n=3, max_tokens=60, seed=1))
@@ -302,35 +302,35 @@ def test_requests_are_in_flight_together(folder, closing):
     assert [group.prompt for group in short.result(timeout=60)] == PROMPTS[1:]
     assert not long.done()
     ids = PROMPTS[0].token_ids
-    assert sampler.logprobs([ids, ids[:9]])[1] == pytest.approx(truth.logprobs(base, ids[:9]), abs=1e-4)
+    assert sampler.logprobs([ids, ids[:9]])[1] == pytest.approx(reference.logprobs(base, ids[:9]), abs=1e-4)
     assert not long.done()
-    sampler.load_weights(lend(new), 1)
+    sampler.load_weights(handle_of(new), 1)
     assert long.done()
     assert not sampler.pump()
-    assert off_by(truth, {0: base}, long.result()) < 1e-3
+    assert off_by(reference, {0: base}, long.result()) < 1e-3
     assert {completion.policy_version for group in long.result() for completion in group.completions} == {0}
-    assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(new, ids), abs=1e-4)
+    assert sampler.logprobs([ids])[0] == pytest.approx(reference.logprobs(new, ids), abs=1e-4)
 
 
 def test_weights_swapped_in_flight(folder, closing):
     """What was written stays as it is; what follows is by the new weights alone, which also read all before it."""
-    sampler, truth, base = serve(folder, closing, in_flight_updates=True)
+    sampler, reference, base = serve(folder, closing, in_flight_updates=True)
     weights = {0: base, 4: perturbed(base, seed=1), 5: perturbed(base, seed=2)}
     first = sampler.generate(PROMPTS, SamplingParams(n=3, max_tokens=60, seed=1))
     for _ in range(10):
         sampler.pump()
-    sampler.load_weights(lend(weights[4]), 4)
+    sampler.load_weights(handle_of(weights[4]), 4)
     second = sampler.generate(PROMPTS[:1], SamplingParams(n=3, max_tokens=30, seed=2))  # its beginning was cached
     ids = PROMPTS[1].token_ids
-    assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(weights[4], ids), abs=1e-4)
+    assert sampler.logprobs([ids])[0] == pytest.approx(reference.logprobs(weights[4], ids), abs=1e-4)
     for _ in range(10):
         sampler.pump()
     assert not first.done()
     assert not second.done()
-    sampler.load_weights(lend(weights[5]), 5)
+    sampler.load_weights(handle_of(weights[5]), 5)
     third = sampler.generate(PROMPTS, SamplingParams(max_tokens=3))
     answers = [future.result(timeout=60) for future in (first, second, third)]
-    assert max(off_by(truth, weights, groups) for groups in answers) < 1e-3
+    assert max(off_by(reference, weights, groups) for groups in answers) < 1e-3
     seen = [{versions_of(completion) for group in groups for completion in group.completions} for groups in answers]
     assert all(list(versions) == sorted(versions) for kinds in seen for versions in kinds)
     assert any(set(versions) == {0, 4, 5} and versions[:11] == (0,) * 10 + (4,) for versions in seen[0])
@@ -351,7 +351,7 @@ def lose_model(worker):
 
 def test_failures_reach_every_request_in_flight(folder, closing):
     """A transfer cut off half-way, which the next one fixes; a step that fails, which nothing fixes; closing."""
-    sampler, truth, base = serve(folder, closing, in_flight_updates=True)
+    sampler, reference, base = serve(folder, closing, in_flight_updates=True)
     params = SamplingParams(n=2, max_tokens=30, seed=1)
     ids = PROMPTS[0].token_ids
 
@@ -372,8 +372,8 @@ def test_failures_reach_every_request_in_flight(folder, closing):
         with pytest.raises(RunFailure, match="left with a part of the weights of version 7"):
             call()
     new = perturbed(base, seed=2)
-    sampler.load_weights(lend(new), 8)
-    assert off_by(truth, {8: new}, sampler.generate(PROMPTS, params).result(timeout=60)) < 1e-3
+    sampler.load_weights(handle_of(new), 8)
+    assert off_by(reference, {8: new}, sampler.generate(PROMPTS, params).result(timeout=60)) < 1e-3
 
     work = sampler.generate(PROMPTS, params), sampler.generate(PROMPTS[:1], params)
     sampler.pump()
@@ -383,7 +383,7 @@ def test_failures_reach_every_request_in_flight(folder, closing):
         with pytest.raises(RunFailure, match=r"the vLLM sampler failed while writing: .*NoneType"):
             future.result(timeout=60)
     with pytest.raises(RunFailure, match="failed while writing"):
-        sampler.load_weights(lend(base), 9)
+        sampler.load_weights(handle_of(base), 9)
 
 
 def test_closing_ends_requests_in_flight(folder, closing):
@@ -402,17 +402,17 @@ def test_closing_ends_requests_in_flight(folder, closing):
 @pytest.mark.full
 def test_two_devices(folder, closing):
     """Shards in two processes: weights (a tied head too) and seeds reach both, and the death of one is reported."""
-    sampler, truth, base = serve(folder, closing, tensor_parallel=2)
+    sampler, reference, base = serve(folder, closing, tensor_parallel=2)
     new = perturbed(base, seed=1)
     params = SamplingParams(n=3, max_tokens=20, seed=3)
     for version, tensors in ((0, base), (1, new)):
         if version:
-            sampler.load_weights(lend(tensors), version)
+            sampler.load_weights(handle_of(tensors), version)
         first, again = (sampler.generate(PROMPTS, params).result(timeout=120) for _ in range(2))
         assert first == again
-        assert off_by(truth, {version: tensors}, first) < 1e-3
+        assert off_by(reference, {version: tensors}, first) < 1e-3
     ids = PROMPTS[2].token_ids
-    assert sampler.logprobs([ids])[0] == pytest.approx(truth.logprobs(new, ids), abs=1e-4)
+    assert sampler.logprobs([ids])[0] == pytest.approx(reference.logprobs(new, ids), abs=1e-4)
     future = sampler.generate(PROMPTS, params)
     sampler.pump()
     workers = [process for process in active_children() if process.name.startswith("VllmWorker")]

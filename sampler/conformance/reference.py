@@ -1,4 +1,4 @@
-"""The slow truth that samplers are held to, and weights under which a model's answer is known beforehand.
+"""The slow reference that samplers are held to, and weights under which a model's answer is known beforehand.
 
 A float32 forward through transformers on the CPU, one sequence at a time; weights changed in every tensor; weights that
 make the model write given tokens; a LoRA adapter and the same thing merged by hand. Used by
@@ -22,7 +22,7 @@ from sampler.hf import load_model
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 
 
-class Truth:
+class ReferenceModel:
     """The model in float32 on the CPU, one sequence at a time: slow, and nothing to get wrong."""
 
     def __init__(self, folder: str) -> None:
@@ -60,7 +60,7 @@ class Truth:
         return [logprobs_TV[place, token].item() for place, token in enumerate(token_ids[1:])]
 
 
-def lend(
+def handle_of(
     tensors: Tensors, kind: Literal["full", "adapter"] = "full", adapter_config: Mapping[str, Any] | None = None
 ) -> InProcessWeights:
     """These tensors as a ``WeightHandle`` in this process."""
@@ -79,7 +79,7 @@ def perturbed(base: Tensors, seed: int) -> dict[str, torch.Tensor]:
 
 
 def forced(
-    truth: Truth, base: Tensors, prompt_ids: Sequence[int], token_ids: Sequence[int], margin: float = 30.0
+    reference: ReferenceModel, base: Tensors, prompt_ids: Sequence[int], token_ids: Sequence[int], margin: float = 30.0
 ) -> dict[str, torch.Tensor]:
     """Weights under which the model writes just these tokens after this prompt, at any temperature up to 1.
 
@@ -88,13 +88,13 @@ def forced(
     what the model reads, but only after the token was written: taken one at a time, the earlier places stand.
     The tokens must differ from each other and, where tied, from the prompt's; ``ValueError`` if it cannot be done.
     """
-    repeated = sorted(set(token_ids) & set(prompt_ids)) if truth.is_tied else []
+    repeated = sorted(set(token_ids) & set(prompt_ids)) if reference.is_tied else []
     if repeated or len(set(token_ids)) < len(token_ids):
         raise ValueError(f"cannot force {tuple(token_ids)}: repeated tokens {repeated} (choose another text or model)")
-    tensors = {**base, truth.head_name: base[truth.head_name].clone()}
+    tensors = {**base, reference.head_name: base[reference.head_name].clone()}
     ids, start = list(prompt_ids), len(prompt_ids) - 1
     for token in token_ids:
-        logits_TV, hidden_TD = truth.logits(tensors, ids)
+        logits_TV, hidden_TD = reference.logits(tensors, ids)
         logits_KV, hidden_KD = logits_TV[start:], hidden_TD[start:]
         mine_K = logits_KV[:, token].clone()
         logits_KV[:, token] = -torch.inf
@@ -102,11 +102,11 @@ def forced(
         wanted_K = torch.minimum(mine_K, best_K - margin)
         wanted_K[-1] = best_K[-1] + margin
         step_D = torch.linalg.lstsq(hidden_KD.double(), (wanted_K - mine_K).double()[:, None], driver="gelsd").solution
-        head_VD = tensors[truth.head_name].clone()
+        head_VD = tensors[reference.head_name].clone()
         head_VD[token] += step_D[:, 0].to(head_VD.dtype)
-        tensors = {**tensors, truth.head_name: head_VD}
+        tensors = {**tensors, reference.head_name: head_VD}
         ids.append(token)
-    chosen_KV = truth.logits(tensors, ids)[0][start:-1].softmax(-1)
+    chosen_KV = reference.logits(tensors, ids)[0][start:-1].softmax(-1)
     sure = chosen_KV.gather(-1, torch.tensor(token_ids)[:, None]).min().item()
     if sure < 0.9999:
         raise ValueError(f"cannot force {tuple(token_ids)}: one has probability {sure:.4f} (choose another model)")
@@ -114,15 +114,15 @@ def forced(
 
 
 def frequent(
-    truth: Truth, base: Tensors, token: int, token_ids: Sequence[int], probability: float
+    reference: ReferenceModel, base: Tensors, token: int, token_ids: Sequence[int], probability: float
 ) -> dict[str, torch.Tensor]:
     """Weights under which ``token`` has roughly this probability everywhere, fitted on a text that lacks it."""
-    logits_TV, hidden_TD = truth.logits(base, token_ids)
+    logits_TV, hidden_TD = reference.logits(base, token_ids)
     wanted_T = logits_TV.logsumexp(-1) + torch.tensor(probability).logit()
     step_D = torch.linalg.lstsq(hidden_TD.double(), (wanted_T - logits_TV[:, token]).double()[:, None]).solution
-    head_VD = base[truth.head_name].clone()
+    head_VD = base[reference.head_name].clone()
     head_VD[token] += step_D[:, 0].to(head_VD.dtype)
-    return {**base, truth.head_name: head_VD}
+    return {**base, reference.head_name: head_VD}
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,11 @@ class Lora:
     scale: float
 
     @classmethod
-    def on(cls, truth: Truth, folder: str, rank: int = 4, scale: float = 2.0) -> Lora:
-        head = truth.model.get_output_embeddings()
+    def on(cls, reference: ReferenceModel, folder: str, rank: int = 4, scale: float = 2.0) -> Lora:
+        head = reference.model.get_output_embeddings()
         layers = {
             name: layer
-            for name, layer in truth.model.named_modules()
+            for name, layer in reference.model.named_modules()
             if isinstance(layer, nn.Linear) and layer is not head
         }
         config = {

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from common.types import SamplerSetup, SamplingParams
-from sampler.conformance.reference import Truth, lend, perturbed
-from sampler.conformance.suite import CHECKS, ContractError, Env
+from sampler.conformance.reference import ReferenceModel, handle_of, perturbed
+from sampler.conformance.suite import CHECKS, ContractError, Harness
 from tests.gpu import grpo
 from tests.gpu.place import GIB, device, folder_of
 from tests.gpu.runner import Report, Skip
@@ -31,7 +31,7 @@ SYNCED = ("fingerprint", "logprobs", "weights", "output_head", "seed", "sleep_wa
 def _contract(report: Report, make: Any, names: Sequence[str], dtype: str, where: str) -> None:
     """Every check of the contract, going on after one that fails."""
     wrong = []
-    with folder_of() as folder, Env(make, folder, dtype=dtype, device=where) as env:
+    with folder_of() as folder, Harness(make, folder, dtype=dtype, device=where) as env:
         for name in names:
             started = time.perf_counter()
             try:
@@ -86,7 +86,7 @@ def _dtype(where: str) -> str:
 
 
 def vllm_engine(report: Report) -> None:
-    """It starts; which runner, scheduling and attention it chose; its log-probs are the truth's; tokens a second."""
+    """Starts; notes runner, scheduling, attention and tokens a second; its log-probs are the reference's."""
     where = device()
     with folder_of() as folder:
         started = time.perf_counter()
@@ -101,7 +101,7 @@ def vllm_engine(report: Report) -> None:
                 graphs=str(engine.compilation_config.cudagraph_mode),
                 cache_blocks=engine.cache_config.num_gpu_blocks,
             )  # fmt: skip
-            env = Env(lambda setup: sampler, folder, _dtype(where), where)
+            env = Harness(lambda setup: sampler, folder, _dtype(where), where)
             prompts = [env.prompt("Which is larger, 17 or 9?", name=f"p{number}") for number in range(8)]
             params = SamplingParams(n=8, max_tokens=100, seed=1)
             sampler.generate(prompts, params).result()
@@ -109,7 +109,7 @@ def vllm_engine(report: Report) -> None:
             groups = sampler.generate(prompts, params).result()
             tokens = sum(len(one.token_ids) for group in groups for one in group.completions)
             report.note(tokens_per_s=tokens / (time.perf_counter() - started))
-            off = _off_by(env.truth, {0: env.base}, groups)
+            off = _off_by(env.reference, {0: env.base}, groups)
             report.note(logprob_diff_mean=off, allowed=env.tolerance)
             assert off < env.tolerance, f"log-probs are {off:.3g} nats off on average"
     if where != "cpu":
@@ -128,15 +128,15 @@ def _runner_of(worker: Any) -> str:
     return f"{kind.__module__}.{kind.__name__}, attention {', '.join(sorted(backends)) or 'unknown'}"
 
 
-def _off_by(truth: Truth, weights: dict[int, Any], groups: Sequence[Any]) -> float:
-    """Mean |sampler - truth| log-prob, each token under the weights whose version it carries."""
+def _off_by(reference: ReferenceModel, weights: dict[int, Any], groups: Sequence[Any]) -> float:
+    """Mean |sampler - reference| log-prob, each token under the weights whose version it carries."""
     off = []
     for group in groups:
         for one in group.completions:
             versions = one.token_versions or (one.policy_version,) * len(one.token_ids)
             ids, first = group.prompt.token_ids + one.token_ids, len(group.prompt.token_ids) - 1
             for version in set(versions):
-                expected = truth.logprobs(weights[version], ids)[first:]
+                expected = reference.logprobs(weights[version], ids)[first:]
                 off += [
                     abs(mine - right)
                     for mine, right, by in zip(one.logprobs, expected, versions, strict=True)
@@ -162,7 +162,7 @@ def vllm_sleep(report: Report) -> None:
     """What a sleeping engine gives back, three times over, and that it serves the same afterwards."""
     where = device()
     with folder_of() as folder, _engine(folder, "bfloat16", where, gpu_memory_utilization=0.3) as sampler:
-        env = Env(lambda setup: sampler, folder, "bfloat16", where)
+        env = Harness(lambda setup: sampler, folder, "bfloat16", where)
         ids = env.long_prompt(60).token_ids
         before = sampler.logprobs([ids])[0]
         free = torch.cuda.mem_get_info()[0]
@@ -172,7 +172,7 @@ def vllm_sleep(report: Report) -> None:
             asleep = torch.cuda.mem_get_info()[0]
             slept = time.perf_counter()
             sampler.wake("weights")
-            sampler.load_weights(lend(env.base), round_ + 1)
+            sampler.load_weights(handle_of(env.base), round_ + 1)
             sampler.wake("cache")
             woken = time.perf_counter()
             report.note(
@@ -191,7 +191,7 @@ def vllm_in_flight(report: Report) -> None:
     """Weights swapped under requests in flight: each token by the weights whose version it carries."""
     where = device()
     with folder_of() as folder, _engine(folder, "bfloat16", where, {"in_flight_updates": True}) as sampler:
-        env = Env(lambda setup: sampler, folder, "bfloat16", where)
+        env = Harness(lambda setup: sampler, folder, "bfloat16", where)
         weights = {0: env.base, 4: perturbed(env.base, seed=1), 5: perturbed(env.base, seed=2)}
         prompts = [env.prompt("3 7 1 9 4", "a"), env.prompt("Which is larger?", "b")]
         asked = sampler.generate(prompts, SamplingParams(n=8, max_tokens=90, seed=1))
@@ -199,10 +199,10 @@ def vllm_in_flight(report: Report) -> None:
             for _ in range(20):
                 sampler.pump()
             assert not asked.done(), "the request was over before the weights were swapped"
-            sampler.load_weights(lend(weights[version]), version)
+            sampler.load_weights(handle_of(weights[version]), version)
         groups = asked.result(timeout=120)
         kinds = {one.token_versions for group in groups for one in group.completions}
-        report.note(versions=len(kinds), logprob_diff_mean=(off := _off_by(env.truth, weights, groups)))
+        report.note(versions=len(kinds), logprob_diff_mean=(off := _off_by(env.reference, weights, groups)))
         assert all(list(versions) == sorted(versions) for versions in kinds)
         assert any(set(versions) == {0, 4, 5} for versions in kinds), kinds
         assert off < env.tolerance, f"log-probs are {off:.3g} nats off on average"
