@@ -1,5 +1,4 @@
-"""``nanogrpo doctor``: the checks of this machine (``doctor.py``), and with ``--cluster`` those of every node of a Ray
-cluster (``cluster.py``), shown with what to do."""
+"""``nanogrpo doctor``: the checks of this machine, and with ``--cluster`` those of every node of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -18,30 +17,23 @@ _JOIN_S = 120  # seconds that joining a cluster may take, a private one's start 
 def diagnose(console: Console, cluster: bool, address: str, folder: str = "") -> bool:
     """Prints one line a check, then what to do; False when anything is wrong.
 
-    ``cluster`` looks at every node of the Ray cluster at ``address`` (as ``cluster.address``) too. ``folder`` is a run
-    folder that all nodes must see; empty checks the current folder's disk only. Leaves the cluster at the end.
+    ``cluster`` looks at every node of the Ray cluster at ``address`` (as ``cluster.address``) too, and leaves it at the
+    end. ``folder`` is a run folder that all nodes must see; empty checks the current folder's disk only.
     """
     right = show(console, "this machine", this_machine(folder, needs_token=cluster and address != "private"))
-    if cluster:
-        for title, findings in _cluster(address, folder):
-            right = show(console, title, findings) and right
+    for title, findings in _cluster(address, folder) if cluster else ():
+        right = show(console, title, findings) and right
     return right
 
 
 def _cluster(address: str, folder: str) -> Iterator[tuple[str, list[Finding]]]:
-    if trouble := connection.knock(address):  # Ray itself would go on trying for minutes
-        cure = "start the head (ray start --head) and give its address and port; a firewall must let them through"
-        yield "cluster", [Finding("connection", f"{address}: {trouble}", "wrong", cure)]
-        return
     try:
         with bounded("cluster", "taking this process in", _JOIN_S):
-            connection.connect(
-                address
-            )  # before deploy.doctor.cluster imports Ray, which is told here what to listen on
+            connection.connect(address)
     except UserError as error:
         yield "cluster", [Finding("connection", address, "wrong", str(error))]
         return
-    import ray
+    import ray  # only now: it is told above what to listen on
 
     from deploy.doctor.cluster import look
 

@@ -1,11 +1,8 @@
-"""What stands in the way of a run: this machine's software, memory, ports and token, and the nodes of a Ray cluster.
+"""What stands in the way of a run on this machine: software, devices, memory, disk, ports and token.
 
-Every check is a plain function that returns a ``Finding``; whatever is not ``ok`` says in one sentence what to do. The
-checks of this file look at one machine and need no Ray; ``deploy/doctor/cluster.py`` runs them on every node of a
-cluster and adds what only several nodes can get wrong. Every wait is bounded.
-
-Left out: whether a particular run fits (``nanogrpo train --dry-run``), and the hub, which a run may not need.
-Used by ``nanogrpo doctor``.
+Each check is a plain function that returns a ``Finding``; whatever is not ``ok`` says in one sentence what to do. No
+check needs Ray: ``deploy/doctor/cluster.py`` runs them on every node of a cluster. Left out: whether a particular run
+fits (``nanogrpo train --dry-run``), and the hub, which a run may not need.
 """
 
 from __future__ import annotations
@@ -16,12 +13,12 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
-import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,8 +35,10 @@ from common.errors import UserError
 from common.rewards import sandbox
 
 PACKAGES = ("torch", "transformers", "vllm", "ray", "peft", "nanogrpo")
-RAY_PORTS = {6379: "cluster", 8265: "dashboard and jobs", 10001: "client"}
+RAY_PORTS = (6379, 8265, 10001)
+"""Of the cluster, of the dashboard and jobs, and of clients, where Ray is not told otherwise."""
 GIB = 2**30
+Verdict = Literal["ok", "warn", "wrong"]
 _STYLE = {"ok": "green", "warn": "yellow", "wrong": "bold red"}
 _IMPORT_S = 120  # seconds that importing a package may take, on a slow disk
 
@@ -50,12 +49,20 @@ class Finding:
 
     what: str
     found: str
-    verdict: Literal["ok", "warn", "wrong"] = "ok"
+    verdict: Verdict = "ok"
     """warn: a run may work, slowly or unsafely; wrong: it will not."""
     cure: str = ""
 
     def __post_init__(self) -> None:
         assert bool(self.cure) == (self.verdict != "ok"), self
+
+
+def judged(what: str, found: str, *faults: tuple[object, Verdict, str]) -> Finding:
+    """The finding by the first fault (whether it is there, how bad it is, its cure) that is there; else ok."""
+    for there, verdict, cure in faults:
+        if there:
+            return Finding(what, found, verdict, cure)
+    return Finding(what, found)
 
 
 def show(console: Console, title: str, findings: Sequence[Finding]) -> bool:
@@ -73,68 +80,55 @@ def show(console: Console, title: str, findings: Sequence[Finding]) -> bool:
 
 
 def this_machine(folder: str = "", needs_token: bool = False) -> list[Finding]:
-    """Every check of the machine and the Python that this runs on."""
-    runs = Path(folder or ".").expanduser()
-    caches = Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()
+    """Every check of the machine and the Python that this runs on. ``folder``: where runs are to lie."""
+    installed = versions()
     return [
-        software(versions()),
-        vllm_fits(versions()),
+        software(installed),
+        vllm_fits(installed, _requirements("vllm")),
         *broken_companions(),
         *vllm_libraries(),
         devices(),
         cores(),
         memory(),
         shared_memory(),
-        disk("disk for runs", runs),
-        disk("disk for models", caches),
+        disk("disk for runs", Path(folder or ".").expanduser()),
+        disk("disk for models", Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()),
         walls(),
         loopback(),
-        *(port(number, use) for number, use in RAY_PORTS.items()),
+        ports(),
         token(needs_token),
     ]
 
 
 def versions() -> dict[str, str]:
     """Python's version and that of each of ``PACKAGES``, empty where it is not installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        distribution = _distribution(name)
-        found[name] = distribution.version if distribution else ""
-    return found
+    installed = {name: _distribution(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: it.version if it else "" for name, it in installed.items()}
 
 
-def software(found: dict[str, str]) -> Finding:
+def software(installed: Mapping[str, str]) -> Finding:
     """Whether everything that a run needs is installed; a run without vLLM or Ray may still be wanted."""
-    text = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
-    major, minor = (int(part) for part in found["python"].split(".")[:2])
-    if not (3, 11) <= (major, minor) < (3, 14):
-        return Finding("software", text, "wrong", "use Python 3.11, 3.12 or 3.13")
-    missing = [name for name in ("torch", "transformers", "peft") if not found[name]]
-    if missing:
-        return Finding("software", text, "wrong", f"install {', '.join(missing)}: make setup, or pip install '.[cpu]'")
-    absent = [name for name in ("vllm", "ray") if not found[name]]
-    if absent:
-        cure = (
-            f"for {' and '.join(absent)} run make setup, or pip install '.[cpu,all,ray]' ('.[gpu,all,ray]' with a GPU)"
-        )
-        return Finding("software", text, "warn", cure)
-    return Finding("software", text)
+    missing = [name for name, version in installed.items() if not version]
+    needed = ", ".join(name for name in missing if name in ("torch", "transformers", "peft"))
+    optional = " and ".join(name for name in missing if name in ("vllm", "ray"))
+    return judged(
+        "software",
+        ", ".join(f"{name} {version or 'missing'}" for name, version in installed.items()),
+        (installed["python"].split(".")[1] not in ("11", "12", "13"), "wrong", "use Python 3.11, 3.12 or 3.13"),
+        (needed, "wrong", f"install {needed}: make setup, or pip install '.[cpu]'"),
+        (optional, "warn",
+         f"for {optional} run make setup, or pip install '.[cpu,all,ray]' ('.[gpu,all,ray]' with a GPU)"),
+    )  # fmt: skip
 
 
-def vllm_fits(found: dict[str, str], wanted: Sequence[str] | None = None) -> Finding:
-    """Whether torch and transformers are the versions that vLLM was built for. ``wanted``: its requirements."""
-    distribution = _distribution("vllm")
-    if wanted is None and distribution is None:
-        return Finding("vllm's needs", "vllm is not installed")
-    lines = wanted if wanted is not None else (distribution.requires or []) if distribution else []
-    needs = [Requirement(line) for line in lines]
+def vllm_fits(installed: Mapping[str, str], requirements: Sequence[str]) -> Finding:
+    """Whether torch and transformers are the versions that vLLM was built for (its ``requirements``)."""
+    needs = [Requirement(line) for line in requirements]
     needs = [n for n in needs if n.name in ("torch", "transformers") and (not n.marker or n.marker.evaluate())]
-    text = ", ".join(f"{n.name}{n.specifier}" for n in needs) or "none named"
-    unmet = [n for n in needs if not found[n.name] or not n.specifier.contains(found[n.name], prereleases=True)]
-    if unmet:
-        cure = "install " + ", ".join(f"'{n.name}{n.specifier}' (not {found[n.name] or 'missing'})" for n in unmet)
-        return Finding("vllm's needs", text, "wrong", f"{cure}: vLLM's compiled parts fit that build alone")
-    return Finding("vllm's needs", text)
+    unmet = [n for n in needs if not n.specifier.contains(installed[n.name] or "0", prereleases=True)]
+    wanted = ", ".join(f"'{n.name}{n.specifier}' (not {installed[n.name] or 'missing'})" for n in unmet)
+    found = ", ".join(f"{n.name}{n.specifier}" for n in needs) or "none"
+    return judged("vllm's needs", found, (unmet, "wrong", f"install {wanted}: vLLM's compiled parts fit that alone"))
 
 
 def broken_companions(names: Sequence[str] = ("torchvision", "torchaudio", "torchcodec")) -> list[Finding]:
@@ -142,17 +136,12 @@ def broken_companions(names: Sequence[str] = ("torchvision", "torchaudio", "torc
     of models. Each that is installed is imported, in a process of its own."""
     findings = []
     for name in names:
-        distribution = _distribution(name)
-        if distribution is None:
-            continue
-        trouble = _import_trouble(name)
-        if trouble:
+        if distribution := _distribution(name):
+            trouble = _import_trouble(name)
             # transformers imports torchvision with every model, its kin only for sound and video.
-            verdict: Literal["warn", "wrong"] = "wrong" if name == "torchvision" else "warn"
+            verdict: Verdict = "wrong" if name == "torchvision" else "warn"
             cure = f"nothing here needs it and it does not load ({trouble}); pip uninstall -y {name}"
-            findings.append(Finding(name, distribution.version, verdict, cure))
-        else:
-            findings.append(Finding(name, distribution.version))
+            findings.append(judged(name, distribution.version, (trouble, verdict, cure)))
     return findings
 
 
@@ -174,40 +163,35 @@ def devices() -> Finding:
 
     name = device.pick("auto")
     if name == "cpu":
+        cards = "CPU"
         if not torch.__version__.endswith("+cpu"):
             cure = "this torch is a GPU build; check the driver with nvidia-smi, or install the CPU build: make setup"
             return Finding("devices", "no GPU seen", "warn", cure)
-        said = "CPU"
     else:
         module = torch.get_device_module(name)
-        cards = [module.get_device_properties(index) for index in range(module.device_count())]
-        said = ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in cards)
-    return Finding("devices", f"{said}, where model.dtype=auto is {device.quick_dtype(name)}")
+        every = [module.get_device_properties(index) for index in range(module.device_count())]
+        cards = ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in every)
+    return Finding("devices", f"{cards}, where model.dtype=auto is {device.quick_dtype(name)}")
 
 
 def cores(quota: float | None = None) -> Finding:
     """Cores that this process may use, and the container's share of them (``quota``, in cores; found by itself)."""
     count = len(os.sched_getaffinity(0))
-    share = quota if quota is not None else _cpu_quota()
-    if share is not None and share < count:
-        cure = f"set train.threads={max(1, int(share))} (or cluster.*_cpus), else more threads fight for fewer cores"
-        return Finding("cores", f"{count}, of which the container may use {share:g}", "warn", cure)
-    return Finding("cores", str(count))
+    quota = quota or _cpu_quota() or count
+    cure = f"set train.threads={max(1, int(quota))} (or cluster.*_cpus), else more threads fight for fewer cores"
+    found = f"{count}, of which the container may use {quota:g}" if quota < count else str(count)
+    return judged("cores", found, (quota < count, "warn", cure))
 
 
 def memory(need_gib: float = 4.0) -> Finding:
     """Memory in all and free (GiB), the container's limit included; the smallest model's two sides take 4 GiB."""
     machine = psutil.virtual_memory()
     total, free = machine.total / GIB, machine.available / GIB
-    limit = _read_number("/sys/fs/cgroup/memory.max")
-    if limit is not None and limit < machine.total:
-        used = _read_number("/sys/fs/cgroup/memory.current") or 0.0
-        total, free = limit / GIB, min(free, (limit - used) / GIB)
-    text = f"{total:.1f} GiB, {free:.1f} free"
-    if free < need_gib:
-        cure = f"less than {need_gib:g} GiB is free; stop what else runs here or take a larger machine"
-        return Finding("memory", text, "warn", cure)
-    return Finding("memory", text)
+    limit = _read_number("/sys/fs/cgroup/memory.max") / GIB
+    if limit < total:
+        total, free = limit, min(free, limit - _read_number("/sys/fs/cgroup/memory.current") / GIB)
+    cure = f"less than {need_gib:g} GiB is free; stop what else runs here or take a larger machine"
+    return judged("memory", f"{total:.1f} GiB, {free:.1f} free", (free < need_gib, "warn", cure))
 
 
 def shared_memory(folder: str = "/dev/shm", need_gib: float = 2.0) -> Finding:
@@ -216,17 +200,13 @@ def shared_memory(folder: str = "/dev/shm", need_gib: float = 2.0) -> Finding:
         total, _, free = (size / GIB for size in shutil.disk_usage(folder))
     except OSError as error:
         return Finding("shared memory", f"{folder}: {error.strerror}", "wrong", f"mount a tmpfs at {folder}")
-    text = f"{total:.1f} GiB, {free:.1f} free"
-    if total < need_gib:
-        cure = (
-            "too small for the weights of most models; docker run --shm-size=8g, or in Kubernetes an emptyDir of "
-            f"medium Memory at {folder}"
-        )
-        return Finding("shared memory", text, "warn", cure)
-    if free < need_gib:
-        cure = f"nearly full; remove what ended processes left in {folder} (ls -l {folder})"
-        return Finding("shared memory", text, "warn", cure)
-    return Finding("shared memory", text)
+    larger = f"docker run --shm-size=8g, or in Kubernetes an emptyDir of medium Memory at {folder}"
+    return judged(
+        "shared memory",
+        f"{total:.1f} GiB, {free:.1f} free",
+        (total < need_gib, "warn", f"too small for the weights of most models; {larger}"),
+        (free < need_gib, "warn", f"nearly full; remove what ended processes left in {folder} (ls -l {folder})"),
+    )
 
 
 def disk(what: str, folder: Path, need_gib: float = 10.0) -> Finding:
@@ -234,53 +214,41 @@ def disk(what: str, folder: Path, need_gib: float = 10.0) -> Finding:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free / GIB
-    text = f"{place}: {free:.1f} GiB free"
-    if not os.access(place, os.W_OK | os.X_OK):
-        return Finding(what, text, "wrong", f"this user may not write to {place}; give it the right or choose another")
-    if free < 1:
-        return Finding(what, text, "wrong", f"less than 1 GiB is free at {place}; make room or choose another disk")
-    if free < need_gib:
-        return Finding(what, text, "warn", f"checkpoints hold 16 bytes a weight; make more room at {place}")
-    return Finding(what, text)
+    free, writable = shutil.disk_usage(place).free / GIB, os.access(place, os.W_OK | os.X_OK)
+    return judged(
+        what,
+        f"{place}: {free:.1f} GiB free",
+        (not writable, "wrong", f"this user may not write to {place}; give it the right or choose another"),
+        (free < 1, "wrong", f"less than 1 GiB is free at {place}; make room or choose another disk"),
+        (free < need_gib, "warn", f"checkpoints hold 16 bytes a weight; make more room at {place}"),
+    )
 
 
 def walls() -> Finding:
     """Whether reward workers can be walled in, as every run does that does not set ``task.sandbox="none"``."""
     try:
-        found = sandbox.bubblewrap(TaskConfig())
+        return Finding("walls around rewards", f"bubblewrap ({sandbox.bubblewrap(TaskConfig())})")
     except UserError as error:
         return Finding("walls around rewards", "none", "warn", str(error))
-    return Finding("walls around rewards", f"bubblewrap ({found})")
 
 
 def loopback() -> Finding:
-    """Whether this machine can talk to itself over TCP."""
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            server.settimeout(5)
-            with socket.create_connection(server.getsockname(), timeout=5) as client:
-                peer, _ = server.accept()
-                with peer:
-                    peer.sendall(b"x")
-                    heard = client.recv(1)
-    except OSError as error:
-        return Finding("loopback", str(error), "wrong", "bring its interface up: ip link set lo up")
-    assert heard == b"x"
-    return Finding("loopback", "answers")
+    """Whether the interface is up by which the processes of one machine talk to one another."""
+    up = any(stats.isup for name, stats in psutil.net_if_stats().items() if name.startswith("lo"))
+    return judged("loopback", "up" if up else "down", (not up, "wrong", "bring its interface up: ip link set lo up"))
 
 
-def port(number: int, use: str) -> Finding:
-    """Whether one of Ray's usual ports is free, or who holds it. Nothing is opened to find out."""
-    what = f"port {number} ({use})"
-    holders = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == number]
-    if not holders:
-        return Finding(what, "free")
-    pid = next((holder.pid for holder in holders if holder.pid), None)
-    text = f"held by {_process(pid)} on {', '.join(sorted({holder.laddr.ip for holder in holders}))}"
-    if pid is not None and _is_ray(pid):
-        return Finding(what, text)
-    return Finding(what, text, "warn", "a Ray head started here needs it free, or another port")
+def ports(numbers: Sequence[int] = RAY_PORTS) -> Finding:
+    """Which of Ray's usual ports are held, and by whom. Nothing is opened to find out."""
+    held = {
+        connection.laddr.port: f"{_process(connection.pid)} on {connection.laddr.ip}"
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in numbers
+    }
+    found = ", ".join(f"{number} held by {process}" for number, process in sorted(held.items())) or "free"
+    foreign = any(not process.startswith("ray ") for process in held.values())
+    cure = "end that, or give a Ray head started here other ports (ray start --help)"
+    return judged(f"ports {', '.join(map(str, numbers))}", found, (foreign, "warn", cure))
 
 
 def token(needed: bool = True) -> Finding:
@@ -288,19 +256,18 @@ def token(needed: bool = True) -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE", "")
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     source = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(file) if file.is_file() else ""
-    text = f"RAY_AUTH_MODE={mode or '(not set)'}, token {f'in {source}' if source else 'not found'}"
-    if mode == "disabled":
-        cure = "without it anyone who reaches this cluster runs code on it; export RAY_AUTH_MODE=token everywhere"
-        return Finding("Ray token", text, "warn", cure)
-    if mode == "token" and not source:
-        cure = "(umask 077; ray get-auth-token --generate) on one machine, and the same file on all the others"
-        return Finding("Ray token", text, "wrong" if needed else "warn", cure)
-    if source == str(file) and stat.S_IMODE(file.stat().st_mode) & 0o077:
-        return Finding("Ray token", f"{text}, which others may read", "warn", f"chmod 600 {file}")
-    if needed and mode != "token":
-        cure = "export RAY_AUTH_MODE=token before every ray start and every nanogrpo, on every machine"
-        return Finding("Ray token", text, "warn", cure)
-    return Finding("Ray token", text)
+    readable = source == str(file) and stat.S_IMODE(file.stat().st_mode) & 0o077
+    return judged(
+        "Ray token",
+        f"RAY_AUTH_MODE={mode or '(not set)'}, token {f'in {source}' if source else 'not found'}",
+        (mode == "disabled", "warn",
+         "without it anyone who reaches this cluster runs code on it; export RAY_AUTH_MODE=token everywhere"),
+        (mode == "token" and not source, "wrong" if needed else "warn",
+         "(umask 077; ray get-auth-token --generate) on one machine, and the same file on all the others"),
+        (readable, "warn", f"others may read it: chmod 600 {file}"),
+        (needed and mode != "token", "warn",
+         "export RAY_AUTH_MODE=token before every ray start and every nanogrpo, on every machine"),
+    )  # fmt: skip
 
 
 def source_checksum() -> str:
@@ -322,12 +289,16 @@ def _distribution(name: str) -> importlib.metadata.Distribution | None:
     return None
 
 
+def _requirements(name: str) -> list[str]:
+    distribution = _distribution(name)
+    return (distribution.requires or []) if distribution else []
+
+
 def _import_trouble(name: str) -> str:
     """Why a package does not import, in a few words; empty when it does."""
+    command = [sys.executable, "-c", f"import {name}"]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=_IMPORT_S, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_S, check=False)
     except subprocess.TimeoutExpired:
         return f"no end after {_IMPORT_S} s"
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it ended"])[-1][:160]
@@ -342,24 +313,21 @@ def _cpu_quota() -> float | None:
         return None
 
 
-def _read_number(path: str) -> float | None:
+def _read_number(path: str) -> float:
+    """The number in the file; infinite where there is none."""
     try:
         return float(Path(path).read_text())
     except (OSError, ValueError):
-        return None
+        return float("inf")
 
 
 def _process(pid: int | None) -> str:
+    """Its name, that of a part of Ray's own where it is one, and its number."""
     try:
-        return f"{psutil.Process(pid).name()} (pid {pid})" if pid else "a process of another user"
+        process = psutil.Process(pid) if pid else None
+        if process is None:
+            return "a process of another user"
+        part_of_ray = re.search(r"/ray/|-m ray\.", " ".join(process.cmdline()))
+        return f"{'ray ' if part_of_ray else ''}{process.name()} (pid {pid})"
     except psutil.Error:
         return f"pid {pid}"
-
-
-def _is_ray(pid: int) -> bool:
-    try:
-        process = psutil.Process(pid)
-        words = " ".join(process.cmdline())
-        return process.name().startswith(("gcs_server", "raylet", "ray::")) or "/ray/" in words or "-m ray." in words
-    except psutil.Error:
-        return False
