@@ -164,23 +164,22 @@ def test_of_a_step_said_twice_the_last_word_counts_and_a_torn_line_does_not(tmp_
 
 def test_the_picture_shows_what_was_measured() -> None:
     steps = [{"step": step} | metrics(step) for step in range(1, 41)]
+    steps[19]["reward_mean"] = None
     evaluations = [{"step": 0} | BEFORE, {"step": 20} | evaluation(0.7, "", True), {"step": 40} | AFTER]
     accuracy, reward, length, seconds = report.figure(steps, evaluations).axes
-    drawn = {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in accuracy.get_lines()}
-    assert drawn["greedy"] == ([0, 20, 40], [0.5, 0.7, 0.84])
-    assert drawn["pass@4, sampled"][1] == pytest.approx([0.55, 0.75, 0.89])
+    greedy, *_, sampled = accuracy.get_lines()
+    assert list(greedy.get_xdata()) == [0, 20, 40] and list(greedy.get_ydata()) == [0.5, 0.7, 0.84]
+    assert list(sampled.get_ydata()) == pytest.approx([0.55, 0.75, 0.89])
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["pass@4, sampled", "greedy"]
     (bars,) = accuracy.collections
     ends = [(path.vertices[0][1], path.vertices[1][1]) for path in bars.get_paths()]
     assert ends == [pytest.approx(pair) for pair in ((0.4, 0.6), (0.6, 0.8), (0.74, 0.94))]
-    assert [text.get_text() for text in accuracy.texts] == ["50%", "84%"]
-    assert list(reward.get_lines()[0].get_ydata()) == [row["reward_mean"] for row in steps]
+    measured, smoothed = (list(line.get_ydata()) for line in reward.get_lines())
+    assert measured[:3] == [1.5, 2.5, 3.5] and math.isnan(measured[19])
+    assert smoothed[:3] + smoothed[-3:] == [2.5, 3, 3.5, 38.5, 39, 39.5]  # of 5 steps, centred, fewer at the ends
     assert list(length.get_lines()[0].get_ydata()) == [row["completion_tokens_mean"] for row in steps]
     tops = [max(vertex[1] for vertex in area.get_paths()[0].vertices) for area in seconds.collections]
     assert tops == pytest.approx([40.5 * number for number in range(1, 6)])  # five phases of 40.5 s at the last step
-
-
-def test_the_running_mean_is_centred() -> None:
-    assert report._smoothed([1, 2, 3, 4, 10], 3) == [1.5, 2, 3, 17 / 3, 7]
 
 
 def test_the_terminal_table_and_transcripts() -> None:
