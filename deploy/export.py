@@ -26,10 +26,8 @@ def export_checkpoint(run: Path, step: int | None, merged: bool, out: Path | Non
     """Writes the model of the run's newest whole checkpoint, or of ``step``'s, to ``out``; returns its folder and its
     step. Raises ``UserError`` where there is no such checkpoint, and for a folder that is not empty."""
     run, step = _run_and_step(run, step)
-    if not (run / "config.toml").is_file():
-        raise UserError(f"{str(run)!r} is no run folder (no config.toml in it); name one")
+    check_is_run(run)
     place = Checkpoints(run / "checkpoints", 1).whole(step)
-    number = int(place.name.removeprefix("step-"))
     config = _config_at(run, place)
     if merged and not config.model.lora_rank:
         raise UserError("--merged has no effect on a run that trains every weight; remove it")
@@ -39,13 +37,18 @@ def export_checkpoint(run: Path, step: int | None, merged: bool, out: Path | Non
         raise UserError(f"{str(out)!r} exists already; name another folder, or remove it")
     with atomic_files.atomic_folder(out) as folder:
         _write(place, config, folder, merged)
-    return out, number
+    return out, int(place.name.removeprefix("step-"))
+
+
+def check_is_run(folder: Path) -> None:
+    """Raises ``UserError`` for a folder that is not a run's."""
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{str(folder)!r} is no run folder (no config.toml in it); name one")
 
 
 @contextlib.contextmanager
 def open_model(name: str, words: Sequence[str], step: int | None = None) -> Iterator[tuple[Config, Path | None, str]]:
-    """The configuration for asking a model, or a run's at its end or at a checkpoint; the folder of its adapter if it
-    has one; and what to call it.
+    """The configuration for asking a model, the folder of its adapter if it has one, and what to call it.
 
     ``name`` is a run folder, a checkpoint's, a model folder, a hub id or a GGUF file; ``words`` are
     ``section.key=value``. A run is asked at ``step``, else as it stands: its final model, or where it is not finished
@@ -54,19 +57,19 @@ def open_model(name: str, words: Sequence[str], step: int | None = None) -> Iter
     for word in words:
         if word.split(".")[0] in ("learner", "optimizer", "sync", "run"):
             raise UserError(f"{word!r} has no effect when a model is only asked; remove it")
-    folder, step = _run_and_step(Path(name).expanduser(), step)
-    if not (folder / "config.toml").is_file():
+    run, step = _run_and_step(Path(name).expanduser(), step)
+    if not (run / "config.toml").is_file():
         if step is not None:
             raise UserError(f"--step {step} has no effect on {name!r}, which is no run folder; remove it")
         yield *_model(name, words), name
         return
-    config = load(folder / "config.toml", words, drop_unused=True)
-    checkpoints, final = Checkpoints(folder / "checkpoints", 1), folder / "final"
+    config = load(run / "config.toml", words, drop_unused=True)
+    checkpoints = Checkpoints(run / "checkpoints", 1)
     steps = checkpoints.steps()
     # A run that was resumed with more steps has a final model of an earlier end.
-    finished = final.is_dir() and (not steps or steps[-1] >= config.train.steps)
+    finished = (run / "final").is_dir() and (not steps or steps[-1] >= config.train.steps)
     if finished and step is None:
-        yield *_at(config, final), name
+        yield *_at(config, run / "final"), name
         return
     if not steps:
         raise UserError(
@@ -74,10 +77,10 @@ def open_model(name: str, words: Sequence[str], step: int | None = None) -> Iter
         )
     place = checkpoints.whole(step)
     with tempfile.TemporaryDirectory(prefix="nanogrpo-asked-") as temporary:
-        before = _config_at(folder, place)
+        trained = _config_at(run, place)
         # No sampler serves a DoRA.
-        _write(place, before, Path(temporary), merged=before.model.lora_variant == "dora")
-        yield *_at(config, Path(temporary)), f"{place.name} of {folder}"
+        _write(place, trained, Path(temporary), merged=trained.model.lora_variant == "dora")
+        yield *_at(config, Path(temporary)), f"{place.name} of {run}"
 
 
 def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
@@ -105,21 +108,18 @@ def _write(place: Path, config: Config, folder: Path, merged: bool) -> None:
 
 
 def _model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
+    """Of a model, or of an adapter and the base that it names."""
     folder = Path(name).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        return load(None, [_word("model.name", name), *words]), None
-    described = dict(FolderWeights(str(folder)).adapter_config or {})
-    if not described.get("base_model_name_or_path"):
-        raise UserError(f"{name!r} is an adapter that names no base model; set it in its adapter_config.json")
-    base = [_word("model.name", described["base_model_name_or_path"])]
-    if described.get("revision"):
-        base.append(_word("model.revision", described["revision"]))
-    return load(None, [*base, *words]), folder
-
-
-def _word(key: str, text: str) -> str:
-    """``key=text`` with the text as TOML's, which JSON's is: it may hold quotes and backslashes."""
-    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    base = {"name": name}
+    if adapter is not None:
+        described = FolderWeights(str(adapter)).adapter_config or {}
+        base = {"name": described.get("base_model_name_or_path", ""), "revision": described.get("revision")}
+        if not base["name"]:
+            raise UserError(f"{name!r} is an adapter that names no base model; set it in its adapter_config.json")
+    # As TOML's text, which JSON's is: it may hold quotes and backslashes.
+    named = [f"model.{key}={json.dumps(str(text), ensure_ascii=False)}" for key, text in base.items() if text]
+    return load(None, [*named, *words]), adapter
 
 
 def _at(config: Config, folder: Path) -> tuple[Config, Path | None]:

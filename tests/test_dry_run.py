@@ -88,6 +88,8 @@ def harmed(folder, harm):
         weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     elif harm == "tokenizer pointer":
         (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    elif harm == "config":
+        (folder / "config.json").write_text("{")
     elif harm == "t5":
         sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
         T5ForConditionalGeneration(T5Config(vocab_size=384, **sizes)).save_pretrained(folder)
@@ -115,6 +117,7 @@ def harmed(folder, harm):
         ("truncated", "cannot be loaded.*not fully covered"),
         ("pointer", r"model\.safetensors is a Git LFS pointer"),
         ("tokenizer pointer", r"tokenizer\.json is a Git LFS pointer"),
+        ("config", r"model\.name"),
         ("t5", "causal language model|T5Config"),
         ("index", "lacks model-00001-of-00001.safetensors"),
         ("nan", "not finite"),
@@ -124,6 +127,7 @@ def harmed(folder, harm):
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, harm, said):
+    """transformers would fill what is missing with random numbers."""
     folder = harmed(tmp_path / "model", harm)
     with pytest.raises(UserError, match=said) as caught:
         checked(spec(folder), tmp_path / "run")

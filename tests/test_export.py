@@ -17,6 +17,7 @@ from common.errors import UserError
 from deploy import run as runs
 from deploy.cli import app
 from deploy.export import export_checkpoint, open_model
+from tests.test_cli import call
 from tests.test_run import words
 from tests.tiny import make_tiny
 
@@ -53,12 +54,6 @@ def finished(tiny, tmp_path_factory):
         return made[kind]
 
     return of
-
-
-def call(*args):
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result.exit_code, result.output
 
 
 def folders_are_equal(one, other):

@@ -544,7 +544,7 @@ def test_every_layout_is_followed(tmp_path, closing, family):
     base = dict(FolderWeights(str(folder)).open())
     sampler, _, _ = serve(folder, closing)
     for seed in range(3):
-        assert sampler.check_weights(sampler.load_weights(lend(perturbed(base, seed)), seed)) == []
+        assert sampler.check_weights(sampler.load_weights(handle_of(perturbed(base, seed)), seed)) == []
     (stored,) = sampler._llm.collective_rpc(stored_of)
     loaded = stored._changed
     for name, right in sampler._arrived.sums.items():
