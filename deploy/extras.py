@@ -12,20 +12,17 @@ from common.errors import UserError
 def check(config: Config, *, training: bool) -> None:
     """Raises ``UserError`` for a setting whose package is not installed; without ``training`` of those that a model
     needs that is only asked."""
-    model, run = config.model, config.run
+    model, optimizer, run, task = config.model, config.optimizer, config.run, config.task
+    low_bit = "bit" in optimizer.name or optimizer.master == "stochastic"
+    stepping = f"optimizer.name={optimizer.name!r} with master={optimizer.master!r}"
     for wanted, package, extra, setting, cure in (
         (model.quantize == "nf4", "bitsandbytes", "nf4", "model.quantize='nf4'", "set it to off"),
         (model.name.endswith(".gguf"), "gguf", "gguf", f"model.name={model.name!r}", "name another model"),
-        (
-            training and ("bit" in config.optimizer.name or config.optimizer.master == "stochastic"),
-            "torchao", "low-bit", f"optimizer.name={config.optimizer.name!r} with master={config.optimizer.master!r}",
-            "use adamw with master=float32",
-        ),
-        (config.task.name == "reasoning_gym", "reasoning_gym", "reasoning-gym", "task.name='reasoning_gym'",
-         "use another task"),
+        (training and low_bit, "torchao", "low-bit", stepping, "use adamw with master=float32"),
+        (task.name == "reasoning_gym", "reasoning_gym", "reasoning-gym", f"task.name={task.name!r}", "use another"),
         (training and run.tensorboard, "tensorboard", "tensorboard", "run.tensorboard=true", "set it to false"),
         (training and run.report, "matplotlib", "report", "run.report=true", "set it to false"),
-    ):  # fmt: skip
+    ):
         if wanted:
             need(package, extra, setting, cure)
 

@@ -63,16 +63,15 @@ def same_run(folder: Path, config: Config) -> Config:
             continue
         if (key, old, new) == ("task.long_prompts", "refuse", "drop"):  # none was too long until now
             continue
-        if key != "train.steps":
-            raise UserError(
-                f"{key}={new!r} cannot change from {old!r} when a run is resumed, or it would not be the same run; "
-                "`nanogrpo config` marks what can"
+        if key == "train.steps" and config.optimizer.schedule == "constant":
+            continue
+        why = "when a run is resumed, or it would not be the same run; `nanogrpo config` marks what can"
+        if key == "train.steps":
+            why = (
+                f"under optimizer.schedule={config.optimizer.schedule!r}, whose rates it would stretch; leave it, or "
+                "begin another run (a constant schedule can be extended)"
             )
-        if config.optimizer.schedule != "constant":
-            raise UserError(
-                f"train.steps={new} cannot change from {old} under optimizer.schedule={config.optimizer.schedule!r}, "
-                "whose rates it would stretch; leave it, or begin another run (a constant schedule can be extended)"
-            )
+        raise UserError(f"{key}={new!r} cannot change from {old!r} {why}")
     done = max(checkpoints.steps(), default=0)
     if done > config.train.steps:
         raise UserError(
@@ -107,24 +106,28 @@ def anchored(config: Config) -> Config:
     changes["run.trackers"] = tuple(_full_name(name) for name in config.run.trackers)
     name = config.model.name
     if not name.startswith("package:") and Path(name).expanduser().exists():
-        changes["model.name"] = str(Path(name).expanduser().absolute())
+        changes["model.name"] = _full(name)
     for key in ("task.options", "sampler.options"):
-        changes[key] = {option: _full_path(value) for option, value in _get(config, key).items()}
+        options = _get(config, key).items()
+        changes[key] = {option: _full(value) if _is_path(value) else value for option, value in options}
     changes = {key: value for key, value in changes.items() if value != _get(config, key)}
     return changed(config, changes) if changes else config
+
+
+def _full(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _full_name(name: str) -> str:
     """``my_task.py:MyTask`` with the file's full path; any other name as it is."""
     place, colon, attribute = name.rpartition(":")
-    return f"{Path(place).expanduser().absolute()}{colon}{attribute}" if place.endswith(".py") else name
+    return f"{_full(place)}{colon}{attribute}" if place.endswith(".py") else name
 
 
-def _full_path(value: Any) -> Any:
-    """An option's value that reads as a path (by a separator or a suffix) and is one there, in full."""
-    if isinstance(value, str) and (os.sep in value or Path(value).suffix) and Path(value).expanduser().exists():
-        return str(Path(value).expanduser().absolute())
-    return value
+def _is_path(value: Any) -> bool:
+    """Whether an option's value reads as a path (by a separator or a suffix) and is one here."""
+    reads_so = isinstance(value, str) and (os.sep in value or Path(value).suffix)
+    return bool(reads_so) and Path(value).expanduser().exists()
 
 
 def _get(config: Config, key: str) -> Any:
@@ -163,14 +166,9 @@ def _contents(config: Config) -> dict[str, str]:
 def _moved(config: Config, before: Config, contents: Mapping[str, str]) -> set[str]:
     """The settings that name the same contents by another path."""
 
-    def attribute(of: Config, key: str) -> str:
-        return "" if key == "model.name" else str(_get(of, key)).rpartition(":")[2]
-
-    return {
-        key
-        for key, sha256 in _contents(config).items()
-        if contents.get(key) == sha256 and attribute(config, key) == attribute(before, key)
-    }
+    same = {key for key, sha256 in _contents(config).items() if contents.get(key) == sha256}
+    attribute = {key: [str(_get(of, key)).rpartition(":")[2] for of in (config, before)] for key in _FILES}
+    return {key for key in same if key not in _FILES or len({*attribute[key]}) == 1}
 
 
 def _check_none_is_lost(folder: Path, before: Config) -> None:

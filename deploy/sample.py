@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from common.config import Config, build
+from common.config import Config, changed
 from common.errors import printable
 from common.protocols import Sampler
 from common.rewards.scorer import Scorer
@@ -27,9 +27,9 @@ def sample(
 ) -> list[Group]:
     """``n`` completions of each prompt, as a training step would draw them, or one greedily."""
     config = ready.config
-    params = dataclasses.replace(sampling_params(config), n=1 if greedy else n, seed=config.train.seed)
+    params = dataclasses.replace(sampling_params(config), n=n, seed=config.train.seed)
     if greedy:
-        params = dataclasses.replace(params, temperature=0.0)
+        params = dataclasses.replace(params, n=1, temperature=0.0)
     doing, limit_s = f"answering {len(prompts)} prompts", config.timeouts.generate_s
     with bounded("sampler", doing, limit_s, "timeouts.generate_s"):
         future = sampler.generate(prompts, params)
@@ -48,10 +48,8 @@ def completions(
 ) -> None:
     """Asks the user's texts, or the task's first test questions, and prints what comes."""
     # A reward that needs an answer cannot score a free prompt: that prompt is shown without rewards.
-    values = config.model_dump(exclude_unset=True)
-    values["task"] = {**values.get("task", {}), "on_reward_error": "skip", "on_reward_timeout": "skip"}
-    values["eval"] = {**values.get("eval", {}), "questions": max(questions, 1)}
-    config = build(values)
+    skip = {"task.on_reward_error": "skip", "task.on_reward_timeout": "skip", "eval.questions": max(questions, 1)}
+    config = changed(config, skip)
     ready = components.prepare(config, need_train=False)
     prompts = ready.test
     if texts:
@@ -60,9 +58,8 @@ def completions(
         check_room(prompts, config.sampler.max_tokens, context_tokens(ready.folder))
         longest = max(len(prompt.token_ids) for prompt in prompts)
         ready = dataclasses.replace(ready, test=prompts, longest_prompt=max(longest, ready.longest_prompt))
-    with components.closing(
-        components.make_sampler(ready, shares_device=False, adapter_folder=adapter), config
-    ) as sampler:
+    made = components.make_sampler(ready, shares_device=False, adapter_folder=adapter)
+    with components.closing(made, config) as sampler:
         groups = sample(ready, sampler, prompts, n, greedy)
     notes = {}
     if scored:
@@ -72,18 +69,18 @@ def completions(
         groups = [by_id.get(group.prompt.id, group) for group in groups]
         notes = {error.group.prompt.id: str(error) for error in errors}
     for group in groups:
-        console.print(_shown(group, notes.get(group.prompt.id, "")))
+        console.print(_panel(group, notes.get(group.prompt.id, "")))
 
 
-def _shown(group: Group, note: str) -> Panel:
+def _panel(group: Group, note: str) -> Panel:
     text = Text(printable(group.prompt.messages[-1]["content"].strip()) + "\n", style="dim")
-    for one in group.completions:
-        text.append(f"\n{printable(one.text.strip()) or '(empty)'}", style="not dim")
-        named = "  ".join(f"{name} {value:g}" for name, value in one.rewards.items())
-        told = f"reward {one.reward:g}  {named}" if one.reward is not None else ""
-        cut = "  (cut at sampler.max_tokens)" if one.finish_reason == "length" else ""
-        if told or cut:
-            text.append(f"\n  {told}{cut}", style="bold not dim")
+    for completion in group.completions:
+        text.append(f"\n{printable(completion.text.strip()) or '(empty)'}", style="not dim")
+        rewards = "  ".join(f"{name} {value:g}" for name, value in completion.rewards.items())
+        reward = f"reward {completion.reward:g}  {rewards}" if completion.reward is not None else ""
+        cut = "  (cut at sampler.max_tokens)" if completion.finish_reason == "length" else ""
+        if reward or cut:
+            text.append(f"\n  {reward}{cut}", style="bold not dim")
     if note:
         text.append(f"\nno rewards: {printable(note)}", style="yellow not dim")
     return Panel(text, border_style="dim")
