@@ -1,6 +1,6 @@
 """The ``nanogrpo`` command. Exit codes: 0 done, 1 something failed, 2 the user's mistake, 130 stopped and saved.
 
-Commands import what they need when they are called: ``--help`` and most mistakes answer without torch.
+Commands import what needs torch when they are called: ``--help`` and most mistakes answer without it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Group as Stack
@@ -22,11 +23,10 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from common import atomic_files, plugins
+from common.config import Config, commented_toml, described, fields, load, meant_by
 from common.errors import RunFailure, UserError, is_out_of_memory, printable
 from common.tracking.console import terminal
-
-if TYPE_CHECKING:
-    from common.config import Config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -97,9 +97,7 @@ def _command(name: str | None = None) -> Callable[[Callable[..., None]], Callabl
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from common.plugins import version
-
-        out.print(f"nanogrpo {version()}")
+        out.print(f"nanogrpo {plugins.version()}")
         raise typer.Exit
 
 
@@ -142,8 +140,6 @@ def _resolve(
     run_file: str | None, words: list[str], resume: Path | None, auto_resume: bool
 ) -> tuple[Config, Path, bool]:
     """The run's configuration and folder, and whether it goes on with what is there."""
-    from common.config import load
-
     if resume is not None:
         if run_file is not None and "=" not in run_file:
             raise UserError(f"--resume takes the run's own configuration; leave {run_file!r} out")
@@ -201,7 +197,6 @@ def plan(
     json: Json = False,
 ) -> None:
     """Work out the run's peak memory, and what would make it fit or how far it can grow. Loads no weights."""
-    from common.config import load
     from deploy.memory_plan import output as plans
 
     config = load(run_file, words or [])
@@ -220,9 +215,7 @@ def plan(
 
 
 def _print_json(value: object) -> None:
-    from common.atomic_files import to_json
-
-    text = to_json(value)
+    text = atomic_files.to_json(value)
     if "utf" not in (sys.stdout.encoding or "").lower():
         text = json.dumps(json.loads(text))  # escaped: any encoding has these characters
     sys.stdout.write(text + "\n")
@@ -277,8 +270,6 @@ def sample(
 
 
 def _is_setting(word: str) -> bool:
-    from common.config import Config
-
     head, equals, _ = word.partition("=")
     return bool(equals) and head.split(".")[0] in Config.model_fields and "." in head
 
@@ -336,10 +327,8 @@ def samplers() -> None:
 
 
 def _list(kind: Literal["task", "sampler"]) -> None:
-    from common import plugins
-
-    for name, described in plugins.installed(kind):
-        out.print(Text.assemble((f"{name:16}", "bold"), described), soft_wrap=True)
+    for name, description in plugins.installed(kind):
+        out.print(Text.assemble((f"{name:16}", "bold"), description), soft_wrap=True)
     out.print(Text(f"your own: {kind}.name=module:attr or file.py:attr", style="dim"))
 
 
@@ -349,7 +338,6 @@ def server(
     words: Words = None,
 ) -> None:
     """Print the command that starts the vLLM server which a run with sampler.name=remote needs."""
-    from common.config import load
     from deploy import components
     from sampler.server.command import server_command, shell_line
 
@@ -368,9 +356,6 @@ def config(
     toml: Annotated[Path | None, typer.Option("--toml", metavar="FILE", help="write a commented file")] = None,
 ) -> None:
     """Every setting with its default, unit and effect."""
-    from common import atomic_files
-    from common.config import Config, commented_toml, described, fields, meant_by
-
     shown = [(key, field) for key, field in fields() if section in ("", key, key.split(".")[0])]
     if not shown:
         close = meant_by(section)
