@@ -1,7 +1,8 @@
-"""One process: makes every part of a run, puts sampler and learner on one device, and trains, evaluates or samples.
+"""What a run is made of: a configuration that was checked (``prepare``), its sampler, and its evaluation.
 
 What is wrong with configuration, options, task, data or model folder is found in ``prepare``, before a model is loaded;
-what only the loaded model can tell (an adapter's targets, say) before the first step.
+what only the loaded model can tell (an adapter's targets, say) before the first step. The parts of a whole run come
+from ``deploy/colocated.py`` or ``deploy/cluster/separate.py``.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import heapq
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from common import device as devices
 from common import plugins
-from common.config import Config, TimeoutConfig, changed
-from common.errors import LearnerLost, RunFailure, UserError, is_out_of_memory
+from common.config import Config, changed
+from common.errors import LearnerLost, RunFailure, UserError, brief, is_out_of_memory
 from common.prompts import MOST_PROMPTS, PromptStream, looked_at
 from common.protocols import Learner, Placement, Sampler, Split, Task
 from common.rewards import sandbox
@@ -32,67 +33,20 @@ from deploy.cluster import connection
 from learner.evaluate import Evaluation, evaluate
 from learner.model import adapters, for_sampler, loading, resolve
 from learner.optimizer import check as check_optimizer
-from learner.torch_learner import TorchLearner
 from learner.train import sampling_params
 
 log = logging.getLogger("nanogrpo")
 AT_ONCE = 256  # completions in flight at most, for a sampler back end that does not say how many it takes
 
 
-class Sleeps(Protocol):
-    def sleep(self, part: Literal["moments", "all"] = "all") -> None: ...
-
-    def wake(self, part: Literal["weights", "all"] = "all") -> None: ...
-
-
 @dataclasses.dataclass(frozen=True)
-class SharedDevice:
-    """A ``Placement`` where sampler and learner take turns: the one that does not work gives its memory back, before
-    the other takes it, so that the peak is the larger need and not the sum. A sync needs both sides' weights."""
-
-    sampler: Sampler
-    learner: Sleeps
-    timeout_s: float = TimeoutConfig().sync_s
-    """Of each side's making room or coming back (``timeouts.sync_s``)."""
-
-    @contextlib.contextmanager
-    def sampling(self) -> Iterator[None]:
-        with self._limit("learner", "giving its memory back"):
-            self.learner.sleep("all")
-        with self._limit("sampler", "taking its memory"):
-            self.sampler.wake("all")
-        yield
-
-    @contextlib.contextmanager
-    def learning(self) -> Iterator[None]:
-        with self._limit("sampler", "giving its memory back"):
-            self.sampler.sleep()
-        with self._limit("learner", "taking its memory"):
-            self.learner.wake("all")
-        yield
-
-    @contextlib.contextmanager
-    def syncing(self) -> Iterator[None]:
-        with self._limit("learner", "making room for a sync"):
-            self.learner.sleep("moments")
-            self.learner.wake("weights")
-        with self._limit("sampler", "taking its memory"):
-            self.sampler.wake("weights")
-            self.sampler.wake("cache")  # the proof's probe needs it
-        yield
-
-    def _limit(self, side: str, doing: str) -> contextlib.AbstractContextManager[None]:
-        return bounded(side, doing, self.timeout_s, "timeouts.sync_s")
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
+class Components:
     """What a run is made of, wherever it is."""
 
     sampler: Sampler
     learner: Learner
     placement: Placement
-    described: str
+    summary: str
     """Two lines for people: the sampler and the learner."""
     memory_gib: Callable[[], float]
     answer_s: float
@@ -306,51 +260,46 @@ def _end_tokens(folder: Path, tokenizer: Any, renderer: Renderer, rows: int) -> 
 
 
 def _questions(task: Task, config: Config, split: Split) -> Sequence[Prompt]:
-    """The split's prompts, made when they are looked at where the task makes them so. A task that fails is the mistake
-    of who wrote it."""
-    with _fault_of(config, split):
-        prompts = task.prompts(split)
-        if not hasattr(prompts, "__getitem__") or not hasattr(prompts, "__len__"):  # a generator, say
-            prompts = list(prompts)
-        prompts = Prompts(len(prompts), _made(prompts, config, split))
+    """The split's prompts, each made and checked when it is looked at where the task makes them so. A task that fails
+    is the mistake of who wrote it."""
+    label = f"task.name={config.task.name!r}: prompts({split!r})"
+
+    def asked(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{label} raised {type(error).__name__}: {error}; fix the task") from error
+
+    def listed() -> tuple[Any, int]:
+        given = task.prompts(split)
+        if not hasattr(given, "__getitem__") or not hasattr(given, "__len__"):  # a generator, say
+            given = list(given)
+        return given, len(given)
+
+    def checked(place: int) -> Prompt:
+        prompt = asked(lambda: given[place])
+        if (
+            not isinstance(prompt, Prompt) or not isinstance(prompt.id, str) or not isinstance(prompt.data, Mapping)
+            or not all(isinstance(message, Mapping) for message in prompt.messages or ())
+        ):  # fmt: skip
+            raise UserError(
+                f"{label} gave {str(prompt)[:80]!r}; give common.types.Prompt with a text as its id, role and content "
+                "messages, and data by names"
+            )
+        return prompt
+
+    given, size = asked(listed)
+    prompts = Prompts(size, checked)
     system = config.task.system_prompt
-    if split == "train" and system and len(prompts):
-        shown = (prompts[place] for place in looked_at(len(prompts)))
-        if all(any(m.get("role") == "system" for m in prompt.messages or ()) for prompt in shown):
+    if split == "train" and system and size:
+        shown = (prompts[place] for place in looked_at(size))
+        if all(any(message.get("role") == "system" for message in prompt.messages or ()) for prompt in shown):
             raise UserError(
                 f"task.system_prompt={system!r} has no effect: the task's prompts bring their own; remove it"
             )
     return prompts
-
-
-def _made(prompts: Sequence[Prompt], config: Config, split: Split) -> Callable[[int], Prompt]:
-    """Takes a prompt of the task's, which must be one."""
-
-    def make(place: int) -> Prompt:
-        with _fault_of(config, split):
-            prompt = prompts[place]
-        if (
-            not isinstance(prompt, Prompt) or not isinstance(prompt.id, str) or not isinstance(prompt.data, Mapping)
-            or not all(isinstance(m, Mapping) for m in prompt.messages or ())
-        ):  # fmt: skip
-            raise UserError(
-                f"task.name={config.task.name!r}: prompts({split!r}) gave {str(prompt)[:80]!r}; give "
-                "common.types.Prompt with a text as its id, role and content messages, and data by names"
-            )
-        return prompt
-
-    return make
-
-
-@contextlib.contextmanager
-def _fault_of(config: Config, split: Split) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        label = f"task.name={config.task.name!r}: prompts({split!r})"
-        raise UserError(f"{label} raised {type(error).__name__}: {error}; fix the task") from error
 
 
 def make_sampler(ready: Prepared, *, shares_device: bool = True, adapter_folder: Path | None = None) -> Sampler:
@@ -421,10 +370,8 @@ def load_sampler(config: Config, setup: SamplerSetup, adapter_folder: Path | Non
             if is_out_of_memory(error):
                 raise
             log.info("the sampler did not start", exc_info=True)  # where: for the log alone
-            said = " ".join(str(error).split())[:300]
-            raise RunFailure(
-                f"sampler.name={config.sampler.name!r} could not start: {type(error).__name__}: {said}"
-            ) from error
+            label = f"sampler.name={config.sampler.name!r}"
+            raise RunFailure(f"{label} could not start: {type(error).__name__}: {brief(error)}") from error
         if adapter_folder is not None:
             sampler.load_weights(FolderWeights(str(adapter_folder)), 0)
     devices.set_threads(setup.threads)  # and after it: on a GPU it leaves one
@@ -450,23 +397,3 @@ def closing(sampler: Sampler, config: Config) -> Iterator[Sampler]:
     finally:
         with bounded("sampler", "closing", config.timeouts.sync_s, "timeouts.sync_s"):
             sampler.close()
-
-
-@contextlib.contextmanager
-def parts(ready: Prepared) -> Iterator[Parts]:
-    """Sampler and learner in this process, taking turns on its device."""
-    timeouts = ready.config.timeouts
-    with closing(make_sampler(ready), ready.config) as sampler:
-        with bounded("learner", "loading its model", timeouts.load_s, "timeouts.load_s"):
-            learner = TorchLearner(ready.config, ready.folder, ready.device)
-        yield Parts(
-            sampler,
-            learner,
-            SharedDevice(sampler, learner, timeouts.sync_s),
-            f"sampler {ready.config.sampler.name}\nlearner {learner.parameters_trained / 1e6:.1f} M of "
-            f"{learner.parameters_total / 1e6:.1f} M weights, {'packed' if learner.packed else 'padded'}, "
-            f"{ready.config.model.dtype}, {ready.device}",
-            memory_gib=lambda: devices.peak_memory_gib(ready.device),
-            answer_s=timeouts.generate_s,
-            sync_s=timeouts.sync_s,
-        )

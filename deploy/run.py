@@ -1,6 +1,6 @@
 """One run from start to end: its folder, log and signals, the parts, and going on after the learner was lost.
 
-The parts come from deploy/components.py (one process) or deploy/cluster/resources.py (services on Ray); the loop is
+The parts come from deploy/colocated.py (one process) or deploy/cluster/separate.py (services on Ray); the loop is
 learner/train.py's and knows neither.
 """
 
@@ -11,11 +11,8 @@ import dataclasses
 import datetime
 import logging
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -30,13 +27,14 @@ from common.tracking.console import ConsoleTracker
 from common.tracking.health import HealthTracker
 from common.tracking.trackers import OwnTracker, TensorBoardTracker, Trackers
 from common.watchdog import bounded
-from deploy import components, disk, report
-from deploy.cluster import connection
-from deploy.components import Parts, Prepared
+from deploy import colocated, components, disk, report
+from deploy.cluster import connection, separate
+from deploy.components import Components, Prepared
 from deploy.memory_plan import output
 from deploy.resume import anchored, check_task, kept
 from deploy.resume import config_of as config_of
 from deploy.resume import same_run as same_run
+from deploy.stopping import Stopping, on_stop_signals
 from learner.checkpoint import Checkpoints
 from learner.train import Loop, rehearse, train
 from learner.weight_sync import WeightSync, probe_of
@@ -77,39 +75,32 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
             check_task(folder, config, ready.stream())
         scorer = stack.enter_context(Scorer(config.task))
         atomic_files.write_text(folder / _CONFIG, resolved_toml(config))
-        own = []
-        for name in config.run.trackers:  # before the models: a login or a server may be missing
-            own.append(_own_tracker(name, folder))
-            stack.callback(own[-1].close)
-        stopping = stack.enter_context(_stop_signals(console))
+        own = [stack.enter_context(_own_tracker(name, folder)) for name in config.run.trackers]
+        stopping = Stopping(console)
+        stack.enter_context(on_stop_signals(stopping.ask))
         console.print(
             f"model   {ready.folder}\n"
             f"task    {config.task.name}: {len(ready.train)} training and {len(ready.test)} test questions"
         )
         planned = output.before_run(ready, console, folder)
-        parts = stack.enter_context(_parts(ready, folder, lambda text: _tell(console, text)))
-        console.print(parts.described, soft_wrap=True)
-        lost: LearnerLost | None = None
+        if config.cluster.mode == "local":
+            parts = stack.enter_context(colocated.parts(ready))
+        else:
+            parts = stack.enter_context(separate.parts(ready, folder, lambda text: _tell(console, text)))
+        console.print(parts.summary, soft_wrap=True)
+        failure: LearnerLost | None = None
         while True:
             try:
-                if lost is not None:
+                if failure is not None:
                     assert parts.recover is not None
-                    parts.recover(lost)
+                    parts.recover(failure)
                     atomic_files.remove_leftovers(folder)  # of a checkpoint that it was writing
-                begin = not resume and lost is None
+                begin = not resume and failure is None
                 return _train(config, folder, console, ready, scorer, parts, own, stopping, planned, begin=begin)
-            except LearnerLost as loss:
+            except LearnerLost as error:
                 if parts.recover is None:
                     raise
-                lost = loss
-
-
-def _parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Parts]:
-    if ready.config.cluster.mode == "local":
-        return components.parts(ready)
-    from deploy.cluster import resources  # ray is only needed here
-
-    return resources.parts(ready, folder, say)
+                failure = error
 
 
 def _tell(console: Console, text: str) -> None:
@@ -118,7 +109,7 @@ def _tell(console: Console, text: str) -> None:
 
 
 def _train(
-    config: Config, folder: Path, console: Console, ready: Prepared, scorer: Scorer, parts: Parts,
+    config: Config, folder: Path, console: Console, ready: Prepared, scorer: Scorer, parts: Components,
     own: Sequence[Tracker], stopping: Callable[[], bool], planned: output.Plan | None, *, begin: bool,
 ) -> Outcome:  # fmt: skip
     """From the last checkpoint, or with ``begin`` from the start, to the end of the run or its stop. ``own``: the
@@ -199,14 +190,18 @@ def _rehearse(loop: Loop, ready: Prepared, planned: output.Plan | None, console:
     output.check_disk(ready.config, folder, int(took["checkpoint_bytes"]), model)
 
 
-def _own_tracker(name: str, folder: Path) -> OwnTracker:
+@contextlib.contextmanager
+def _own_tracker(name: str, folder: Path) -> Iterator[Tracker]:
+    """Made before the models, because a login or a server may be missing."""
     try:
-        return OwnTracker(name, lambda: plugins.make("tracker", name, {}, folder))
+        tracker = OwnTracker(name, lambda: plugins.make("tracker", name, {}, folder))
     except (UserError, RunFailure):
         raise
     except (Exception, SystemExit) as error:
         log.info("a tracker did not start", exc_info=True)  # where: for the log alone
         raise UserError(f"run.trackers: {name!r} raised {type(error).__name__}: {error}; fix it") from error
+    with contextlib.closing(tracker):
+        yield tracker
 
 
 def _export(learner: Learner, folder: Path, config: Config) -> None:
@@ -299,44 +294,3 @@ def _logging_to(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
-
-
-class _Stopping:
-    """Whether the run was asked to stop. Asking this for the first time begins the steps: before that there is nothing
-    to save, and a signal ends the run at once."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._asked, self._begun = console, False, False
-        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
-
-    def __call__(self) -> bool:
-        self._begun = True
-        return self._asked
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        """Takes the signal."""
-        if number == signal.SIGHUP:  # the terminal is gone, and who writes to it fails
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for fd in self._terminals:
-                os.dup2(nowhere, fd)
-            os.close(nowhere)
-        if not self._begun or (self._asked and number == signal.SIGINT):
-            raise KeyboardInterrupt("stopped before its first step, so nothing was saved" if not self._begun else "")
-        self._asked = True
-        self._console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one")
-
-
-@contextlib.contextmanager
-def _stop_signals(console: Console) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C, SIGTERM or SIGHUP asks the run to save and stop after its step, or ends it at once where no
-    step was begun; a second Ctrl-C ends it at once. Under ``nohup`` a SIGHUP stays ignored."""
-    stopping = _Stopping(console)
-    wanted = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        wanted.append(signal.SIGHUP)
-    before = {number: signal.signal(number, stopping.ask) for number in wanted}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -26,7 +27,7 @@ from common.device import quick_dtype
 from common.errors import RunFailure, UserError
 from common.types import Completion, Group, Prompt
 from deploy import run as runs
-from deploy.cluster import connection, resources, supervisor
+from deploy.cluster import connection, supervisor
 from tests.cluster.disturb import CLUSTER, Run, numbers, same, weights, words
 from tests.making import EVERYTHING
 from tests.tiny import make_tiny
@@ -46,6 +47,8 @@ def shared():
     import ray
 
     assert connection.connect("private")
+    from deploy.cluster import resources  # imports Ray, which is told by connect what to listen on
+
     with resources.services_kept():
         yield
     ray.shutdown()
@@ -342,7 +345,9 @@ def test_too_small_a_cluster_is_said_at_once(shared, tiny, tmp_path):
     assert time.monotonic() - started < config.timeouts.start_s
 
 
-def test_missing_room_packs_whole_parts():
+def test_missing_room_packs_whole_parts(shared):
+    from deploy.cluster import resources
+
     one = {"CPU": 1.0, "GPU": 2.0}
     assert not resources.missing_room([one, one], {"a": {"CPU": 8, "GPU": 2}, "b": {"CPU": 8, "GPU": 2}})
     lacking = resources.missing_room([one], {"a": {"CPU": 8, "GPU": 1}, "b": {"CPU": 8, "GPU": 1}})
@@ -365,16 +370,16 @@ def test_staleness_needs_services_and_a_correction(tiny, tmp_path):
         spec(tiny, tmp_path, "cluster.samplers=2")
 
 
-def test_services_with_other_versions_are_named(shared, tiny, tmp_path):
-    from deploy.cluster.actors import About, Member
+def test_services_with_other_versions_are_named(shared):
+    from deploy.cluster.calls import ActorInfo, ActorRef
+    from deploy.cluster.resources import check_versions
 
-    place = resources.Cluster(spec(tiny, tmp_path, *CLUSTER), print)
-    about = {"python": "3.11", "torch": "2.13.0", "vllm": "0.32.0"}
-    first = Member("sampler 0", None, About("n1", "10.0.0.1", 1, about, {}))
-    other = Member("sampler 1", None, About("n2", "10.0.0.2", 2, about | {"vllm": "0.33.0"}, {}))
-    place._same_versions(first)
+    versions = {"python": "3.11", "torch": "2.13.0", "vllm": "0.32.0"}
+    first = ActorInfo("n1", "10.0.0.1", 1, versions, {})
+    check_versions(ActorRef("sampler 0", None, 0, first), first)
+    other = ActorRef("sampler 1", None, 1, ActorInfo("n2", "10.0.0.2", 2, versions | {"vllm": "0.33.0"}, {}))
     with pytest.raises(UserError, match=r"sampler 1 on node 10\.0\.0\.2.*vllm 0\.33\.0 instead of 0\.32\.0"):
-        place._same_versions(other)
+        check_versions(other, first)
 
 
 @pytest.mark.parametrize(
@@ -390,15 +395,17 @@ def test_services_with_other_versions_are_named(shared, tiny, tmp_path):
 def test_garbage_is_recognised(change, says):
     import dataclasses
 
-    from deploy.cluster.sampler_pool import fault_of
+    from common.types import SamplingParams
+    from deploy.cluster.work_items import Request
 
     prompt = Prompt("p", ())
+    (item,) = Request([prompt], SamplingParams(n=2)).items(1)
     good = Completion((1, 2), "", (-1.0, -2.0), "stop", 0)
     group = Group(prompt, (dataclasses.replace(good, **change), good))
-    found = fault_of([group], [prompt], 2, 384)
+    found = item.fault_of([group], 384)
     assert says in found if says else not found
-    assert "other prompts" in fault_of([group], [Prompt("q", ())], 2, 384)
-    assert "2 completions" in fault_of([group], [prompt], 3, 384)
+    assert "other prompts" in item.fault_of([Group(Prompt("q", ()), group.completions)], 384)
+    assert "3 completions" in item.fault_of([Group(prompt, (good, good, good))], 384)
 
 
 # -- the process above the driver --------------------------------------------------------------------------------------
@@ -483,25 +490,59 @@ def test_a_resumed_run_may_change_where_it_runs(tiny, tmp_path):
         runs.config_of(folder, ["cluster.mode=local", "cluster.samplers=3"])
 
 
-def test_the_pool_reports_a_units_groups_in_their_places(shared, tiny, tmp_path):
-    """A request of three prompts in three units, answered from the last to the first."""
+def test_the_pool_reports_groups_in_their_places(shared, tiny, tmp_path):
+    """A request of three prompts in three items on two replicas, answered from the last to the first."""
     import ray
 
     from common.types import SamplerSetup, SamplingParams
-    from deploy.cluster.actors import Member, Restarts
-    from deploy.cluster.sampler_pool import SamplerPool, _Replica
+    from common.weights.handles import InlineWeights
+    from deploy.cluster.calls import ActorInfo, ActorRef, Restarts
+    from deploy.cluster.sampler_pool import SamplerPool
 
-    config = spec(tiny, tmp_path, *CLUSTER, *TWO)
-    setup = SamplerSetup(str(tiny), "float32", 64, 16)
-    pool = SamplerPool(config, lambda index: None, setup, 384, Restarts(0), print, lambda members, limit_s: None)
+    reported = []
+    answer = (Completion((1, 2), "", (-1.0, -2.0), "stop", 0),)
+
+    def start(index, setup):
+        items = []
+
+        def work(new, wait_s):
+            items.extend(new)
+            done = [item for item in items if item[1][0].id == f"p{2 - len(reported)}"]
+            items[:] = [item for item in items if item not in done]
+            return ray.put([(number, [Group(prompt, answer) for prompt in prompts]) for number, prompts, _ in done])
+
+        calls = {"work": work, "pulse": lambda: ray.put(True)}
+        handle = SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
+        facts = {"many_at_once": True, "takes_adapters": True, "seeds_prompts": True}
+        return ActorRef(f"sampler {index}", handle, index, ActorInfo("n1", "127.0.0.1", 1, {}, facts))
+
+    def deliver(handle, actors, version):
+        return dict.fromkeys(actors, handle.sent()[0]), {}
+
+    config, setup = spec(tiny, tmp_path, *CLUSTER, *TWO), SamplerSetup(str(tiny), "float32", 64, 16)
+    pool = SamplerPool(config, setup, 384, Restarts(0), print, start, lambda actors, limit_s: None, deliver)
+    pool.open()
     prompts = [Prompt(f"p{index}", (), token_ids=(1, 2)) for index in range(3)]
     future = pool.generate(prompts, SamplingParams(n=1, max_tokens=2))
-    replica = _Replica(Member("sampler 0", None), 0)
-    replica.parts = {part.unit.id: part for part in pool._queue}
-    reported = []
     future.on_group(lambda index, group: reported.append((index, group.prompt.id, future.done())))
-    for part in reversed(list(pool._queue)):
-        groups = [Group(prompt, (Completion((1, 2), "", (-1.0, -2.0), "stop", 0),)) for prompt in part.unit.prompts]
-        pool._take_in(replica, ray.put([(part.unit.id, groups)]))
+    pool.load_weights(InlineWeights.of([("w", torch.ones(2))], "full"), 0)  # until now no replica may work
+    assert [group.prompt.id for group in future.result(30)] == ["p0", "p1", "p2"]
     assert reported == [(2, "p2", False), (1, "p1", False), (0, "p0", False)]
-    assert [group.prompt.id for group in future.result(0)] == ["p0", "p1", "p2"]
+    pool.close()
+
+
+def test_the_learners_weights_can_be_opened_here_too(shared, tiny, tmp_path):
+    """The handle keeps its contract: opened any number of times, before samplers have loaded it and after."""
+    from common.weights.handles import fingerprint
+    from deploy import components
+    from deploy.cluster import separate
+
+    config = spec(tiny, tmp_path, *CLUSTER)
+    (tmp_path / "config.toml").touch()
+    with separate.parts(components.prepare(config), tmp_path, print) as parts:
+        handle = parts.learner.publish_weights()
+        assert handle.kind == "full" and handle.adapter_config is None
+        sent, size = handle.sent()
+        assert fingerprint(handle.open()) == sent and size > 1e5
+        assert parts.sampler.load_weights(handle, 0) == sent == handle.sent()[0] == fingerprint(handle.open())
+        assert handle.transport == "shared memory"

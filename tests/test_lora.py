@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.types import AdapterSpec, SamplerSetup
 from common.weights.handles import FolderWeights, SharedMemoryWeights, fingerprint
 from deploy import components
-from deploy.components import SharedDevice
+from deploy.colocated import SharedDevice
 from learner.model import adapters, for_sampler, loading, nf4, saving
 from learner.torch_learner import TorchLearner
 from learner.weight_sync import WeightSync, probe_of

@@ -14,7 +14,8 @@ import pytest
 from common.errors import RunFailure
 from common.types import Prompt, SamplingParams
 from common.watchdog import bounded, result
-from deploy.components import SharedDevice, closing
+from deploy.colocated import SharedDevice
+from deploy.components import closing
 from deploy.sample import sample
 from learner.evaluate import evaluate
 from learner.train import Loop, Request, _fill, _result, rehearse

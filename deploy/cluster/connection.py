@@ -1,7 +1,7 @@
 """Into a Ray cluster and out of it again, and what its nodes have. Imports Ray only when it is needed, because what a
 private cluster listens on is decided when it is imported.
 
-Left out: what runs there (``cluster.py``) and what may be wrong there (``diagnose.py``).
+Left out: what runs there (``resources.py``) and what may be wrong there (``deploy/doctor/cluster.py``).
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from common.errors import UserError, brief
 from common.watchdog import bounded
 
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0 when ray is imported: a private cluster keeps to loopback
-_OTHER_TOKEN = (
-    "the cluster refused this process's token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (or ~/.ray/auth_token) "
-    "to the same token on every node"
-)
 Need = Mapping[str, float]
 
 
@@ -57,39 +53,45 @@ def connect(address: str) -> bool:
         ) from None
     if ray.is_initialized():
         return False
-    label = f"cluster.address={address!r}"
     if knock(address):  # Ray itself would try for minutes
         raise UserError(
-            f"{label}: nothing answers there; start the head (ray start --head) and give its address and port"
+            f"cluster.address={address!r}: nothing answers there; start the head (ray start --head) and give its "
+            "address and port"
         )
-    common: dict[str, Any] = {"namespace": "nanogrpo", "log_to_driver": False, "logging_level": "ERROR"}
+    where: dict[str, Any] = {"address": address}
+    if address == "private":
+        _make_token()
+        where = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        if address == "private":
-            _make_token()
-            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **common)
-        else:
-            ray.init(address=address, **common)
-    except ConnectionError as error:
-        if _refused(error):
-            raise UserError(f"{label}: {_OTHER_TOKEN}") from None
-        if address == "auto":
-            raise UserError(
-                f"{label}: no Ray cluster runs on this machine; start one (ray start --head), submit the run to one "
-                "(ray job submit), or set cluster.address to HOST:PORT or private"
-            ) from None
-        raise UserError(f"{label}: no Ray cluster answers there; check the address (ray status on the head)") from None
-    except ValueError as error:
-        raise UserError(f"{label} is not the address of a cluster ({brief(error)}); give HOST:PORT") from None
+        ray.init(**where, namespace="nanogrpo", log_to_driver=False, logging_level="ERROR")
     except Exception as error:
-        if _refused(error):
-            raise UserError(f"{label}: {_OTHER_TOKEN}") from None
-        raise UserError(f"{label}: cannot join the cluster ({brief(error)})") from None
+        raise UserError(f"cluster.address={address!r}: {_why(error, address)}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             # Ray's own would end a run that means to save first.
             signal.signal(signal.SIGTERM, on_terminate or signal.SIG_DFL)
     return True
+
+
+def _why(error: Exception, address: str) -> str:
+    """Why Ray could not join, and the cure."""
+    if not isinstance(error, ValueError) and "token" in f"{error} {error.__cause__}".lower():
+        # Ray 2.60 says so only in the cause's text.
+        return (
+            "the cluster refused this process's token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (or "
+            "~/.ray/auth_token) to the same token on every node"
+        )
+    if isinstance(error, ConnectionError) and address == "auto":
+        return (
+            "no Ray cluster runs on this machine; start one (ray start --head), submit the run to one (ray job "
+            "submit), or set cluster.address to HOST:PORT or private"
+        )
+    if isinstance(error, ConnectionError):
+        return "no Ray cluster answers there; check the address (ray status on the head)"
+    if isinstance(error, ValueError):
+        return f"that is not the address of a cluster ({brief(error)}); give HOST:PORT"
+    return f"cannot join the cluster ({brief(error)})"
 
 
 @contextlib.contextmanager
@@ -118,11 +120,6 @@ def _make_token() -> None:
             file.write(secrets.token_hex(32))
 
 
-def _refused(error: BaseException) -> bool:
-    """Whether Ray failed because the token is missing or wrong. Ray 2.60 says so only in the cause's text."""
-    return "token" in f"{error} {error.__cause__}".lower()
-
-
 def takes_gpus(config: Config) -> bool:
     """Whether the run will compute on GPUs; the cluster is asked where the configuration leaves that open. Raises
     ``UserError`` as ``connect`` does."""
@@ -137,12 +134,13 @@ def has_gpus() -> bool:
 
 
 def nodes() -> dict[str, Need]:
+    """What each living node has, by its address and the beginning of its id."""
     import ray
 
     return {
         f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})": {
-            "CPU": node["Resources"].get("CPU", 0.0), "GPU": node["Resources"].get("GPU", 0.0)
+            kind: node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU")
         }
         for node in ray.nodes()
         if node["Alive"]
-    }  # fmt: skip
+    }

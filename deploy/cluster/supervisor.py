@@ -14,11 +14,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import psutil
+
+from deploy.stopping import on_stop_signals
 
 _MARK = "NANOGRPO_DRIVER"
 _ENDED_BY_ITSELF = (0, 1, 2, 130)
@@ -39,20 +40,21 @@ def watch(
     command = list(command or [sys.executable, *sys.orig_argv[1:]])
     if not resuming:
         command.append(f"run.folder={folder}")  # a {date} in it must not be another one the next time
-    with _signals() as told:
-        for attempt in range(max_restarts + 1):
-            code = _child(command, pulse_s, told)
+    signals: list[int] = []
+    with on_stop_signals(lambda number, frame: signals.append(number)):
+        for attempt in range(1, max_restarts + 2):
+            code = _child(command, pulse_s, signals)
             if code in _ENDED_BY_ITSELF:
                 return code
-            if told:  # stopped before it could save: there is nothing to go on with but what was saved before
+            if signals:  # stopped before it could save: there is nothing to go on with but what was saved before
                 return _STOPPED
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            if attempt == max_restarts:
+            if attempt > max_restarts:
                 break
             begun = (folder / "config.toml").is_file()
             sys.stderr.write(
                 f"the driver was killed ({how}); starting it again, "
-                f"{'from the last checkpoint' if begun else 'from the start'} ({attempt + 1} of {max_restarts})\n"
+                f"{'from the last checkpoint' if begun else 'from the start'} ({attempt} of {max_restarts})\n"
             )
             if begun and not resuming:
                 # Without run file and words: the folder's own configuration holds them.
@@ -66,37 +68,16 @@ def watch(
     return 1
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals to end that have come, in the order they came."""
-    told: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-
-    wanted = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        wanted.append(signal.SIGHUP)
-    kept = {number: signal.signal(number, note) for number in wanted}
-    try:
-        yield told
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def _child(command: Sequence[str], pulse_s: float, told: list[int]) -> int:
+def _child(command: Sequence[str], pulse_s: float, signals: Sequence[int]) -> int:
     # A group of its own: Ctrl-C in a terminal then comes once, through here.
     child = subprocess.Popen(command, env=os.environ | {_MARK: "1"}, process_group=0, preexec_fn=_end_with_parent)
-    passed, stopped_since = 0, 0.0
+    passed_on, stopped_since = 0, 0.0
     while True:
-        while passed < len(told):
-            child.send_signal(told[passed])
-            passed += 1
-        try:
+        for number in signals[passed_on:]:
+            child.send_signal(number)
+            passed_on += 1
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            pass
         with contextlib.suppress(psutil.Error):
             if psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
                 stopped_since = 0.0

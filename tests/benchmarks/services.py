@@ -23,7 +23,7 @@ from common import atomic_files
 from common.config import Config, build, resolved_toml
 from common.types import SamplingParams
 from deploy import components
-from deploy.cluster import resources
+from deploy.cluster import separate
 from learner.model import resolve
 from learner.weight_sync import WeightSync, probe_of
 from tests.benchmarks.loads import Load, groups_of
@@ -51,7 +51,7 @@ def parts_of(config: Config) -> Iterator[tuple[Any, components.Prepared]]:
     OUT.mkdir(parents=True, exist_ok=True)
     atomic_files.write_text(OUT / "config.toml", resolved_toml(config))
     ready = components.prepare(config)
-    with resources.parts(ready, OUT.absolute(), print) as parts:
+    with separate.parts(ready, OUT.absolute(), print) as parts:
         yield parts, ready
 
 

@@ -251,7 +251,8 @@ class Watch:
 def loop_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
     from common.prompts import PromptStream
     from common.rewards.scorer import Scorer
-    from deploy.components import AT_ONCE, SharedDevice
+    from deploy.colocated import SharedDevice
+    from deploy.components import AT_ONCE
     from learner.checkpoint import Checkpoints
     from learner.torch_learner import TorchLearner
     from learner.train import Loop, train

@@ -21,7 +21,7 @@ HEAVY = (
 )  # fmt: skip
 MODULES = (
     "common.config", "common.device", "common.rewards.scorer", "common.tokenizer", "common.tracking.metrics",
-    "common.weights.broadcast", "deploy.components", "deploy.memory_plan.estimate", "learner.evaluate",
+    "common.weights.broadcast", "deploy.colocated", "deploy.memory_plan.estimate", "learner.evaluate",
     "learner.torch_learner", "learner.train", "learner.memory_estimate", "learner.distributed", "learner.weight_sync",
     "sampler.conformance.suite", "sampler.hf", "sampler.engine.vllm", "tests.making", "tests.parity", "tests.tiny",
 )  # fmt: skip

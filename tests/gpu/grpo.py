@@ -15,7 +15,7 @@ from typing import Any
 from common import device as devices
 from common.config import Config, load
 from common.rewards.scorer import Scorer
-from deploy import components
+from deploy import colocated, components
 from learner.checkpoint import Checkpoints
 from learner.train import Loop, rehearse, train
 from learner.weight_sync import WeightSync, probe_of
@@ -56,7 +56,7 @@ def made(config: Config) -> Iterator[Any]:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ready = components.prepare(config)
         scorer = stack.enter_context(Scorer(ready.config.task))
-        parts = stack.enter_context(components.parts(ready))
+        parts = stack.enter_context(colocated.parts(ready))
         probe = probe_of(ready.train, ready.config.sync.probe_tokens, ready.longest_prompt)
         sync = WeightSync(parts.learner, parts.sampler, parts.placement, probe, ready.config.sync, parts.sync_s)
         rows = _Rows()
