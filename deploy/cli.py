@@ -132,7 +132,7 @@ def train(
         if not supervisor.is_driver():
             # The process that does the work is a child of this one, which starts it again when it is killed.
             restarts, pulse_s = config.cluster.max_restarts, config.timeouts.pulse_s
-            raise typer.Exit(supervisor.watch(folder, restarts, pulse_s, resuming=resuming))
+            raise typer.Exit(supervisor.supervise(folder, restarts, pulse_s, resuming=resuming))
     _run(config, folder, resuming)
 
 

@@ -36,7 +36,7 @@ from learner.optimizer import check as check_optimizer
 from learner.train import sampling_params
 
 log = logging.getLogger("nanogrpo")
-AT_ONCE = 256  # completions in flight at most, for a sampler back end that does not say how many it takes
+MAX_CONCURRENT_COMPLETIONS = 256  # in flight, for a sampler back end that does not say how many it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Prepared:
         return PromptStream(self.train, self.config.train.seed, self.room, self.asked)
 
 
-def settled(config: Config, device: str = "") -> Config:
+def resolve_dtype(config: Config, device: str = "") -> Config:
     """The same with the number format that ``model.dtype="auto"`` stands for on this device; without one, on what the
     run computes on, for which a cluster may be asked.
 
@@ -123,7 +123,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
     alone = config.cluster.mode == "local"
     # For a run on a cluster this process computes nothing; a model that is only asked is asked here.
     device = devices.pick(config.train.device if alone or not need_train else "cpu")
-    config = settled(config)
+    config = resolve_dtype(config)
     extras.check(config, training=need_train)
     if config.train.max_staleness and alone:
         raise UserError(
@@ -355,7 +355,7 @@ def sampler_setup(
 def at_once(config: Config) -> int:
     """Completions that the run's sampler works on at once, as its back end says (``Sampler``); more wait in it."""
     says = getattr(plugins.find("sampler", config.sampler.name), "completions_at_once", None)
-    return int(says(config.sampler.options)) if says is not None else AT_ONCE
+    return int(says(config.sampler.options)) if says is not None else MAX_CONCURRENT_COMPLETIONS
 
 
 def load_sampler(config: Config, setup: SamplerSetup, adapter_folder: Path | None = None) -> Sampler:

@@ -27,7 +27,7 @@ SAMPLE = "Let me think about it. <answer>42</answer>"
 def dry_run(config: Config, folder: Path, console: Console, *, resume: bool) -> None:
     """Raises what the run would raise; at the end prints what was found right."""
     runs.check_folder(folder, resume)
-    config = components.settled(anchored(config))
+    config = components.resolve_dtype(anchored(config))
     ready = components.prepare(config)
     components.warn_if_slow(ready.config, ready.device)
     if resume:

@@ -69,7 +69,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
             metrics.rewind(folder, -1)
         if config.cluster.mode == "ray" and config.cluster.address != "private":
             stack.enter_context(connection.joined(config))  # once, for all who ask it
-        config = components.settled(anchored(config))
+        config = components.resolve_dtype(anchored(config))
         ready = components.prepare(config)
         if resume:
             check_task(folder, config, ready.stream())

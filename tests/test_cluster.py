@@ -430,7 +430,7 @@ def test_a_killed_driver_goes_on_and_one_that_ends_is_left_alone(tmp_path, monke
     child.write_text(_CHILD)
     folder = tmp_path / "run"
     command = [sys.executable, str(child), "train", str(folder)]
-    assert supervisor.watch(folder, 3, 30, resuming=False, command=command) == ends
+    assert supervisor.supervise(folder, 3, 30, resuming=False, command=command) == ends
     calls = (folder / "calls").read_text().splitlines()
     assert len(calls) == min(kills, 3) + 1
     assert calls[0] == f"train {folder} run.folder={folder}"
@@ -442,9 +442,11 @@ def guarded(tmp_path: Path, code: str, pulse_s: float = 30) -> subprocess.Popen[
     """A guard over a child of this code, in a process of its own."""
     child = tmp_path / "child.py"
     child.write_text(code)
-    watch = f"supervisor.watch(Path({str(tmp_path / 'run')!r}), 1, {pulse_s}, resuming=False, command={['train']!r})"
-    watch = watch.replace("['train']", f"[sys.executable, {str(child)!r}, 'train']")
-    program = f"import sys; from pathlib import Path; from deploy.cluster import supervisor; sys.exit({watch})"
+    folder, command = str(tmp_path / "run"), f"[sys.executable, {str(child)!r}, 'train']"
+    program = (
+        "import sys; from pathlib import Path; from deploy.cluster.supervisor import supervise; "
+        f"sys.exit(supervise(Path({folder!r}), 1, {pulse_s}, resuming=False, command={command}))"
+    )
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 

@@ -48,23 +48,23 @@ def test_a_gpu_that_is_not_here_takes_bfloat16():
     if torch.cuda.is_available():
         pytest.skip("it is here")
     assert device.quick_dtype("gpu") == "bfloat16"
-    assert components.settled(load(None), "gpu").model.dtype == "bfloat16"
+    assert components.resolve_dtype(load(None), "gpu").model.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_explicit_format_stays(dtype):
     config = load(None, [f"model.dtype={dtype}"])
-    assert components.settled(config, "cpu") is config
+    assert components.resolve_dtype(config, "cpu") is config
 
 
 def test_what_has_no_effect_in_the_format_found_is_said():
     """float32 weights are their own masters; where auto is bfloat16 the same setting works."""
     config = load(None, ["optimizer.master=stochastic"])
     if device.quick_dtype("cpu") == "bfloat16":
-        assert components.settled(config, "cpu").optimizer.master == "stochastic"
+        assert components.resolve_dtype(config, "cpu").optimizer.master == "stochastic"
         return
     with pytest.raises(UserError, match=r"model\.dtype='auto' is 'float32' on this CPU, where optimizer\.master="):
-        components.settled(config, "cpu")
+        components.resolve_dtype(config, "cpu")
 
 
 def test_a_run_writes_the_format_down_and_goes_on_with_it(tiny, tmp_path):
@@ -101,10 +101,10 @@ def test_a_cluster_without_gpus_computes_as_this_cpu():
     private = load(None, ["cluster.mode=ray", "cluster.address=private"])
     assert not torch.cuda.is_available()
     assert not connection.takes_gpus(private)
-    assert components.settled(private).model.dtype == device.quick_dtype("cpu")
+    assert components.resolve_dtype(private).model.dtype == device.quick_dtype("cpu")
     with_gpus = load(None, ["cluster.mode=ray", "train.device=gpu", "optimizer.master=stochastic"])
     assert connection.takes_gpus(with_gpus)
-    assert components.settled(with_gpus).model.dtype == "bfloat16"
+    assert components.resolve_dtype(with_gpus).model.dtype == "bfloat16"
     assert not ray.is_initialized()
     assert connection.connect("private")
     try:

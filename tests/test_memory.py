@@ -11,7 +11,7 @@ from common.config import load
 from common.errors import UserError
 from common.memory import GIB
 from deploy.cli import app
-from deploy.components import settled
+from deploy.components import resolve_dtype
 from deploy.memory_plan import estimate, search
 from deploy.memory_plan import output as plans
 from deploy.memory_plan.estimate import DeviceSpec, Planner
@@ -97,7 +97,7 @@ def test_weights_masters_and_moments_are_counted_to_the_byte(llama):
 
 @pytest.mark.slow
 def test_the_shipped_run_for_8_gib_fits_with_room(llama):
-    config = settled(load(CONFIGS / "gsm8k-8gb.toml", [f"model.name={llama}", "train.device=gpu"]), "gpu")
+    config = resolve_dtype(load(CONFIGS / "gsm8k-8gb.toml", [f"model.name={llama}", "train.device=gpu"]), "gpu")
     plan = Planner(config, llama, config.sampler.max_prompt_tokens, DeviceSpec("GPU", True, 8 * GIB)).plan(config)
     assert plan.fits
     assert plan.margin is not None

@@ -31,7 +31,7 @@ def is_driver() -> bool:
     return os.environ.get(_MARK) == "1"
 
 
-def watch(
+def supervise(
     folder: Path, max_restarts: int, pulse_s: float, *, resuming: bool, command: Sequence[str] | None = None
 ) -> int:
     """Runs this very command in a child, with the run's folder, and again with --resume after each time that it was

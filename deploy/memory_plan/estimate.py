@@ -321,7 +321,7 @@ def available() -> int:
 def planner_of(config: Config, device_memory: str = "", prompt_tokens: int = 0) -> Planner:
     """Of a model folder with a config.json; its weights need not be there."""
     device = device_of(config, device_memory)
-    config = components.settled(config, "gpu" if device.gpu else "cpu")
+    config = components.resolve_dtype(config, "gpu" if device.gpu else "cpu")
     folder = Path(config.model.name).expanduser()
     if not (folder / "config.json").is_file():
         folder = resolve.prepare(config.model)

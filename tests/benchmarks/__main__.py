@@ -35,7 +35,7 @@ from safetensors import safe_open
 
 from common import atomic_files
 from common import config as configs
-from deploy.components import settled
+from deploy.components import resolve_dtype
 from learner.model import resolve
 from tests.benchmarks.loads import LOADS, Load, groups_of
 from tests.benchmarks.sides import Side, Spec
@@ -413,7 +413,7 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error(f"no such section: {', '.join(sorted(unknown))}; choose of {', '.join(SECTIONS)}")
     names = ["short"] if chosen.quick else chosen.loads.split(",")
     began = time.perf_counter()
-    model = settled(configs.load(None, chosen.set), "cpu").model
+    model = resolve_dtype(configs.load(None, chosen.set), "cpu").model
     bench = Bench(
         resolve.prepare(model),
         {name: LOADS[name] for name in names},

@@ -173,7 +173,7 @@ def table() -> list[dict[str, Any]]:
     """For each way of training the largest model of ``shapes.NAMES`` that fits 8 GiB with ``SPARE`` left, both sides on
     one card."""
     from common.config import load
-    from deploy.components import settled
+    from deploy.components import resolve_dtype
     from deploy.memory_plan.estimate import DeviceSpec, Planner
 
     def best_share(folder: Path, settings: Mapping[str, Any]) -> tuple[int, float]:
@@ -182,7 +182,7 @@ def table() -> list[dict[str, Any]]:
         for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9):
             words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
             words += [f"model.name={folder}", *COMMON, f"sampler.options.gpu_memory_utilization={share}"]
-            config = settled(load(None, words), "gpu")
+            config = resolve_dtype(load(None, words), "gpu")
             planner = planner or Planner(config, folder, 512, DeviceSpec("GPU", True, CARD))
             found.append((planner.plan(config).margin or 0, share))
         return max(found)

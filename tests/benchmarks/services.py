@@ -95,7 +95,7 @@ def half_billion(like: Path) -> Path:
 
 def sync() -> list[dict[str, Any]]:
     rows = []
-    demo = resolve.prepare(components.settled(build({}), "cpu").model)
+    demo = resolve.prepare(components.resolve_dtype(build({}), "cpu").model)
     for name, folder in (("135M", None), ("0.5B", half_billion(demo))):
         for transport, samplers, ranks in (
             ("shared_memory", 1, 1), ("collective", 1, 1), ("collective", 2, 1), ("shared_memory", 1, 2),
@@ -160,7 +160,7 @@ def main() -> None:
     for name in chosen:
         rows += {"throughput": throughput, "sync": sync, "staleness": staleness}[name]()
     OUT.mkdir(parents=True, exist_ok=True)
-    dtype = components.settled(build({}), "cpu").model.dtype
+    dtype = components.resolve_dtype(build({}), "cpu").model.dtype
     head = f"{datetime.date.today().isoformat()}, SmolLM2-135M (and random weights in Qwen2.5-0.5B's shape), {dtype}"
     atomic_files.write_json(OUT / "services.json", {"head": head, "rows": rows})
     lines = [head, "", "| what | value | unit |", "|---|---|---|"]

@@ -252,7 +252,7 @@ def loop_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
     from common.prompts import PromptStream
     from common.rewards.scorer import Scorer
     from deploy.colocated import SharedDevice
-    from deploy.components import AT_ONCE
+    from deploy.components import MAX_CONCURRENT_COMPLETIONS
     from learner.checkpoint import Checkpoints
     from learner.torch_learner import TorchLearner
     from learner.train import Loop, train
@@ -262,7 +262,10 @@ def loop_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
     config, one, prompts = config_of(spec), Load(**spec.load), [group.prompt for group in groups]
     with Scorer(config.task) as scorer, never_ending(Path(spec.folder)) as folder:
         setup = SamplerSetup(
-            str(folder), config.model.dtype, one.prompt + one.most, min(one.groups * one.group_size, AT_ONCE)
+            str(folder),
+            config.model.dtype,
+            one.prompt + one.most,
+            min(one.groups * one.group_size, MAX_CONCURRENT_COMPLETIONS),
         )
         sampler = VllmSampler(setup, **{**config.sampler.options, **spec.settings})
         try:
