@@ -522,7 +522,8 @@ def test_the_pool_reports_groups_in_their_places(shared, tiny, tmp_path):
         return dict.fromkeys(actors, handle.sent()[0]), {}
 
     config, setup = spec(tiny, tmp_path, *CLUSTER, *TWO), SamplerSetup(str(tiny), "float32", 64, 16)
-    pool = SamplerPool(config, setup, 384, Restarts(0), print, start, lambda actors, limit_s: None, deliver)
+    cluster = SimpleNamespace(start_sampler=start, end=lambda actors, limit_s: None)
+    pool = SamplerPool(config, setup, 384, Restarts(0, print), cluster, deliver)
     pool.open()
     prompts = [Prompt(f"p{index}", (), token_ids=(1, 2)) for index in range(3)]
     future = pool.generate(prompts, SamplingParams(n=1, max_tokens=2))

@@ -93,18 +93,19 @@ class LearnerBusy(Exception):
 
 
 class Restarts:
-    """How often services were replaced, all of them together, and how often they may be."""
+    """How often services were replaced, all of them together, and how often they may be; ``say`` tells people."""
 
-    def __init__(self, limit: int) -> None:
-        self.made, self._limit, self._lock = 0, limit, threading.Lock()
+    def __init__(self, limit: int, say: Callable[[str], None]) -> None:
+        self.made, self.say = 0, say
+        self._limit, self._lock = limit, threading.Lock()
 
-    def one_more(self, why: str) -> str:
-        """Counts one, and says so. Raises ``RunFailure`` beyond the limit."""
+    def count(self, why: str) -> None:
+        """One more, and why. Raises ``RunFailure`` beyond the limit."""
         with self._lock:
             if self.made == self._limit:
                 raise RunFailure(f"{why}; that was once more than cluster.max_restarts={self._limit} allows")
             self.made += 1
-            return f"{why}; it is being replaced ({self.made} of {self._limit})"
+            self.say(f"{why}; it is being replaced ({self.made} of {self._limit})")
 
 
 def start_actor(service: type, **options: Any) -> Any:

@@ -23,6 +23,7 @@ from common.protocols import Transport
 from common.types import Group
 from common.weights.handles import InlineWeights, SharedMemoryWeights
 from deploy.cluster.calls import ActorFailure, ActorRef, LearnerBusy, call_all
+from deploy.cluster.resources import Cluster
 
 _SHARE = 0.95  # of a limit: the plain watchdog around the call would end the process at the whole of it
 Written = InlineWeights | SharedMemoryWeights
@@ -57,22 +58,20 @@ class RankWeights:
 
 
 class LearnerRanks:
-    """Ranks that ``start()`` starts; ``end(ranks, limit_s)`` ends them, or keeps them for another start."""
+    """The ranks that the cluster starts, and starts again."""
 
-    def __init__(
-        self, config: Config, start: Callable[[], list[ActorRef]], end: Callable[[Sequence[ActorRef], float], None]
-    ) -> None:
+    def __init__(self, config: Config, cluster: Cluster) -> None:
         self.version = 0
         self.facts: Mapping[str, Any] = {}
         self._timeouts, self._transport_wanted = config.timeouts, config.sync.transport
-        self._start, self._end = start, end
+        self._cluster = cluster
         self._ranks: list[ActorRef] = []
         self._turn = threading.Lock()  # the ranks do one thing at a time; a new sampler asks from a thread of its own
         self._members: tuple[ActorRef, ...] = ()  # of the broadcast's group, the sender first
         self._url = ""  # where they meet
 
     def open(self) -> None:
-        self._ranks = self._start()
+        self._ranks = self._cluster.start_learner()
         self.facts = self._ranks[0].started.facts
         self._members = ()
 
@@ -84,7 +83,7 @@ class LearnerRanks:
 
     def close(self) -> None:
         ranks, self._ranks = self._ranks, []
-        self._end(ranks, 5.0)
+        self._cluster.end(ranks, 5.0)
 
     def places(self) -> list[str]:
         return [rank.place for rank in self._ranks]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import socket
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -246,9 +245,15 @@ class Cluster:
         return home
 
     def _placed(self, place: int) -> bool:
-        """Whether that is a living node."""
+        """Whether that is a living node. Ray takes one for alive until some 15 s after its end, and would start
+        services on it that never come."""
         home = self._home(place)
-        return any(node["NodeID"] == home and node["Alive"] and _answers(node) for node in ray.nodes())
+        return any(
+            node["NodeID"] == home
+            and node["Alive"]
+            and not connection.knock(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+            for node in ray.nodes()
+        )
 
     def _service(self, service: type, place: int) -> Any:
         """A service in this place: one that waits there, or a new process."""
@@ -295,13 +300,3 @@ def check_versions(actor: ActorRef, first: ActorInfo) -> None:
             f"{actor.place} has {', '.join(differing)} on the node that answered first; install the same versions on "
             "every node (nanogrpo doctor --cluster compares them)"
         )
-
-
-def _answers(node: Mapping[str, Any]) -> bool:
-    """Whether a node is there. Ray takes one for alive until some 15 s after its end, and would start services on it
-    that never come."""
-    try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=5).close()
-    except OSError:
-        return False
-    return True

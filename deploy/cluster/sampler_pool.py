@@ -29,6 +29,7 @@ from common.tokenizer import check_room
 from common.types import Group, Prompt, SamplerSetup, SamplingParams
 from common.watchdog import late
 from deploy.cluster.calls import ActorFailure, ActorRef, Heartbeats, LearnerBusy, NoRoom, Restarts, answer, call_all
+from deploy.cluster.resources import Cluster
 from deploy.cluster.work_items import Request, WorkItem
 from learner.weight_sync import SyncError, tolerance_of, weighted_difference
 
@@ -62,8 +63,7 @@ class _Replica:
 
 
 class SamplerPool:
-    """Replicas that ``start(index, setup)`` starts: it blocks until one is ready, and raises ``ActorFailure``, or
-    ``NoRoom`` when the cluster has no place for it now."""
+    """The replicas that the cluster starts, and starts again."""
 
     def __init__(
         self,
@@ -71,17 +71,13 @@ class SamplerPool:
         setup: SamplerSetup,
         vocabulary: int,
         restarts: Restarts,
-        say: Callable[[str], None],
-        start: Callable[[int, SamplerSetup], ActorRef],
-        end: Callable[[Sequence[ActorRef], float], None],
+        cluster: Cluster,
         deliver: Callable[[Any, Sequence[ActorRef], int], tuple[dict[ActorRef, str], dict[ActorRef, ActorFailure]]],
     ) -> None:
-        """``setup`` is every replica's; ``vocabulary`` its number of tokens; ``say`` tells people of losses;
-        ``end(actors, limit_s)`` ends replicas, or keeps them for another start; ``deliver(handle, actors, version)``
-        is the learner's ``LearnerRanks.deliver``."""
+        """``setup`` is every replica's; ``vocabulary`` its number of tokens; ``deliver`` is the learner's
+        (``LearnerRanks.deliver``)."""
         self._config, self._setup, self._vocabulary = config, setup, vocabulary
-        self._restarts, self._say = restarts, say
-        self._start, self._end, self._deliver = start, end, deliver
+        self._restarts, self._cluster, self._deliver = restarts, cluster, deliver
         self._lock = threading.Condition(threading.RLock())
         self._transfer = threading.Lock()  # one transfer of weights at a time; taken before the other
         self._replicas: list[_Replica] = []
@@ -187,7 +183,7 @@ class SamplerPool:
             self._closing = True
             self._lock.notify_all()
             actors = list(self._with(_State.LOADING, _State.READY))
-        self._end(actors, 20.0)
+        self._cluster.end(actors, 20.0)
 
     # -- beyond it ---------------------------------------------------------------------------------------------------
 
@@ -321,13 +317,12 @@ class SamplerPool:
             if self._closing or self._failure:
                 return
             try:
-                said = self._restarts.one_more(why)
+                self._restarts.count(why)
             except RunFailure as error:
                 self._fail(error)
                 return
             new = _Replica(ActorRef(f"sampler {replica.actor.bundle}", None, replica.actor.bundle))
             self._replicas.insert(place, new)
-        self._say(said)
         self._bring_up_beside(new, replica.actor)
 
     def _look_for_room(self) -> None:
@@ -346,7 +341,7 @@ class SamplerPool:
         try:
             if lost is not None:
                 lost.kill()
-            actor = self._start(replica.actor.bundle, self._setup)
+            actor = self._cluster.start_sampler(replica.actor.bundle, self._setup)
             with self._transfer, self._lock:
                 replica.actor, replica.state = actor, _State.LOADING
                 served = self._served
@@ -360,7 +355,7 @@ class SamplerPool:
                 if all(other.state is _State.NO_ROOM for other in self._replicas):
                     self._fail(RunFailure(f"{error}, and no other sampler is left"))
                 elif lost is not None:
-                    self._say(f"{lost.name}: {error}; the run goes on without it until there is room")
+                    self._restarts.say(f"{lost.name}: {error}; the run goes on without it until there is room")
         except ActorFailure as failure:
             replica.actor = failure.actor
             self._replace(replica, str(failure))
@@ -390,7 +385,7 @@ class SamplerPool:
             with self._lock:
                 replica.state = _State.READY
                 self._lock.notify_all()
-            self._say(f"{actor.place} took the place of the lost one, with version {version}")
+            self._restarts.say(f"{actor.place} took the place of the lost one, with version {version}")
 
     def _load_and_prove(self, actor: ActorRef, handle: WeightHandle, version: int) -> str:
         """As a sync does. Returns what is wrong, or nothing."""

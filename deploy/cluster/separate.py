@@ -38,23 +38,21 @@ def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator
         from deploy.cluster.sampler_pool import SamplerPool
 
         cluster = Cluster(config, say, resuming=any((folder / "checkpoints").glob("step-*")))
-        restarts = Restarts(config.cluster.max_restarts)
+        restarts = Restarts(config.cluster.max_restarts, say)
         setup = sampler_setup(ready, shares_device=False, threads=max(1, int(config.cluster.sampler_cpus)), base=False)
         vocabulary = max(len(ready.tokenizer), resolve.vocabulary(ready.folder))
-        learner = LearnerRanks(config, cluster.start_learner, cluster.end)
-        pool = SamplerPool(
-            config, setup, vocabulary, restarts, say, cluster.start_sampler, cluster.end, deliver=learner.deliver
-        )
+        learner = LearnerRanks(config, cluster)
+        pool = SamplerPool(config, setup, vocabulary, restarts, cluster, learner.deliver)
 
         def open_learner() -> None:
             while True:
                 try:
                     return learner.open()
                 except LearnerLost as failure:
-                    say(restarts.one_more(str(failure)))
+                    restarts.count(str(failure))
 
         def recover(failure: LearnerLost) -> None:
-            say(restarts.one_more(str(failure)))
+            restarts.count(str(failure))
             pool.forget()
             learner.restart()
 
