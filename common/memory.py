@@ -1,7 +1,7 @@
-"""What a sampler back end is asked and answers about the memory it will need; the memory plan asks.
+"""What a sampler back end is asked, and answers, about the memory that it will need.
 
 ``memory_needed(setup, options, model, room) -> SamplerMemory`` is an optional attribute of a back end
-(``common.protocols.Sampler``).
+(``common.protocols.Sampler``); the memory plan asks it. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.device import dtype_of
+
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model whose weights nobody has loaded; sizes in bytes, of the setup's number format."""
+    """A model whose weights nobody has loaded, in its number format."""
 
     config: Mapping[str, Any]
     """The contents of its config.json."""
-    weights: int
-    """As ``SamplerSetup.quantize`` asks for them, a tied output head once."""
+    dense: int
+    """Its weights, a tied output head once."""
+    quantized: int
+    """The same with those in 4 bits that ``model.quantize`` puts there."""
     head: int
-    adapter: int
-    """Of the adapter that ``SamplerSetup.adapter`` names; 0 without."""
-    kv_per_token: int
-    """Keys and values of one token in all layers."""
+    layers: int
+    linear_widths: int
+    """The in and out widths of every linear layer but the head, added up: times its rank, an adapter's weights."""
     tied: bool
     vocabulary: int
     forward: Callable[[int], int]
@@ -34,10 +37,10 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Room:
-    """What the sampler is to fit into."""
+    """What the sampler is to fit into; None where nobody knows."""
 
     total: int | None
-    """All of the device's memory, bytes; None where nobody knows."""
+    """All of the device's memory."""
     free: int | None
     """What of it is free when the sampler starts, after its context on a GPU."""
     probe_tokens: int
@@ -58,23 +61,32 @@ class OptionValues:
 
 @dataclass(frozen=True)
 class SamplerMemory:
-    """Bytes of the sampler's device, by part."""
+    """What a sampler takes of its device."""
 
     held: Mapping[str, int] = field(default_factory=dict)
-    """All the time while it is awake."""
+    """While it is awake, by part."""
     activations: int = 0
     """Besides, while it writes."""
     probe: int = 0
     """Besides, while it answers the proof's probe."""
     asleep: Mapping[str, int] = field(default_factory=dict)
-    """What ``sleep`` leaves; the same as ``held`` where it gives nothing back."""
+    """What ``sleep`` leaves, by part."""
     asleep_on_host: int = 0
     """What waits in host memory meanwhile."""
     cache: int = 0
     """The key-value cache, which ``held`` contains."""
     cache_per_token: int = 0
     shortfall: int = 0
-    """Bytes that it lacks for the least that it starts with."""
+    """What it lacks for the least that it starts with."""
     notes: tuple[str, ...] = ()
     """Sentences for people."""
     cheaper: tuple[OptionValues, ...] = ()
+
+
+def cache_bytes_per_token(model_config: Mapping[str, Any], dtype: str, tensor_parallel: int = 1) -> int:
+    """Keys and values of one token in all layers, on each device; ``model_config`` is a config.json."""
+    config = model_config.get("text_config") or model_config
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads", 16)
+    width = config.get("head_dim") or config.get("hidden_size", 1024) // config.get("num_attention_heads", 16)
+    size = dtype_of(dtype).itemsize
+    return int(config.get("num_hidden_layers", 24) * 2 * max(1, heads // tensor_parallel) * width * size)

@@ -11,6 +11,8 @@ whatever lies outside torch's tensors.
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.config import Config, ModelConfig
+from common.memory import ModelSize
 from learner import token_logprobs
 from learner.batch import packing, packing_support
 from learner.model import loading, nf4
@@ -225,7 +228,7 @@ def _probe(config: Config, prompt_tokens: int) -> list[tuple[int, ...]]:
 
 
 def _step_bytes(config: Config, trained: Iterable[torch.Tensor], vocabulary: int, on_cpu: bool) -> int:
-    name = config.optimizer.name
+    name: str = config.optimizer.name
     if name == "adamw" and config.optimizer.master == "stochastic":
         name = "stochastic"
     if not on_cpu and name in ("adamw_8bit", "adamw_4bit", "stochastic"):
@@ -237,37 +240,32 @@ def _step_bytes(config: Config, trained: Iterable[torch.Tensor], vocabulary: int
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-class ModelShape:
-    """What is counted of a model without its weights: bytes, in its number format unless said otherwise."""
+def model_size(config: ModelConfig, folder: Path) -> ModelSize:
+    """Of the model in this folder, which needs only its ``config.json``."""
+    held = loading.load(folder, config, SHAPE, blank=True)
+    dense = loading.load(folder, config.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
+    head = dense.get_output_embeddings()
+    linear = [part for part in dense.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    vocabulary = vocabulary_of(dense)
 
-    def __init__(self, config: ModelConfig, folder: Path) -> None:
-        held = loading.load(folder, config, SHAPE, blank=True)
-        self._dense = dense = loading.load(folder, config.model_copy(update={"quantize": "off"}), SHAPE, blank=True)
-        head = dense.get_output_embeddings()
-        self.bytes = sum(tensor.nbytes for tensor in {id(t): t for t in nf4.stored(held)}.values())
-        """As the learner holds it, a tied head once."""
-        self.dense_bytes = sum(p.nbytes for p in dense.parameters())
-        """The same where nothing is in 4 bits."""
-        self.head_bytes = int(head.weight.nbytes)
-        self.layers = int(dense.config.num_hidden_layers)
-        self.layer_bytes = (self.dense_bytes - self.head_bytes) // self.layers
-        self.tied = head.weight is dense.get_input_embeddings().weight
-        self.vocabulary = vocabulary_of(dense)
-        linear = [part for part in dense.modules() if isinstance(part, torch.nn.Linear) and part is not head]
-        self._widths = sum(part.in_features + part.out_features for part in linear)
-
-    def adapter_bytes(self, rank: int) -> int:
-        """Of an adapter on every linear layer but the head, in 16 bits, as a sampler holds it."""
-        return 2 * rank * self._widths
-
-    def forward_bytes(self, tokens: int) -> int:
-        """The activations of a forward pass of so many tokens without gradient."""
-        model, tracker = self._dense, MemoryTracker(self.vocabulary)
-        tracker.watch("weights", [*model.parameters(), *model.buffers()])
-        model.config._attn_implementation = packing_support.plain_attention(model)
+    def forward(tokens: int) -> int:
+        tracker = MemoryTracker(vocabulary)
+        tracker.watch("weights", [*dense.parameters(), *dense.buffers()])
+        dense.config._attn_implementation = packing_support.plain_attention(dense)
         ids = torch.zeros(1, max(tokens, 1), dtype=torch.long, device=SHAPE)
         with _fused_attention(), tracker, torch.no_grad():
-            tracker.phase = "sample"
-            packing_support.decoder_of(model)(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
-        load, sample = (sum(tracker.peaks[phase].values()) for phase in ("load", "sample"))
-        return sample - load
+            tracker.phase = "forward"
+            packing_support.decoder_of(dense)(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+        return sum(tracker.peaks["forward"].values()) - sum(tracker.peaks["load"].values())
+
+    return ModelSize(
+        config=json.loads((folder / "config.json").read_text()),
+        dense=sum(p.nbytes for p in dense.parameters()),
+        quantized=sum(tensor.nbytes for tensor in {id(t): t for t in nf4.stored(held)}.values()),
+        head=head.weight.nbytes,
+        layers=int(dense.config.num_hidden_layers),
+        linear_widths=sum(part.in_features + part.out_features for part in linear),
+        tied=head.weight is dense.get_input_embeddings().weight,
+        vocabulary=vocabulary,
+        forward=functools.cache(forward),
+    )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from common.device import dtype_of, release
 from common.errors import RunFailure, UserError
-from common.memory import ModelSize, Room, SamplerMemory
+from common.memory import ModelSize, Room, SamplerMemory, cache_bytes_per_token
 from common.protocols import WeightHandle
 from common.sampling_filters import logprobs_of, process
 from common.tokenizer import check_room, decode, end_of_sequence_ids, load_tokenizer
@@ -102,10 +102,11 @@ class HfSampler:
     def memory_needed(setup: SamplerSetup, options: Mapping[str, Any], model: ModelSize, room: Room) -> SamplerMemory:
         """See ``common.memory``. It keeps its memory while it sleeps."""
         rows = min(setup.max_sequences, HfSampler.completions_at_once(options))
-        cache = rows * setup.max_model_tokens * model.kv_per_token
-        held = {"sampler weights": model.weights, "KV cache": 2 * cache}  # it is copied as it grows
+        token = 2 * cache_bytes_per_token(model.config, setup.dtype)  # it is copied as it grows
+        cache = rows * setup.max_model_tokens * token
+        held = {"sampler weights": model.dense, "KV cache": cache}
         activations = model.forward(setup.max_model_tokens) + rows * model.vocabulary * 12
-        return SamplerMemory(held, activations, activations, held, 0, 2 * cache, 2 * model.kv_per_token)
+        return SamplerMemory(held, activations, activations, held, 0, cache, token)
 
     def __init__(self, setup: SamplerSetup, **options: Any) -> None:
         self.check_options(options)

