@@ -175,7 +175,7 @@ def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool) -
     learner = TorchLearner(_plain(config), folder, SHAPE, blank=True)
     groups = longest_groups(config, prompt_tokens)
     pack, _ = largest_pack(groups, budget, learner.packed, learner.vocabulary)
-    rows = [packing.Row(0, g.prompt.token_ids, one.token_ids) for g in pack for one in g.completions]
+    rows = [packing.Row(0, group.prompt.token_ids, c.token_ids) for group in pack for c in group.completions]
     tracker = MemoryTracker(learner.vocabulary, len(rows), offload)
     tensors = learner.tensors_by_category()
     tracker.watch("weights", tensors["weights"])
@@ -193,10 +193,10 @@ def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool) -
     trained, stepped = tensors["trained"], sum(tensor.nbytes for tensor in tensors["stepped"])
     step = {**load, "gradients": 0 if offload else stepped}
     step["optimizer"] = step.get("optimizer", 0) + _step_bytes(config, trained, learner.vocabulary, on_cpu)
-    (computed,) = packing.make_microbatches(rows, budget, learner.packed)
+    passes = packing.make_microbatches(rows, budget, learner.packed)
     return LearnerMemory(
         {"load": load, "learn": learn, "step": step}, learner.parameters_trained, learner.parameters_total,
-        computed.token_ids.numel(), learner.packed, probe,
+        sum(part.token_ids.numel() for part in passes), learner.packed, probe,
         sum(p.nbytes for p in trained), max(p.nbytes for p in trained),
         stepped + sum(tensor.nbytes for tensor in tensors["moments"]),
     )  # fmt: skip

@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def margin(self) -> int | None:
-        return min((one.margin for one in self.devices if one.margin is not None), default=None)
+        return min((part.margin for part in self.devices if part.margin is not None), default=None)
 
     @property
     def fits(self) -> bool | None:
@@ -109,8 +109,8 @@ class Plan:
     @property
     def peak(self) -> int:
         """On the devices that compute."""
-        gpus = [one for one in self.devices if one.device.gpu]
-        return max(one.peak for one in gpus or self.devices)
+        gpus = [part for part in self.devices if part.device.gpu]
+        return max(part.peak for part in gpus or self.devices)
 
 
 class Planner:
@@ -134,10 +134,10 @@ class Planner:
         else:
             bucket, sampler = 2 * config.sync.bucket_mib << 20, replace(sampler, asleep=sampler.held)
             load, learn = self._one_ranks(config, load), self._one_ranks(config, learn)
-            there, here = (replace(device, name=f"each {side}'s {device.name}") for side in ("sampler", "learner rank"))
+            samplers, ranks = (replace(device, name=f"each {of}'s {device.name}") for of in ("sampler", "learner rank"))
             devices = [
-                DevicePlan(there, self._phases(config, sampler, {}, {}, bucket), sampler),
-                DevicePlan(here, self._phases(config, NOTHING, load, learn, proof + bucket)),
+                DevicePlan(samplers, self._phases(config, sampler, {}, {}, bucket), sampler),
+                DevicePlan(ranks, self._phases(config, NOTHING, load, learn, proof + bucket)),
             ]
         return Plan(config, tuple(devices), learner, self.prompt_tokens)
 

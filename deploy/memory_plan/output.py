@@ -56,10 +56,10 @@ def answer(
 
 def verdict(plan: Plan) -> str:
     """One sentence."""
-    known = [one for one in plan.devices if one.margin is not None]
+    known = [part for part in plan.devices if part.margin is not None]
     if not known:
         return f"peak {plan.peak / GIB:.2f} GiB; the device's memory is not known here: set memory.device_gib"
-    tightest = min(known, key=lambda one: one.margin or 0)
+    tightest = min(known, key=lambda part: part.margin or 0)
     device, margin = tightest.device, tightest.margin or 0
     said = f"{tightest.peak / GIB:.2f} GiB at its peak ({tightest.worst}), of {(device.bytes or 0) / GIB:.2f} GiB of "
     if margin >= 0:
@@ -143,11 +143,11 @@ def as_dict(plan: Plan, proposal: Proposal | None = None, limits: Mapping[str, i
         "parameters": {"trained": plan.learner.parameters_trained, "total": plan.learner.parameters_total},
         "devices": [
             {
-                "name": one.device.name, "gpu": one.device.gpu, "memory": one.device.bytes, "margin": one.margin,
-                "peak": one.peak, "worst_phase": one.worst, "notes": list(one.sampler.notes),
-                "phases": {phase: {"total": one.peaks[phase], **parts} for phase, parts in one.phases.items()},
+                "name": part.device.name, "gpu": part.device.gpu, "memory": part.device.bytes, "margin": part.margin,
+                "peak": part.peak, "worst_phase": part.worst, "notes": list(part.sampler.notes),
+                "phases": {phase: {"total": part.peaks[phase], **parts} for phase, parts in part.phases.items()},
             }
-            for one in plan.devices
+            for part in plan.devices
         ],
         "proposals": [] if proposal is None else [{
             "margin": proposal.margin,
@@ -180,14 +180,14 @@ def show(
     def say(text: str, style: str = "") -> None:
         console.print(text, style=style, soft_wrap=True, markup=False)
 
-    for one in plan.devices:
-        table = Table("GiB", *one.phases, title=f"{one.device.name}, {plan.config.model.dtype}")
-        for name in dict.fromkeys(name for parts in one.phases.values() for name in parts):
-            table.add_row(name, *(gib(parts.get(name)) for parts in one.phases.values()))
+    for part in plan.devices:
+        table = Table("GiB", *part.phases, title=f"{part.device.name}, {plan.config.model.dtype}")
+        for name in dict.fromkeys(name for parts in part.phases.values() for name in parts):
+            table.add_row(name, *(gib(parts.get(name)) for parts in part.phases.values()))
         table.add_section()
-        table.add_row("together", *(gib(total) for total in one.peaks.values()))
+        table.add_row("together", *(gib(total) for total in part.peaks.values()))
         console.print(table)
-        for note in one.sampler.notes:
+        for note in part.sampler.notes:
             say(f"note: {note}")
     say(f"on the disk: {_disk_bytes(plan) / GIB:.2f} GiB of checkpoints and final model")
     say(verdict(plan), style="green" if plan.fits else "red" if plan.fits is False else "")

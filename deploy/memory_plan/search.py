@@ -46,7 +46,7 @@ def settings(config: Config, gpu: bool, of_sampler: Sequence[OptionValues]) -> I
         smaller = itertools.takewhile(lambda size: size >= least, (value >> step for step in itertools.count(1)))
         return [Option(((f"{section}.{name}", size),), cost, is_series=True) for size in smaller]
 
-    def one(cost: str, **values: Any) -> Option:
+    def single(cost: str, **values: Any) -> Option:
         return Option(tuple((key.replace("__", "."), value) for key, value in values.items()), cost)
 
     lora, optimizer = config.model.lora_rank > 0, config.optimizer
@@ -55,32 +55,32 @@ def settings(config: Config, gpu: bool, of_sampler: Sequence[OptionValues]) -> I
     for option in of_sampler:
         yield [Option(((SAMPLER + option.name, value),), option.cost, option.is_series) for value in option.values]
     if gpu and config.cluster.mode == "local" and not config.memory.offload_while_sampling:
-        yield [one("same result, copies each step", memory__offload_while_sampling=True)]
+        yield [single("same result, copies each step", memory__offload_while_sampling=True)]
     if not config.learner.gradient_checkpointing:
-        yield [one("same result, a third more time", learner__gradient_checkpointing=True)]
+        yield [single("same result, a third more time", learner__gradient_checkpointing=True)]
     if gpu and not lora and not optimizer.offload and optimizer.master == "float32":
-        yield [one("same result, steps on the host", optimizer__offload=True)]
+        yield [single("same result, steps on the host", optimizer__offload=True)]
     small = optimizer.name == "adamw" and not optimizer.offload
     if small:
         yield [
-            one("coarser moments", optimizer__name="adamw_8bit"),
-            one("coarser moments still", optimizer__name="adamw_4bit"),
-            one("no float32 masters", optimizer__name="adamw_8bit", optimizer__master="stochastic"),
-            one("no float32 masters", optimizer__name="adamw_4bit", optimizer__master="stochastic"),
+            single("coarser moments", optimizer__name="adamw_8bit"),
+            single("coarser moments still", optimizer__name="adamw_4bit"),
+            single("no float32 masters", optimizer__name="adamw_8bit", optimizer__master="stochastic"),
+            single("no float32 masters", optimizer__name="adamw_4bit", optimizer__master="stochastic"),
         ]
     if config.model.dtype == "float32" and quick_dtype("gpu" if gpu else "cpu") == "bfloat16":
-        yield [one("coarser numbers, faster", model__dtype="bfloat16")]
+        yield [single("coarser numbers, faster", model__dtype="bfloat16")]
     if lora:
         yield halved("model", "lora_rank", 4, "a smaller adapter")
     if lora and config.model.quantize == "off":
-        yield [one("the base in 4 bits, slower", model__quantize="nf4")]
+        yield [single("the base in 4 bits, slower", model__quantize="nf4")]
     if not lora:
         yield [
-            one("an adapter instead of every weight", model__lora_rank=16),
-            one("an adapter on a base in 4 bits", model__lora_rank=16, model__quantize="nf4"),
+            single("an adapter instead of every weight", model__lora_rank=16),
+            single("an adapter on a base in 4 bits", model__lora_rank=16, model__quantize="nf4"),
         ]
     if small:
-        yield [one("another optimizer", optimizer__name="adafactor")]
+        yield [single("another optimizer", optimizer__name="adafactor")]
     yield halved("sampler", "max_tokens", 16, "shorter answers")
     yield halved("train", "group_size", 2, "smaller groups")
     yield halved("train", "prompts_per_step", 1, "smaller batches")
