@@ -58,13 +58,15 @@ def connect(address: str) -> bool:
             f"cluster.address={address!r}: nothing answers there; start the head (ray start --head) and give its "
             "address and port"
         )
-    where: dict[str, Any] = {"address": address}
+    options: dict[str, Any] = {"namespace": "nanogrpo", "log_to_driver": False, "logging_level": "ERROR"}
     if address == "private":
         _make_token()
-        where = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    else:
+        options["address"] = address
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**where, namespace="nanogrpo", log_to_driver=False, logging_level="ERROR")
+        ray.init(**options)
     except Exception as error:
         raise UserError(f"cluster.address={address!r}: {_why(error, address)}") from None
     finally:
