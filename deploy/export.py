@@ -111,7 +111,7 @@ def _model(name: str, words: Sequence[str]) -> tuple[Config, Path | None]:
     """Of a model, or of an adapter and the base that it names."""
     folder = Path(name).expanduser()
     adapter = folder if (folder / "adapter_config.json").is_file() else None
-    base = {"name": name}
+    base: dict[str, str | None] = {"name": name}
     if adapter is not None:
         described = FolderWeights(str(adapter)).adapter_config or {}
         base = {"name": described.get("base_model_name_or_path", ""), "revision": described.get("revision")}

@@ -193,8 +193,8 @@ def _metric_rows(steps: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
         values = _column(steps, key)
         values = values[~np.isnan(values)]
         if len(values):
-            numbers = [f"{value:.4g}" for value in (values[0], values[-1], values.mean())]
-            rows.append((key, *numbers, str(METRICS.get(key) or METRICS["reward/<name>"])))
+            first, last, mean = (f"{value:.4g}" for value in (values[0], values[-1], values.mean()))
+            rows.append((key, first, last, mean, str(METRICS.get(key) or METRICS["reward/<name>"])))
     return rows
 
 
