@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class LossInputs:
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> LossInputs:
         """Those of some rows, or of some tokens as rows of one: whatever ``pick`` takes of a [B, T]."""
-        tensors = {name: pick(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: pick(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
 
