@@ -87,10 +87,11 @@ def forward_backward(
         with torch.enable_grad():
             value, parts = loss(logprob_K.requires_grad_(), entropy_K.requires_grad_(), part)
         stats.append(parts)
-        return torch.autograd.grad(value, [logprob_K, entropy_K], allow_unused=True)
+        logprob_grad_K, entropy_grad_K = torch.autograd.grad(value, [logprob_K, entropy_K], allow_unused=True)
+        return logprob_grad_K, entropy_grad_K
 
     with torch.no_grad():
-        of_chunk = gradients_of
+        of_chunk: Callable[..., _Gradients] = gradients_of
         if loss.by_sequence:
             whole = gradients_of(*head.all_logprobs(values_UD, chunks), slice(0, len(pack.row_K)))
             of_chunk = lambda _, __, part: (whole[0][part], None if whole[1] is None else whole[1][part])  # noqa: E731
