@@ -36,25 +36,19 @@ from learner.distributed import (
     Ranks,
     collective,
     forward,
-    local,
     lost_in_words,
-    own_slice,
     read_state,
     shapes_in,
-    whole,
     write_state,
 )
 from learner.loss import advantages, losses
-from learner.model import adapters, loading, nf4, saving
+from learner.model import adapters, loading, nf4, noise, saving
 from learner.optimizer import MasterOptimizer, Parked, learning_rate
 from learner.optimizer import check as check_optimizer
 from learner.token_logprobs import SamplingTransform, forward_backward, from_logits, token_logprobs
 
 log = logging.getLogger("nanogrpo.learner")
 ALONE = Ranks()
-# Of a weight's spread, in the challenge. An old output head alone then puts SmolLM2's log-probs 0.5 nats off (0.07 to
-# 0.2 with half as much), where bfloat16 puts them 0.04 to 0.06; with twice as much that would be 0.4 to 1.
-NOISE = 0.2
 METRICS = {
     "loss": "loss", "ratio_mean": "ratio_mean", "clipped_mean": "clip_fraction", "kl_mean": "kl",
     "entropy_mean": "entropy", "importance_mean": "importance_mean", "importance_max": "importance_max",
@@ -359,38 +353,12 @@ class TorchLearner:
 
     @contextlib.contextmanager
     def perturbed(self, seed: int) -> Iterator[None]:
-        """Seeded noise on every trained weight: ``NOISE`` of each tensor's own spread, so each layer's part shows in
-        the log-probs; an adapter's zero half gets noise that makes its update as large."""
+        """Inside, seeded noise lies on every trained weight (``learner/model/noise.py``)."""
         self.wake("weights")
-        generator = torch.Generator().manual_seed(seed)
-        trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        kept = {name: local(p.detach()).to("cpu", copy=True) for name, p in trained.items()}
-        with torch.no_grad(), lost_in_words(self._ranks.rank, "gathering weights"):
-            for name, parameter in trained.items():
-                full = whole(parameter, self._dtype)
-                noise = torch.randn(full.shape, generator=generator) * self._noise_scale(name, full)
-                # Rounded as the model's own weights are, also where this rank keeps float32 ones of its own.
-                local(parameter).copy_(own_slice(full + noise.to(full.device, full.dtype), parameter))
-        try:
+        with contextlib.ExitStack() as stack:
+            with lost_in_words(self._ranks.rank, "gathering weights"):
+                stack.enter_context(noise.perturbed(self._model, self._dtype, seed))
             yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    local(parameter).copy_(kept[name])
-
-    def _noise_scale(self, name: str, parameter: torch.Tensor) -> float:
-        """Of noise on this whole weight; a collective under LoRA."""
-        if self._lora and ".lora_B." in name:
-            layer = self._model.get_submodule(name.split(".lora_B.")[0])
-            down = layer.lora_A["default"].weight
-            # The spread of scaling x B x A for B ~ 1.
-            update = layer.scaling["default"] * math.sqrt(len(down)) * float(down.float().std())
-            base = float(whole(nf4.dense(layer.base_layer.weight)).float().std())
-            return NOISE * base / max(update, 1e-12)
-        if ".lora_magnitude_vector." in name:  # of rows of much the same length: their spread would be no noise
-            return NOISE * float(parameter.float().abs().mean())
-        spread = parameter.float().std() if parameter.numel() > 1 else parameter.float().abs().mean()
-        return NOISE * float(spread if float(spread) > 0 else 1.0)
 
     # -- the device, shared with a sampler ---------------------------------------------------------------------------
 
