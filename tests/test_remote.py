@@ -22,19 +22,16 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
 from common.errors import RunFailure, UserError
 from common.tokenizer import load_tokenizer
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
-from common.weights.handles import FolderWeights
 from learner.model import adapters
 from learner.torch_learner import TorchLearner
 from learner.weight_sync import WeightSync, probe_of
-from sampler.conformance.reference import ReferenceModel
 from sampler.conformance.suite import CHECKS, Harness
 from sampler.server.client import RemoteSampler
-from sampler.server.command import prepare_for_server, server_command, shell_line
+from sampler.server.command import server_command, shell_line
 from tests.making import GROUPS, config
 from tests.test_sync import Separate
 from tests.tiny import make_tiny
@@ -66,12 +63,12 @@ def setup_of(folder, **changed):
 class Server:
     """vLLM's, on loopback, as ``server_command`` says; it asks for the key."""
 
-    def __init__(self, setup, log, model_folder=None):
+    def __init__(self, setup, log):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        environment, words = server_command(setup, self.url, model_folder)
+        environment, words = server_command(setup, self.url)
         outside = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1"}
         self.log = log.open("w+")
@@ -111,8 +108,7 @@ def make(server, setup, **options):
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     pytest.importorskip("vllm")
-    place = tmp_path_factory.mktemp("server")
-    running = Server(setup_of(folder), place / "log", model_folder=str(prepare_for_server(folder, place / "untied")))
+    running = Server(setup_of(folder), tmp_path_factory.mktemp("server") / "log")
     yield running
     running.kill()  # a test may have done so
 
@@ -209,23 +205,6 @@ def test_the_key_is_never_shown(server, folder, caplog, capfd):
     assert KEY not in shown
 
 
-@pytest.mark.full
-@pytest.mark.vllm
-def test_a_tied_server_follows(folder, tmp_path):
-    """vLLM's tied Llama takes a head that is sent explicitly; the check at the start has tried it."""
-    running = Server(setup_of(folder), tmp_path / "log")
-    try:
-        sampler = make(running, setup_of(folder, adapter=None))
-        reference = ReferenceModel(str(folder))
-        tensors = {name: 1.5 * tensor if "embed" in name else tensor.clone() for name, tensor in reference.weights()}
-        sampler.load_weights(_Lent(tensors), 3)
-        ids = [5, 60, 61, 70, 90]
-        assert sampler.logprobs([ids])[0] == pytest.approx(reference.logprobs(tensors, ids), abs=2e-3)
-        sampler.close()
-    finally:
-        running.kill()
-
-
 @pytest.mark.vllm
 def test_a_servers_death_is_noticed(env, server, folder):
     """The last that this server is asked."""
@@ -245,13 +224,6 @@ def test_a_servers_death_is_noticed(env, server, folder):
         sampler.logprobs([ids])
 
 
-class _Lent:
-    kind, adapter_config = "full", None
-
-    def __init__(self, tensors):
-        self.open = lambda: iter(tensors.items())
-
-
 # -- a server with something wrong -------------------------------------------------------------------------------------
 
 
@@ -264,7 +236,6 @@ class Answers:
         self.settings = {"scheduler_config": {"enable_chunked_prefill": False}, "lora_config": None}
         self.models = [{"id": "tiny", "parent": None, "max_model_len": 193}]
         self.first_logprob = 0.0
-        self.prompt_logprob = lambda token: -1.0
         self.broken = {}  # path -> status and text
         self.waits = threading.Event()
         self.hangs = set()
@@ -279,7 +250,7 @@ class Answers:
             return 200, {"tokens": self.tokenizer.encode(body["prompt"], add_special_tokens=False)}
         if path == "/v1/completions":
             choice = {"text": "a", "token_ids": [5], "logprobs": {"token_logprobs": [self.first_logprob]}}
-            prompt = [None, *({str(t): {"logprob": self.prompt_logprob(t)}} for t in body["prompt"][1:])]
+            prompt = [None, *({str(t): {"logprob": -1.0}} for t in body["prompt"][1:])]
             choice |= {"finish_reason": "length", "prompt_logprobs": prompt}
             return 200, {"choices": [choice | {"index": index} for index in range(body["n"])]}
         if path == "/collective_rpc":
@@ -353,8 +324,6 @@ START = "vllm.entrypoints.openai.api_server --model"  # the whole command to sta
         ({"lacks": {"/server_info"}}, "set sampler.options.seed_requests=true"),
         ({"settings": {"load_config": {"load_format": "dummy"}}}, "was started with --load-format dummy"),
         ({"first_logprob": -0.7}, "another distribution than it draws from.*--logprobs-mode processed_logprobs"),
-        # The same for a token whatever the weights.
-        ({"prompt_logprob": lambda token: -float(token % 7)}, "the tied output head of 'tiny' at .*prepare_for_server"),
     ],
 )
 def test_what_is_wrong_with_a_server_is_named_with_the_cure(folder, wrong, sentence):
@@ -477,21 +446,6 @@ def test_settings_without_effect_are_refused(folder, changed):
         RemoteSampler(setup_of(folder, **changed), url="http://127.0.0.1:8000")
 
 
-def test_the_untied_copy_is_the_same_model(folder, tmp_path):
-    out = prepare_for_server(folder, tmp_path / "out")
-    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    before, after = dict(FolderWeights(str(folder)).open()), dict(FolderWeights(str(out)).open())
-    assert torch.equal(after.pop("lm_head.weight"), before["model.embed_tokens.weight"])
-    assert before.keys() == after.keys()
-    tied, untied = ReferenceModel(str(folder)), ReferenceModel(str(out))
-    ids = [5, 60, 61]
-    assert untied.logprobs(dict(untied.weights()), ids) == tied.logprobs(dict(tied.weights()), ids)
-    assert not untied.is_tied
-    assert prepare_for_server(out, tmp_path / "again") == out
-    with pytest.raises(UserError, match="not empty"):
-        prepare_for_server(folder, out)
-
-
 def test_the_command_line():
     environment, words = server_command(setup_of(Path("my model")), "http://127.0.0.1:9000")
     line = shell_line(environment, words)
@@ -499,7 +453,7 @@ def test_the_command_line():
     assert f"{sys.executable} -m vllm.entrypoints.openai.api_server --model 'my model'" in line
     assert "--port 9000" in line
     assert "--max-lora-rank 8" in line
-    environment, words = server_command(setup_of("m", device="gpu", adapter=None), model_folder="other")
+    environment, words = server_command(setup_of("other", device="gpu", adapter=None))
     assert words[:3] == ["vllm", "serve", "other"]
     assert "--enforce-eager" not in words
     assert environment == {"VLLM_SERVER_DEV_MODE": "1"}

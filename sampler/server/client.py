@@ -36,9 +36,8 @@ from common.protocols import GroupsFuture, WeightHandle
 from common.tokenizer import check_room, load_tokenizer
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
 from common.weights.handles import FolderWeights, InlineWeights, SharedMemoryWeights, fingerprint, shared_memory_folder
-from sampler.engine.arguments import EMBEDDINGS, HEAD, needs_head, with_head
+from sampler.engine.arguments import needs_head, with_head
 from sampler.engine.sampling import check_temperature, prompt_seed, sampling_arguments, stop_string
-from sampler.hf import is_tied
 from sampler.server.command import check_settings, server_command, shell_line
 from sampler.server.http import MEET_S, VllmHttp, follow, in_order, read_key
 
@@ -104,7 +103,7 @@ class RemoteSampler:
                 "requests only; set it to false"
             )
         self._setup = setup
-        self._model: dict[str, Any] = json.loads((Path(setup.model_folder) / "config.json").read_text())
+        self._sends_head = needs_head(json.loads((Path(setup.model_folder) / "config.json").read_text()))
         self._pending: set[Future[list[Group]]] = set()
         self._calls, self._adapters = itertools.count(), itertools.count()
         self._run = uuid.uuid4().hex[:12]  # tells this sampler's adapters and cache entries from all others'
@@ -139,16 +138,14 @@ class RemoteSampler:
                 f"the server at {http.url} is not vLLM's: it lists no model with a max_model_len; {http.cure}"
             )
         self._base: str = base["id"]
-        self._context: int = base["max_model_len"]
         shown = http.call("/server_info?config_format=json", doing="telling its settings", optional=True)
         settings = (shown or {}).get("vllm_config")
         settings = settings if isinstance(settings, dict) else {}
-        check_settings(http.url, self._context, settings, self._setup, seed_requests)
+        check_settings(http.url, base["max_model_len"], settings, self._setup, seed_requests)
         self.seeds_prompts = seed_requests is not False
         self.takes_adapters = bool(settings.get("lora_config", "unknown")) and http.has("/v1/unload_lora_adapter")
-        ids = self._check_tokenizer(http)
-        self._check_logprobs(http, ids)
-        self._serve_folder(http, ids)
+        self._check_logprobs(http, self._check_tokenizer(http))
+        self._serve_folder(http)
 
     def _check_tokenizer(self, http: VllmHttp) -> list[int]:
         """A short text's token ids, once the server makes the same of it."""
@@ -162,7 +159,7 @@ class RemoteSampler:
                 f"the server at {http.url} serves {self._base!r}, whose tokenizer is not that of model.name "
                 f"({folder!r}); start it with this model: {http.cure}"
             )
-        return [token for token in ids if token][: max(2, min(16, self._setup.max_model_tokens - 8))]
+        return ids[: max(2, min(16, self._setup.max_model_tokens - 8))]
 
     def _check_logprobs(self, http: VllmHttp, ids: list[int]) -> None:
         """With top-k 1 one token is left to draw, so that its log-prob is 0 if it is of the distribution drawn from."""
@@ -176,31 +173,15 @@ class RemoteSampler:
                 "--logprobs-mode processed_logprobs"
             )
 
-    def _serve_folder(self, http: VllmHttp, ids: list[int]) -> None:
-        """Version 0, whatever the server was left with; and whether a tied head follows."""
-        adapted = self._setup.adapter is not None and self.takes_adapters
-        if not http.has("/collective_rpc"):
-            if adapted:  # the base is the server's own; the proof of the first sync compares it with the learner's
-                return
+    def _serve_folder(self, http: VllmHttp) -> None:
+        """Version 0, whatever the server was left with."""
+        if http.has("/collective_rpc"):
+            self._load_full(FolderWeights(self._setup.model_folder).open())
+        elif self._setup.adapter is None or not self.takes_adapters:
             raise UserError(
                 f"the server at {http.url} takes no weights; start it with VLLM_SERVER_DEV_MODE=1: {http.cure}"
             )
-        folder = FolderWeights(self._setup.model_folder)
-        shifted = None
-        if is_tied(self._model) and not adapted:
-            # Every token takes its neighbour's place: the same log-probs one id lower, if all of the model follows.
-            ends = (*EMBEDDINGS, HEAD)
-            self._load_full((name, t.roll(-1, 0) if name.endswith(ends) else t) for name, t in folder.open())
-            (shifted,) = self.logprobs([[token - 1 for token in ids]])
-        self._load_full(folder.open())
-        if shifted is not None:
-            (right,) = self.logprobs([ids])
-            if sum(abs(a - b) for a, b in zip(shifted, right, strict=True)) / len(right) > 0.3:
-                raise UserError(
-                    f"the server at {http.url} leaves the tied output head of {self._base!r} at its old weights; start "
-                    "it on an untied copy: sampler.server.command.prepare_for_server("
-                    f"{self._setup.model_folder!r}, NEW_FOLDER)"
-                )
+        # Else the base is the server's own; the proof of the first sync compares it with the learner's.
 
     # -- the contract --------------------------------------------------------------------------------------------------
 
@@ -229,14 +210,7 @@ class RemoteSampler:
         return future
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        http = self._server()
-        longest = max((len(sequence) for sequence in sequences), default=0)
-        if longest >= self._context:
-            raise UserError(
-                f"a sequence of {longest} tokens leaves no room in the {self._context} tokens of the server at "
-                f"{http.url}; start it with --max-model-len {longest + 1}"
-            )
-        return http.start(in_order([self._prompt_logprobs(sequence) for sequence in sequences])).result()
+        return self._server().start(in_order([self._prompt_logprobs(sequence) for sequence in sequences])).result()
 
     def load_weights(self, handle: WeightHandle, version: int) -> str:
         self._server()
@@ -320,7 +294,7 @@ class RemoteSampler:
                 sent.add(name)
                 yield name, tensor
 
-        source = with_head(noted()) if needs_head(self._model) else noted()
+        source = with_head(noted()) if self._sends_head else noted()
         written = SharedMemoryWeights.write(source, "full", bucket_bytes=_FILE_BYTES, place=self._scratch)
         try:
             arrived = fingerprint(pair for pair in written.open() if pair[0] in sent)

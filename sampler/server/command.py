@@ -1,47 +1,32 @@
-"""What a vLLM server must be started with to serve as ``sampler.name="remote"``: its command line, its environment, the
-settings that a running one must show, and a model that it can take new weights for. Used by
-``sampler/server/client.py`` and by ``nanogrpo server``.
+"""What a vLLM server must be started with to serve as ``sampler.name="remote"``: its command line, its environment, and
+the settings that a running one must show. Used by ``sampler/server/client.py`` and by ``nanogrpo server``.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from safetensors.torch import load_file, save_file
-
-from common.atomic_files import atomic_folder
 from common.errors import UserError
 from common.types import SamplerSetup
-from common.weights.handles import weight_files
-from sampler.engine.arguments import EMBEDDINGS, HEAD, lora_rank
-from sampler.hf import is_tied
+from sampler.engine.arguments import lora_rank
 
 
-def server_command(
-    setup: SamplerSetup, url: str = "http://127.0.0.1:8000", model_folder: str | None = None
-) -> tuple[dict[str, str], list[str]]:
-    """The environment variables and the command line of a server for this run, on the device of ``setup``.
-
-    ``model_folder`` is served in place of the setup's own: an untied copy (``prepare_for_server``), or the folder's
-    path as the server's machine has it. A key, where one is wanted, goes into the server's VLLM_API_KEY.
-    """
+def server_command(setup: SamplerSetup, url: str = "http://127.0.0.1:8000") -> tuple[dict[str, str], list[str]]:
+    """The environment variables and the command line of a server for this run, on the device of ``setup``. A key, where
+    one is wanted, goes into the server's VLLM_API_KEY."""
     on_cpu, where = setup.device == "cpu", urlsplit(url)
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
     if setup.adapter is not None:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     if on_cpu:
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    folder = model_folder or setup.model_folder
     # The `vllm` command of the CPU build does not start.
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-    words = words if on_cpu else ["vllm", "serve", folder]
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"] if on_cpu else ["vllm", "serve"]
+    words = [*program, setup.model_folder]
     words += ["--host", where.hostname or "127.0.0.1", "--port", str(where.port or 8000), "--dtype", setup.dtype]
     words += ["--max-model-len", str(setup.max_model_tokens + 1)]  # for the token written after a scored prompt
     words += ["--logprobs-mode", "processed_logprobs"]
@@ -119,33 +104,3 @@ def check_settings(
     for wrong, sentence in table:
         if wrong:
             raise UserError(f"the server at {url} {sentence}")
-
-
-def prepare_for_server(model_folder: str | Path, out_folder: str | Path) -> Path:
-    """Writes a copy of the model whose output head is a weight of its own, for servers that keep a tied one at its old
-    values when weights are read again. Returns the folder to serve: the model's own where nothing is tied.
-
-    Raises ``UserError`` for an ``out_folder`` that is not empty and for an embedding of an unknown name.
-    """
-    source, out = Path(model_folder), Path(out_folder)
-    config = json.loads((source / "config.json").read_text())
-    if not is_tied(config):
-        return source
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"the folder {str(out)!r} is not empty; name a new one for the untied copy")
-    with atomic_folder(out) as made:
-        for file in source.iterdir():
-            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
-                shutil.copyfile(file, made / file.name)
-        weight_map: dict[str, str] = {}
-        for number, file in enumerate(weight_files(source)):
-            tensors = {name: tensor for name, tensor in load_file(file).items() if name != HEAD}
-            for name in [name for name in tensors if name.endswith(EMBEDDINGS)]:
-                tensors[HEAD] = tensors[name].clone()
-            save_file(tensors, made / f"model-{number:05}.safetensors", metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, f"model-{number:05}.safetensors")
-        if HEAD not in weight_map:
-            raise UserError(f"no embedding of a known name is in {str(source)!r} (known: {', '.join(EMBEDDINGS)})")
-        (made / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        (made / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2))
-    return out
