@@ -29,7 +29,7 @@ from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from learner.model import adapters
 from learner.torch_learner import TorchLearner
 from learner.weight_sync import WeightSync, probe_of
-from sampler.conformance.suite import CHECKS, Harness
+from sampler.conformance import CHECKS, Harness
 from sampler.server.client import RemoteSampler
 from sampler.server.command import server_command, shell_line
 from tests.making import GROUPS, config

@@ -15,7 +15,7 @@ from torch import nn
 from common.errors import RunFailure, UserError
 from common.protocols import GroupsFuture, Sampler, WeightHandle
 from common.types import Completion, Group, Prompt, SamplerSetup, SamplingParams
-from sampler.conformance.suite import CHECKS, ContractError, Harness, check_sampler
+from sampler.conformance import CHECKS, ContractError, Harness, check_sampler
 from sampler.hf import HfSampler
 from tests.tiny import make_tiny
 
@@ -126,7 +126,7 @@ class DropsNorms(HfSampler):
     """Loses a few small tensors of each transfer."""
 
     def _load_full(self, tensors: Any) -> None:
-        held = {name: tensor.clone() for name, tensor in self._parameters.items() if "layernorm" in name}
+        held = {name: tensor.clone() for name, tensor in self._targets.items() if "layernorm" in name}
         super()._load_full((name, held.get(name, tensor)) for name, tensor in tensors)
 
 
@@ -293,8 +293,7 @@ class Pumped(HfSampler):
         self.todo: list[tuple[Future[list[Group]], Sequence[Prompt], SamplingParams]] = []
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
-        for prompt in prompts:
-            self._check_prompt(prompt, params)
+        self._check_prompts(prompts, params)
         work = self.work
 
         class Working(Future[list[Group]]):
@@ -406,8 +405,8 @@ class HidesSpecialTokens(_Edited):
 class NoSpecialStop(HfSampler):
     """Looks for stop strings in a text without special tokens."""
 
-    def _ends(self, one: Any, params: SamplingParams) -> bool:
-        return super()._ends(one, replace(params, stop=tuple(stop for stop in params.stop if "<" not in stop)))
+    def _text_if_ended(self, ids: list[int], params: SamplingParams) -> str | None:
+        return super()._text_if_ended(ids, replace(params, stop=tuple(stop for stop in params.stop if "<" not in stop)))
 
 
 class HidesEmpty(_Edited):
@@ -453,11 +452,11 @@ class OneTooMany(HfSampler):
 class CutsStopText(HfSampler):
     """The stop string, and with it a tag that a reward looks for, is no part of the text."""
 
-    def _ends(self, one: Any, params: SamplingParams) -> bool:
-        ended = super()._ends(one, params)
-        if ended and params.stop:
-            one.text = one.text.removesuffix(next(stop for stop in params.stop if one.text.endswith(stop)))
-        return ended
+    def _text_if_ended(self, ids: list[int], params: SamplingParams) -> str | None:
+        text = super()._text_if_ended(ids, params)
+        if text and params.stop:
+            text = text.removesuffix(next(stop for stop in params.stop if text.endswith(stop)))
+        return text
 
 
 class EndsEarly(HfSampler):
@@ -468,8 +467,8 @@ class EndsEarly(HfSampler):
 class StopsEarly(HfSampler):
     """Keeps end-of-sequence tokens back, but not stop strings."""
 
-    def _ends(self, one: Any, params: SamplingParams) -> bool:
-        return super()._ends(one, replace(params, min_tokens=0))
+    def _text_if_ended(self, ids: list[int], params: SamplingParams) -> str | None:
+        return super()._text_if_ended(ids, replace(params, min_tokens=0))
 
 
 class DecodesEachToken(_Edited):
@@ -505,13 +504,13 @@ class WakesOld(HfSampler):
     """Waking puts back the weights that it fell asleep with."""
 
     def sleep(self) -> None:
-        self.kept = {name: tensor.detach().clone() for name, tensor in self._parameters.items()}
+        self.kept = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
         super().sleep()
 
     def wake(self, part: Any = "all") -> None:
         super().wake(part)
         with torch.no_grad():
-            for name, tensor in self._parameters.items():
+            for name, tensor in self._targets.items():
                 tensor.copy_(self.kept[name])
 
 
@@ -641,7 +640,7 @@ class ReportsInTheWrongPlace(HfSampler):
 def test_groups_reported_otherwise_than_answered_are_found(tiny: Path) -> None:
     with (
         Harness(ReportsInTheWrongPlace, tiny) as harness,
-        pytest.raises(ContractError, match="reported as it is answered"),
+        pytest.raises(ContractError, match="reported as they are answered"),
     ):
         CHECKS["groups"](harness)
 

@@ -91,7 +91,7 @@ def forced(
     repeated = sorted(set(token_ids) & set(prompt_ids)) if reference.is_tied else []
     if repeated or len(set(token_ids)) < len(token_ids):
         raise ValueError(f"cannot force {tuple(token_ids)}: repeated tokens {repeated} (choose another text or model)")
-    tensors = {**base, reference.head_name: base[reference.head_name].clone()}
+    tensors = dict(base)
     ids, start = list(prompt_ids), len(prompt_ids) - 1
     for token in token_ids:
         logits_TV, hidden_TD = reference.logits(tensors, ids)
@@ -102,9 +102,7 @@ def forced(
         wanted_K = torch.minimum(mine_K, best_K - margin)
         wanted_K[-1] = best_K[-1] + margin
         step_D = torch.linalg.lstsq(hidden_KD.double(), (wanted_K - mine_K).double()[:, None], driver="gelsd").solution
-        head_VD = tensors[reference.head_name].clone()
-        head_VD[token] += step_D[:, 0].to(head_VD.dtype)
-        tensors = {**tensors, reference.head_name: head_VD}
+        tensors = _with_row_moved(tensors, reference.head_name, token, step_D)
         ids.append(token)
     chosen_KV = reference.logits(tensors, ids)[0][start:-1].softmax(-1)
     sure = chosen_KV.gather(-1, torch.tensor(token_ids)[:, None]).min().item()
@@ -120,9 +118,13 @@ def frequent(
     logits_TV, hidden_TD = reference.logits(base, token_ids)
     wanted_T = logits_TV.logsumexp(-1) + torch.tensor(probability).logit()
     step_D = torch.linalg.lstsq(hidden_TD.double(), (wanted_T - logits_TV[:, token]).double()[:, None]).solution
-    head_VD = base[reference.head_name].clone()
-    head_VD[token] += step_D[:, 0].to(head_VD.dtype)
-    return {**base, reference.head_name: head_VD}
+    return _with_row_moved(base, reference.head_name, token, step_D)
+
+
+def _with_row_moved(tensors: Tensors, name: str, row: int, step_D: torch.Tensor) -> dict[str, torch.Tensor]:
+    moved_VD = tensors[name].clone()
+    moved_VD[row] += step_D[:, 0].to(moved_VD.dtype)
+    return {**tensors, name: moved_VD}
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,17 @@ class Lora:
     """A LoRA adapter on every linear layer but the output head, and the same thing merged by hand."""
 
     shapes: Mapping[str, tuple[int, int]]
+    """(outputs, inputs) of each layer."""
     config: Mapping[str, Any]
     """The contents of peft's ``adapter_config.json``."""
-    rank: int
-    scale: float
+    rank = 4
+    scale = 2
 
     @classmethod
-    def on(cls, reference: ReferenceModel, folder: str, rank: int = 4, scale: float = 2.0) -> Lora:
+    def on(cls, reference: ReferenceModel, folder: str) -> Lora:
         head = reference.model.get_output_embeddings()
-        layers = {
-            name: layer
+        shapes = {
+            name: (layer.out_features, layer.in_features)
             for name, layer in reference.model.named_modules()
             if isinstance(layer, nn.Linear) and layer is not head
         }
@@ -147,31 +150,28 @@ class Lora:
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": folder,
-            "r": rank,
-            "lora_alpha": int(rank * scale),
+            "r": cls.rank,
+            "lora_alpha": cls.rank * cls.scale,
             "lora_dropout": 0.0,
-            "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+            "target_modules": sorted({name.rpartition(".")[2] for name in shapes}),
             "bias": "none",
         }
-        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-        return cls(shapes, config, rank, scale)
+        return cls(shapes, config)
 
     def tensors(self, seed: int) -> dict[str, torch.Tensor]:
         """Random A and B under peft's names; their product is about as large as half the weights of a tiny model."""
         generator = torch.Generator().manual_seed(seed)
         pairs = {}
         for name, (outs, ins) in self.shapes.items():
-            pairs[f"base_model.model.{name}.lora_A.weight"] = (
-                torch.randn(self.rank, ins, generator=generator) / ins**0.5
-            )
-            pairs[f"base_model.model.{name}.lora_B.weight"] = 0.2 * torch.randn(outs, self.rank, generator=generator)
+            a = torch.randn(self.rank, ins, generator=generator) / ins**0.5
+            b = torch.randn(outs, self.rank, generator=generator) * 0.2
+            pairs |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
         return pairs
 
     def merged(self, base: Tensors, adapter: Tensors) -> dict[str, torch.Tensor]:
         """``base`` with scale times B A added, float32."""
         whole = {name: tensor.float() for name, tensor in base.items()}
         for name in self.shapes:
-            prefix = f"base_model.model.{name}"
-            product = adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"]
-            whole[f"{name}.weight"] = whole[f"{name}.weight"] + self.scale * product
+            a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+            whole[f"{name}.weight"] = whole[f"{name}.weight"] + self.scale * (b @ a)
         return whole

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from common.types import SamplerSetup, SamplingParams
+from sampler.conformance import CHECKS, ContractError, Harness
 from sampler.conformance.reference import ReferenceModel, handle_of, perturbed
-from sampler.conformance.suite import CHECKS, ContractError, Harness
 from tests.gpu import grpo
 from tests.gpu.place import GIB, device, folder_of
 from tests.gpu.runner import Report, Skip
