@@ -1,8 +1,8 @@
 """transformers as a sampler: the slow reference that runs anywhere and that the fast back ends are compared with.
 
 A plain loop over the model's own forward with its key-value cache. Each prompt is computed once for its whole group,
-prompts of different lengths are padded on the left, and a finished completion leaves the batch. Left out on purpose:
-paged or shared caches, continuous batching, quantization; use sampler/engine/vllm.py where speed matters.
+prompts of different lengths are padded on the left, and a finished completion leaves the batch. Left out: paged or
+shared caches, continuous batching, quantization; sampler/engine/vllm.py is for speed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from common.device import dtype_of, release
-from common.errors import RunFailure, UserError
+from common.errors import RunFailure, UserError, brief, first_line
 from common.memory import ModelSize, Room, SamplerMemory, cache_bytes_per_token
 from common.protocols import WeightHandle
 from common.sampling_filters import logprobs_of, process
@@ -62,7 +64,7 @@ def load_model(folder: str | Path, dtype: str, device: str = "cpu", trust_remote
         raise
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"model.name: {str(folder)!r} cannot be loaded by sampler 'hf' ({' '.join(str(error).split())[:200]}); "
+            f"model.name: {str(folder)!r} cannot be loaded by sampler 'hf' ({brief(error)}); "
             "name a folder with a causal language model that transformers knows"
         ) from error
     return model.to(device).eval()
@@ -71,13 +73,11 @@ def load_model(folder: str | Path, dtype: str, device: str = "cpu", trust_remote
 class HfSampler:
     """A transformers model that serves the folder's weights as version 0 until ``load_weights`` brings others.
 
-    ``batch_size`` (the only option): completions computed at once; lower it when memory is short. Equal seeds give
-    equal completions: each draws from its own row of uniform numbers, so that the batch size, the device and a split of
-    the request (``SamplingParams.seed_offset``) change nothing but rounding. Log-probs are exactly those of the
-    distribution drawn from (``common.sampling_filters.process``); a greedy completion's are of temperature 1, without
-    top-p or top-k, as vLLM's are.
-
-    ``generate`` does its work before it returns; the future it returns is always done.
+    ``batch_size``: completions computed at once; lower it when memory is short. Equal seeds give equal completions:
+    each draws from its own row of uniform numbers, so that the batch size, the device and a split of the request
+    (``SamplingParams.seed_offset``) change nothing but rounding. Log-probs are those of the distribution drawn from; a
+    greedy completion's are of temperature 1, without top-p or top-k, as vLLM's are. ``generate`` works before it
+    returns.
     """
 
     takes_adapters = True
@@ -86,11 +86,9 @@ class HfSampler:
 
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:
-        """Raises ``UserError`` for anything but a right ``batch_size``."""
-        for key in options.keys() - {"batch_size"}:
-            raise UserError(f"sampler.options.{key} has no effect with sampler 'hf'; it takes batch_size only")
+        """Raises ``UserError`` for a wrong ``batch_size``."""
         size = options.get("batch_size", 64)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if type(size) is not int or size < 1:
             raise UserError(f"sampler.options.batch_size={size!r} must be a whole number of at least 1")
 
     @staticmethod
@@ -108,8 +106,8 @@ class HfSampler:
         activations = model.forward(setup.max_model_tokens) + rows * model.vocabulary * 12
         return SamplerMemory(held, activations, activations, held, 0, cache, token)
 
-    def __init__(self, setup: SamplerSetup, **options: Any) -> None:
-        self.check_options(options)
+    def __init__(self, setup: SamplerSetup, batch_size: int = 64) -> None:
+        HfSampler.check_options({"batch_size": batch_size})
         if setup.tensor_parallel > 1:
             raise UserError(
                 f"sampler.tensor_parallel={setup.tensor_parallel} cannot be had with sampler.name='hf', which uses one "
@@ -120,37 +118,46 @@ class HfSampler:
                 "sampler.in_flight_updates=true has no effect with sampler.name='hf', which takes weights only between "
                 "requests; set it to false, or use sampler.name='vllm'"
             )
-        batch_size = options.get("batch_size", 64)
         if setup.threads:
             torch.set_num_threads(setup.threads)
         self.setup = setup
         self.tokenizer = load_tokenizer(setup.model_folder, setup.trust_remote_code)
-        named = end_of_sequence_ids(setup.model_folder, self.tokenizer)
-        self.end_ids = tuple(dict.fromkeys((*named, *setup.end_tokens)))
+        self.end_ids = (*end_of_sequence_ids(setup.model_folder, self.tokenizer), *setup.end_tokens)
         self.model: Any = load_model(setup.model_folder, setup.dtype, setup.device, setup.trust_remote_code)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context and setup.max_model_tokens > context:
+            raise UserError(
+                f"the longest prompt plus sampler.max_tokens comes to {setup.max_model_tokens} tokens, more than the "
+                f"model's context of {context}; lower sampler.max_tokens or shorten the prompts"
+            )
         self.version = 0
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(setup.seed)
         self._asleep: set[str] = set()
         self._arrived: Fingerprint | None = None  # of the last transfer
-        self._check_context()
+        self._converted = Fingerprint()  # of what came of those of its tensors that the model holds otherwise
         # Before an adapter is attached, which renames modules but keeps these very tensors.
         self._targets: dict[str, torch.Tensor] = dict(self.model.state_dict(keep_vars=True))
-        self._parameters: dict[str, torch.Tensor] = dict(self.model.named_parameters())
-        forward = inspect.signature(self.model.forward).parameters
-        self._takes_positions = "position_ids" in forward
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         self._adapted: Any = None if setup.adapter is None else _attach(self.model, setup.adapter.config)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Group]]:
         self._ready("generate")
-        for prompt in prompts:
-            self._check_prompt(prompt, params)
-        groups = []
-        with torch.inference_mode(), self._in_sentences():
-            completions = self._complete([prompt.token_ids for prompt in prompts], params)
-            for index, prompt in enumerate(prompts):
-                groups.append(Group(prompt, tuple(completions[index * params.n : (index + 1) * params.n])))
+        self._check_prompts(prompts, params)
+        generator, before = self._generator, 0
+        if params.seed is not None:
+            # The rows of the prompts that stand before these in the whole request are drawn and left.
+            generator, before = torch.Generator().manual_seed(params.seed), params.seed_offset * params.n
+        owner_R = [index for index in range(len(prompts)) for _ in range(params.n)]
+        uniform_RT = torch.rand(before + len(owner_R), params.max_tokens, generator=generator, dtype=torch.float64)
+        uniform_RT = uniform_RT[before:].to(self.setup.device)
+        completions: list[Completion] = []
+        with self._computing():
+            for start in range(0, len(owner_R), self._batch_size):
+                part = slice(start, start + self._batch_size)
+                completions += self._complete(prompts, owner_R[part], uniform_RT[part], params)
+        groups = [
+            Group(prompt, tuple(completions[index * params.n :][: params.n])) for index, prompt in enumerate(prompts)
+        ]
         future: Future[list[Group]] = Future()
         future.set_result(groups)
         return future
@@ -158,21 +165,17 @@ class HfSampler:
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         self._ready("logprobs")
         answers: list[list[float]] = []
-        longest = max((len(sequence) for sequence in sequences), default=0)
-        rows = max(1, _LOGITS_AT_ONCE // max(1, longest * self.model.config.get_text_config().vocab_size))
-        with torch.inference_mode(), self._in_sentences():
+        longest = max(map(len, sequences), default=1)
+        rows = max(1, _LOGITS_AT_ONCE // (longest * self.model.config.get_text_config().vocab_size))
+        with self._computing():
             for start in range(0, len(sequences), rows):
-                batch = [list(sequence) for sequence in sequences[start : start + rows]]
-                width = max(len(sequence) for sequence in batch)
-                if width < 2:
-                    answers += [[] for _ in batch]
-                    continue
+                batch = sequences[start : start + rows]
                 # Padded on the right: a causal model's earlier positions never see it, so no mask is needed.
-                ids_BT = self._tensor([sequence + [0] * (width - len(sequence)) for sequence in batch])
+                ids_BT = self._padded(batch, "right")
                 logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
                 logprobs_N = logprobs_of(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
-                for sequence, row in zip(batch, logprobs_N.view(len(batch), -1).tolist(), strict=True):
-                    answers.append(row[: max(0, len(sequence) - 1)])
+                logprobs_BT = logprobs_N.view(len(batch), ids_BT.shape[1] - 1).tolist()
+                answers += [row[: len(sequence) - 1] for sequence, row in zip(batch, logprobs_BT, strict=True)]
         return answers
 
     def load_weights(self, handle: WeightHandle, version: int) -> str:
@@ -195,16 +198,17 @@ class HfSampler:
         if self._arrived is None or self._arrived.digest() != fingerprint:
             return ["the transfer was not completed"]
         held: Mapping[str, torch.Tensor] = self._targets
+        right = {name: sent for name, sent in self._arrived.sums.items() if name in held} | self._converted.sums
         faults: list[str] = []
         if self._arrived.adapter_config is not None:
             from peft import get_peft_model_state_dict
 
-            held = get_peft_model_state_dict(self._adapted, save_embedding_layers=False)
+            held, right = get_peft_model_state_dict(self._adapted, save_embedding_layers=False), self._arrived.sums
             faults = self._wrong_scalings(self._arrived.adapter_config)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):  # a tied head under both names
             if self._targets.get(name, parameter) is not parameter:
                 faults.append(f"{name} is no longer the tensor that weights are loaded into")
-        for name, sent in self._arrived.sums.items():
+        for name, sent in right.items():
             tensor = held.get(name)
             # In a wider format the numbers are the same, and go back exactly.
             if tensor is None or bit_sum(tensor.to(sent.dtype)) != sent.bits:
@@ -232,7 +236,7 @@ class HfSampler:
 
     def wake(self, part: Literal["weights", "cache", "all"] = "all") -> None:
         self._ready("wake", "nothing")
-        if "weights" in self._asleep and part != "cache":
+        if part != "cache":
             self.model.to(self.setup.device)
         self._asleep -= {"weights", "cache"} if part == "all" else {part}
 
@@ -245,110 +249,88 @@ class HfSampler:
 
     def close(self) -> None:
         self.model = self._adapted = None
-        self._targets, self._parameters = {}, {}
+        self._targets = {}
         release(self.setup.device)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def _complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        owner_R = [index for index in range(len(prompts)) for _ in range(params.n)]
-        generator = self._generator
-        if params.seed is not None:
-            generator = torch.Generator().manual_seed(params.seed)
-            # The rows of the prompts that stand before these in the whole request.
-            torch.rand(params.seed_offset * params.n, params.max_tokens, generator=generator, dtype=torch.float64)
-        uniform_RT = torch.rand(len(owner_R), params.max_tokens, generator=generator, dtype=torch.float64)
-        completions: list[Completion] = []
-        for start in range(0, len(owner_R), self._batch_size):
-            part = slice(start, start + self._batch_size)
-            completions += self._complete_batch(prompts, owner_R[part], uniform_RT[part], params)
-        return completions
-
-    def _complete_batch(
-        self, prompts: Sequence[Sequence[int]], owner_R: list[int], uniform_RT: torch.Tensor, params: SamplingParams
-    ) -> list[Completion]:
-        used = sorted(set(owner_R))
-        width = max(len(prompts[index]) for index in used)
-        ids_PT = self._tensor([[0] * (width - len(prompts[index])) + list(prompts[index]) for index in used])
-        mask_PT = self._tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in used])
-        out = self._forward(ids_PT, mask_PT, (mask_PT.cumsum(-1) - 1).clamp(min=0), None)
-        cache = getattr(out, "past_key_values", None)
-        if cache is None:
-            raise UserError(
-                f"model.name: {self.setup.model_folder!r} keeps no key-value cache, which sampler 'hf' needs; "
-                "use sampler.name='vllm'"
-            )
-        prompt_of_N = self._tensor([used.index(index) for index in owner_R])
+    def _complete(
+        self, prompts: Sequence[Prompt], owner_R: list[int], uniform_RT: torch.Tensor, params: SamplingParams
+    ) -> Iterator[Completion]:
+        """A batch: a completion of each prompt whose place is in ``owner_R``, drawn by its row of numbers."""
+        used = [prompt.token_ids for prompt in prompts[owner_R[0] : owner_R[-1] + 1]]
+        mask_PT = self._padded([[1] * len(prompt) for prompt in used], "left")
+        out = self._forward(self._padded(used, "left"), mask_PT, None)
+        prompt_of_N = self._tensor(owner_R) - owner_R[0]
+        cache = out.past_key_values
         cache.reorder_cache(prompt_of_N)  # from a row for each prompt to a row for each completion
-        logits_NV = out.logits[:, -1][prompt_of_N]
-        mask_NT = mask_PT[prompt_of_N]
-        position_N1 = mask_NT.sum(-1, keepdim=True)
-        uniform_RT = uniform_RT.to(self.setup.device)
+        logits_NV, mask_NT = out.logits[:, -1][prompt_of_N], mask_PT[prompt_of_N]
 
-        written = [_Writing() for _ in owner_R]
-        row_N = torch.arange(len(owner_R), device=self.setup.device)
+        ids: list[list[int]] = [[] for _ in owner_R]
+        logprobs: list[list[float]] = [[] for _ in owner_R]
+        texts: list[str | None] = [None] * len(owner_R)  # of those that ended
+        going = list(range(len(owner_R)))
         ends_E = self._tensor(self.end_ids)
         for step in range(params.max_tokens):
             if step < params.min_tokens:
                 logits_NV = logits_NV.index_fill(-1, ends_E, -torch.inf)
-            token_N, logprob_N = _draw(logits_NV, uniform_RT[row_N, step], params)
-            going = []
-            entries = zip(row_N.tolist(), token_N.tolist(), logprob_N.tolist(), strict=True)
-            for place, (row, token, logprob) in enumerate(entries):
-                written[row].token_ids.append(token)
-                written[row].logprobs.append(logprob)
-                if not self._ends(written[row], params):
-                    going.append(place)
-            if not going or step + 1 == params.max_tokens:
+            token_N, logprob_N = _draw(logits_NV, uniform_RT[going, step], params)
+            for row, token, logprob in zip(going, token_N.tolist(), logprob_N.tolist(), strict=True):
+                ids[row].append(token)
+                logprobs[row].append(logprob)
+                texts[row] = self._text_if_ended(ids[row], params)
+            keep = [place for place, row in enumerate(going) if texts[row] is None]
+            if not keep or step + 1 == params.max_tokens:
                 break
-            if len(going) < len(row_N):
-                keep_N = self._tensor(going)
+            if len(keep) < len(going):
+                going = [going[place] for place in keep]
+                keep_N = self._tensor(keep)
                 cache.reorder_cache(keep_N)
-                row_N, token_N = row_N[keep_N], token_N[keep_N]
-                mask_NT, position_N1 = mask_NT[keep_N], position_N1[keep_N]
+                token_N, mask_NT = token_N[keep_N], mask_NT[keep_N]
             mask_NT = torch.cat([mask_NT, torch.ones_like(mask_NT[:, :1])], dim=-1)
-            logits_NV = self._forward(token_N[:, None], mask_NT, position_N1, cache).logits[:, -1]
-            position_N1 = position_N1 + 1
-        return [self._finished(one) for one in written]
+            logits_NV = self._forward(token_N[:, None], mask_NT, cache).logits[:, -1]
+        for row, text in enumerate(texts):
+            yield Completion(
+                token_ids=tuple(ids[row]),
+                text=self._decode(ids[row]) if text is None else text,
+                logprobs=tuple(logprobs[row]),
+                finish_reason="length" if text is None else "stop",
+                policy_version=self.version,
+            )
 
-    def _forward(self, ids_NT: torch.Tensor, mask_NT: torch.Tensor, positions_NT: torch.Tensor, cache: Any) -> Any:
-        positions = {"position_ids": positions_NT} if self._takes_positions else {}
+    def _forward(self, ids_NT: torch.Tensor, mask_NT: torch.Tensor, cache: Any) -> Any:
+        """The newest tokens through the model, which adds them to the cache; families differ in what they take."""
+        positions_NT = (mask_NT.cumsum(-1) - 1).clamp(min=0)[:, -ids_NT.shape[1] :]
+        taken = inspect.signature(self.model.forward).parameters
+        more = {"position_ids": positions_NT, "logits_to_keep": 1}
         return self.model(
             input_ids=ids_NT,
             attention_mask=mask_NT,
             past_key_values=cache,
             use_cache=True,
-            **positions,
-            **self._last_only,
+            **{name: value for name, value in more.items() if name in taken},
         )
 
-    def _ends(self, one: _Writing, params: SamplingParams) -> bool:
-        """Notes how a completion ends, if its newest token ends it."""
-        if one.token_ids[-1] in self.end_ids:
-            one.finish_reason, one.text = "stop", self._decode(one.token_ids[:-1])
-        elif params.stop and len(one.token_ids) > params.min_tokens:
-            text, early = self._decode(one.token_ids), len(self._decode(one.token_ids[: params.min_tokens]))
-            # A stop string counts when its last character is written after the first ``min_tokens``.
-            places = ((text.find(stop, max(0, early + 1 - len(stop))), len(stop)) for stop in params.stop)
-            ends = [place + length for place, length in places if place >= 0]
-            if ends:
-                one.finish_reason, one.text = "stop", text[: min(ends)]
-        return one.finish_reason == "stop"
-
-    def _finished(self, one: _Writing) -> Completion:
-        return Completion(
-            token_ids=tuple(one.token_ids),
-            text=self._decode(one.token_ids) if one.text is None else one.text,
-            logprobs=tuple(one.logprobs),
-            finish_reason=one.finish_reason,
-            policy_version=self.version,
-        )
+    def _text_if_ended(self, ids: list[int], params: SamplingParams) -> str | None:
+        """A completion's text, if its newest token ends it."""
+        if ids[-1] in self.end_ids:
+            return self._decode(ids[:-1])
+        if not params.stop or len(ids) <= params.min_tokens:
+            return None
+        text, early = self._decode(ids), len(self._decode(ids[: params.min_tokens]))
+        # A stop string counts when its last character is written after the first ``min_tokens``.
+        places = ((text.find(stop, max(0, early + 1 - len(stop))), len(stop)) for stop in params.stop)
+        ends = [place + length for place, length in places if place >= 0]
+        return text[: min(ends)] if ends else None
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return decode(self.tokenizer, token_ids)
 
-    def _tensor(self, values: Any) -> torch.Tensor:
+    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.setup.device)
+
+    def _padded(self, rows: Sequence[Sequence[int]], side: str) -> torch.Tensor:
+        return pad_sequence([self._tensor(row) for row in rows], batch_first=True, padding_side=side)
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -360,11 +342,12 @@ class HfSampler:
                 self._copy(name, tensor, loaded)
             else:
                 others[name] = tensor
-        made, unknown = _in_memory(self.model, self._targets, others) if others else ({}, [])
-        for name, tensor in made.items():
+        converted, unknown = _converted(self.model, others) if others else ({}, [])
+        self._converted = Fingerprint()
+        for name, tensor in self._converted.watch(iter(converted.items())):
             self._copy(name, tensor, loaded)
-        missing = [name for name, parameter in self._parameters.items() if id(parameter) not in loaded]
-        _complain("weights", missing, unknown)
+        parameters = ((name, target) for name, target in self._targets.items() if isinstance(target, nn.Parameter))
+        _check_names("weights", [name for name, target in parameters if id(target) not in loaded], unknown)
         if self._adapted is not None:
             self.use_adapter(False)  # whole weights: an older adapter is not part of them
 
@@ -387,20 +370,17 @@ class HfSampler:
 
         if self._adapted is None:
             raise RunFailure("the hf sampler was sent an adapter but was set up without one (SamplerSetup.adapter)")
-        mine = self._adapted.peft_config["default"]
         for key in _ADAPTER_MATHS:
-            sent = (config or {}).get(key, getattr(mine, key))
-            if sent != getattr(mine, key):
-                raise RunFailure(
-                    f"the hf sampler was sent an adapter with {key}={sent!r} but was set up for {getattr(mine, key)!r}"
-                )
+            mine = getattr(self._adapted.peft_config["default"], key)
+            if (sent := (config or {}).get(key, mine)) != mine:
+                raise RunFailure(f"the hf sampler was sent an adapter with {key}={sent!r} but was set up for {mine!r}")
         arrived = {name: tensor.detach().clone() for name, tensor in tensors}
         expected = get_peft_model_state_dict(self._adapted)
-        _complain("an adapter", sorted(expected.keys() - arrived.keys()), sorted(arrived.keys() - expected.keys()))
+        _check_names("an adapter", sorted(expected.keys() - arrived.keys()), sorted(arrived.keys() - expected.keys()))
         set_peft_model_state_dict(self._adapted, arrived)
         self.use_adapter(True)
 
-    # -- complaints --------------------------------------------------------------------------------------------------
+    # -- refusals ----------------------------------------------------------------------------------------------------
 
     def _ready(self, verb: str, *parts: str) -> None:
         if self.model is None:
@@ -408,43 +388,32 @@ class HfSampler:
         if self._asleep & set(parts or ("weights", "cache")):
             raise RunFailure(f"the hf sampler was asked to {verb} while asleep; wake it first")
 
-    def _check_context(self) -> None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context and self.setup.max_model_tokens > context:
-            raise UserError(
-                f"the longest prompt plus sampler.max_tokens comes to {self.setup.max_model_tokens} tokens, more than "
-                f"the model's context of {context}; lower sampler.max_tokens or shorten the prompts"
-            )
-
-    def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
-        if not prompt.token_ids:
-            raise UserError(f"prompt {prompt.id!r} has no tokens; render it with common.tokenizer.Renderer first")
-        check_room([prompt], params.max_tokens, self.setup.max_model_tokens)
+    def _check_prompts(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        for prompt in prompts:
+            if not prompt.token_ids:
+                raise UserError(f"prompt {prompt.id!r} has no tokens; render it with common.tokenizer.render first")
+        check_room(prompts, params.max_tokens, self.setup.max_model_tokens)
 
     @contextmanager
-    def _in_sentences(self) -> Iterator[None]:
-        """What goes wrong inside transformers."""
+    def _computing(self) -> Iterator[None]:
+        """Without gradients; what goes wrong inside transformers is one sentence."""
         try:
-            yield
+            with torch.inference_mode():
+                yield
         except torch.OutOfMemoryError as error:
             raise RunFailure(
                 f"the hf sampler ran out of memory with sampler.options.batch_size={self._batch_size}; lower it"
             ) from error
-        except (RunFailure, UserError):
-            raise
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            said = " ".join(str(error).split())[:200]
             raise RunFailure(
                 f"the hf sampler cannot compute with model_type {self.model.config.model_type!r}: transformers' own "
-                f"forward pass with a cache ended in {type(error).__name__}: {said}; use sampler.name='vllm'"
+                f"forward pass with a cache ended in {type(error).__name__}: {brief(error)}; use sampler.name='vllm'"
             ) from error
 
 
-def _in_memory(
-    model: Any, targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors under names of the model's files that the model itself holds otherwise (the experts of a layer as one),
-    as it holds them, by transformers' own way of loading; and the names that it does not know.
+def _converted(model: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors under names of the model's files (each expert of a layer by itself) as the model holds them (the experts
+    as one), by transformers' own way of loading; and the names that it does not know.
 
     Raises ``RunFailure`` for tensors that do not fit together.
     """
@@ -455,25 +424,13 @@ def _in_memory(
     with torch.device("meta"):
         shell = type(model)(model.config)
     mapping: Any = get_model_conversion_mapping(model)
-    device = str(next(iter(targets.values())).device)
-    about = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device})
-    found, _ = convert_and_load_state_dict_in_model(shell, dict(tensors), about)
+    how = LoadStateDictConfig(weight_mapping=mapping, device_map={"": str(model.device)})
+    found, _ = convert_and_load_state_dict_in_model(shell, dict(tensors), how)
     if found.conversion_errors or found.mismatched_keys:
         wrong = ", ".join([*found.conversion_errors, *(str(key) for key in found.mismatched_keys)])
         raise RunFailure(f"the hf sampler was sent weights that do not fit together or the model: {wrong[:300]}")
-    state = shell.state_dict()
-    made = {name: state[name] for name in targets if name in state and not state[name].is_meta}
-    return made, sorted(found.unexpected_keys)
-
-
-class _Writing:
-    """A completion while it is written."""
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.text: str | None = None
-        self.finish_reason: Literal["stop", "length"] = "length"
+    converted = {name: tensor for name, tensor in shell.state_dict().items() if not tensor.is_meta}
+    return converted, sorted(found.unexpected_keys)
 
 
 def _draw(
@@ -498,22 +455,21 @@ def _attach(model: Any, config: Mapping[str, Any]) -> Any:
     try:
         return get_peft_model(model, LoraConfig.from_peft_type(**config)).eval()  # type: ignore[no-untyped-call]
     except (TypeError, ValueError) as error:
-        raise UserError(f"the adapter's configuration does not fit this model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the adapter's configuration does not fit this model: {first_line(error)}") from error
 
 
 def lora_scaling(config: Mapping[str, Any], module: str) -> float:
     """What peft multiplies the adapter of ``module`` (its name in the model) by, under this ``adapter_config``."""
 
-    def of(patterns: Mapping[str, Any] | None, default: Any) -> Any:
-        found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-        return next(found, default)
+    def of(key: str, patterns: str) -> Any:
+        given = (config.get(patterns) or {}).items()
+        return next((value for name, value in given if re.match(rf"(.*\.)?({name})$", module)), config[key])
 
-    rank = of(config.get("rank_pattern"), config["r"])
-    alpha = of(config.get("alpha_pattern"), config["lora_alpha"])
+    rank, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
     return float(alpha / math.sqrt(rank)) if config.get("use_rslora") else float(alpha / rank)
 
 
-def _complain(what: str, missing: Sequence[str], unknown: Sequence[str]) -> None:
+def _check_names(what: str, missing: Sequence[str], unknown: Sequence[str]) -> None:
     for names, trouble in ((missing, "misses"), (unknown, "holds names that the model does not have:")):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,10 +1,8 @@
 """A sampler that says what it is told to: the readable fake for tests of everything around a sampler.
 
-Completions come from a table or a function, but weights and versions are real: it keeps what arrives, stamps the
-version it was given, and where the model folder exists computes ``logprobs`` with the weights it holds (through
-``HfSampler``), so that the proof of a sync runs on it. ``fault`` makes it break that promise in one known way, which
-the proof must find. Left out: drawing, so it does not meet the sampler contract's checks of distributions, and work in
-flight: an answer is whole when ``generate`` returns.
+Completions come from a table or a function, but weights and versions are real: it stamps the version it was given and,
+where the model folder exists, computes ``logprobs`` with the weights it holds (through ``HfSampler``): the proof of a
+sync runs on it. ``fault`` breaks that promise in one known way. Left out: drawing, and work in flight.
 """
 
 from __future__ import annotations
@@ -49,8 +47,7 @@ class ScriptedSampler:
 
     takes_adapters = True
     seeds_prompts = False
-    """Lines are taken in turn by each replica for itself, whatever the seed; a function of the prompt alone does not
-    care."""
+    """Lines are taken in turn by each replica for itself, whatever the seed."""
 
     def __init__(
         self,
@@ -59,25 +56,18 @@ class ScriptedSampler:
         default: Sequence[Answer] = ("",),
         logprobs: float | Literal["model"] | Callable[[Prompt, Sequence[int]], Sequence[float]] = -1.0,
         fault: Fault | None = None,
-        **options: Any,
     ) -> None:
-        for key in options:
-            raise UserError(
-                f"sampler.options.{key} has no effect with sampler 'scripted'; it takes answers, default, logprobs "
-                "and fault"
-            )
         if fault is not None and fault not in get_args(Fault):
             raise UserError(f"sampler.options.fault={fault!r} is none of {', '.join(get_args(Fault))}")
         self.setup = setup
         self.version = 0
         self.calls: list[tuple[Any, ...]] = []
         self.received: dict[str, torch.Tensor] = {}
-        self._answers: Answers = answers if answers is not None else {}
+        self._answers: Answers = answers or {}
         self._default, self._logprobs, self._fault = default, logprobs, fault
         self._turns: dict[str, Iterator[int]] = {}
         self._closed = False
-        has_model = (Path(setup.model_folder) / "config.json").is_file()
-        self._engine = HfSampler(setup) if has_model else None
+        self._engine = HfSampler(setup) if (Path(setup.model_folder) / "config.json").is_file() else None
         if self._engine is not None and fault == "stale_head":
             # The engine keeps writing to the tensors that it took note of when it was made; the head no longer is one.
             head = self._engine.model.get_output_embeddings()
@@ -93,14 +83,12 @@ class ScriptedSampler:
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         self._note("logprobs", len(sequences))
-        return self._model("logprobs").logprobs(sequences)
+        return self._model().logprobs(sequences)
 
     def load_weights(self, handle: WeightHandle, version: int) -> str:
         self._note("load_weights", handle.kind, version)
         arrived = Fingerprint(handle.adapter_config)
-        tensors = handle.open()
-        if self._fault == "corrupt":
-            tensors = _corrupted(tensors)
+        tensors = _corrupted(handle.open()) if self._fault == "corrupt" else handle.open()
         self.received = {name: tensor.detach().clone() for name, tensor in arrived.watch(tensors)}
         if self._engine is not None and self._fault != "stale":
             mine = InProcessWeights(handle.kind, lambda: iter(self.received.items()), handle.adapter_config)
@@ -122,17 +110,15 @@ class ScriptedSampler:
         if self._engine is not None:
             self._engine.close()
 
-    # -- inside ------------------------------------------------------------------------------------------------------
-
     def _note(self, *call: Any) -> None:
         if self._closed:
             raise RunFailure(f"the scripted sampler was asked to {call[0]} after it was closed")
         self.calls.append(call)
 
-    def _model(self, what: str) -> HfSampler:
+    def _model(self) -> HfSampler:
         if self._engine is None:
             raise RunFailure(
-                f"the scripted sampler cannot compute {what}: there is no model in {self.setup.model_folder!r}"
+                f"the scripted sampler cannot compute log-probs: there is no model in {self.setup.model_folder!r}"
             )
         return self._engine
 
@@ -146,28 +132,26 @@ class ScriptedSampler:
             answer = lines[turn % len(lines)]
         ids = self._encode(answer) if isinstance(answer, str) else tuple(answer)
         if len(ids) < params.min_tokens:
-            answer = ids = self._lengthened(ids, params.min_tokens)
+            answer = ids = self._repeated(ids, params.min_tokens)
         kept = ids[: params.max_tokens]
-        text = answer if isinstance(answer, str) and len(kept) == len(ids) else self._decode(kept)
         return Completion(
             token_ids=kept,
-            text=text,
-            logprobs=self._scores(prompt, kept, params),
-            finish_reason="stop" if len(kept) == len(ids) else "length",
+            text=answer if isinstance(answer, str) and kept == ids else self._decode(kept),
+            logprobs=self._logprobs_of(prompt, kept, params),
+            finish_reason="stop" if kept == ids else "length",
             policy_version=self.version,
         )
 
-    def _lengthened(self, ids: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    def _repeated(self, ids: tuple[int, ...], tokens: int) -> tuple[int, ...]:
         """An answer that is too short said over and over, then ended as it was."""
         ends = self._engine.end_ids if self._engine is not None else ()
-        said = tuple(token for token in ids if token not in ends) or (0,)
-        return (said * tokens)[:tokens] + tuple(token for token in ids[-1:] if token in ends)
+        words = tuple(token for token in ids if token not in ends) or (0,)
+        return (words * tokens)[:tokens] + tuple(token for token in ids[-1:] if token in ends)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         if self._engine is None:
             return tuple(text.encode())
-        ids = tuple(self._engine.tokenizer.encode(text, add_special_tokens=False))
-        return (*ids, *self._engine.end_ids[:1])
+        return (*self._engine.tokenizer.encode(text, add_special_tokens=False), *self._engine.end_ids[:1])
 
     def _decode(self, ids: Sequence[int]) -> str:
         if self._engine is None:
@@ -175,14 +159,14 @@ class ScriptedSampler:
         ended = ids[-1:] and ids[-1] in self._engine.end_ids
         return decode(self._engine.tokenizer, ids[:-1] if ended else ids)
 
-    def _scores(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams) -> tuple[float, ...]:
+    def _logprobs_of(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams) -> tuple[float, ...]:
         if isinstance(self._logprobs, int | float):
             return (float(self._logprobs),) * len(ids)
         if callable(self._logprobs):
             return tuple(self._logprobs(prompt, ids))
         with torch.no_grad():
             inputs_1T = torch.tensor([[*prompt.token_ids, *ids]], device=self.setup.device)
-            logits_TV = self._model("log-probs").model(input_ids=inputs_1T, use_cache=False).logits[0]
+            logits_TV = self._model().model(input_ids=inputs_1T, use_cache=False).logits[0]
             logits_TV = logits_TV[len(prompt.token_ids) - 1 : -1]
             logits_TV = process(logits_TV, params.temperature or 1.0, params.top_p, params.top_k)
             return tuple(logprobs_of(logits_TV, inputs_1T[0, len(prompt.token_ids) :]).tolist())

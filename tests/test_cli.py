@@ -184,7 +184,7 @@ def test_config_prints_every_key_and_writes_a_file_that_loads(tmp_path):
         (["task.name=/no/such/file.py:Task"], "file.py"),
         (["task.options.colour=red"], "task.options.colour"),
         (["sampler.name=vlm"], "vllm"),
-        (["sampler.options.gpu_memory_utilization=0.5"], "has no effect with sampler 'hf'"),
+        (["sampler.options.gpu_memory_utilization=0.5"], "is not an option of sampler 'hf'"),
         (["sampler.max_tokens=600"], "max_tokens=600 is more than the model's context of 512"),
         (["sampler.max_prompt_tokens=5"], "max_prompt_tokens=5"),
         (["train.device=gpu"], "no GPU"),

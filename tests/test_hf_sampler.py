@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import plugins
 from common.errors import RunFailure, UserError
 from common.tasks.warmup import Warmup
 from common.tokenizer import end_of_sequence_ids
@@ -245,8 +246,8 @@ def test_an_adapter_for_another_model_is_refused(tied: Path) -> None:
 
 
 def test_options(tied: Path) -> None:
-    with pytest.raises(UserError, match=r"sampler\.options\.max_num_seqs has no effect with sampler 'hf'"):
-        HfSampler(_setup(tied), max_num_seqs=3)
+    with pytest.raises(UserError, match=r"sampler\.options\.max_num_seqs=3 is not an option of sampler 'hf'"):
+        plugins.check("sampler", "hf", {"max_num_seqs": 3}, 1)
     for wrong in (0, -1, 2.5, True, "many"):
         with pytest.raises(UserError, match=r"sampler\.options\.batch_size=.* whole number"):
             HfSampler(_setup(tied), batch_size=wrong)
@@ -373,3 +374,16 @@ def test_a_family_whose_cached_pass_fails_is_one_sentence(tmp_path: Path) -> Non
     sampler = HfSampler(_setup(make_tiny(tmp_path / "minimax", family="minimax")))
     with pytest.raises(RunFailure, match=r"cannot compute with model_type 'minimax': .*; use sampler.name='vllm'"):
         sampler.generate(_prompts(sampler), SamplingParams(n=2, max_tokens=4)).result()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_are_checked_as_the_model_holds_them(family: str, tmp_path: Path) -> None:
+    """They arrive one by one, as in the files, and are held as one tensor for each layer."""
+    sampler = HfSampler(_setup(make_tiny(tmp_path, family=family, tied=False)))
+    for seed in (1, 2):
+        tensors = perturbed(dict(FolderWeights(str(tmp_path)).open()), seed)
+        digest = sampler.load_weights(handle_of(tensors), seed)
+        assert sampler.check_weights(digest) == []
+    (name,) = [name for name in sampler.model.state_dict() if "layers.1." in name and "experts.gate_up_proj" in name]
+    sampler.model.get_parameter(name).data[0, 0, 0] += 1
+    assert sampler.check_weights(digest) == [f"{name} holds other values than those sent"]

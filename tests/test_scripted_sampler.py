@@ -115,8 +115,6 @@ def test_books_are_kept() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UserError, match=r"sampler\.options\.batch_size has no effect"):
-        ScriptedSampler(_setup(), batch_size=3)
     with pytest.raises(UserError, match=r"sampler\.options\.fault='rusty' is none of stale"):
         ScriptedSampler(_setup(), fault="rusty")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="has 3 tokens, which with max_tokens=190 is more than the 192"):
