@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,11 +156,9 @@ class HfSampler:
             for start in range(0, len(owner_R), self._batch_size):
                 part = slice(start, start + self._batch_size)
                 completions += self._complete(prompts, owner_R[part], uniform_RT[part], params)
-        groups = [
-            Group(prompt, tuple(completions[index * params.n :][: params.n])) for index, prompt in enumerate(prompts)
-        ]
+        written = iter(completions)
         future: Future[list[Group]] = Future()
-        future.set_result(groups)
+        future.set_result([Group(prompt, tuple(islice(written, params.n))) for prompt in prompts])
         return future
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -252,8 +251,6 @@ class HfSampler:
         self._targets = {}
         release(self.setup.device)
 
-    # -- writing -----------------------------------------------------------------------------------------------------
-
     def _complete(
         self, prompts: Sequence[Prompt], owner_R: list[int], uniform_RT: torch.Tensor, params: SamplingParams
     ) -> Iterator[Completion]:
@@ -332,8 +329,6 @@ class HfSampler:
     def _padded(self, rows: Sequence[Sequence[int]], side: str) -> torch.Tensor:
         return pad_sequence([self._tensor(row) for row in rows], batch_first=True, padding_side=side)
 
-    # -- weights -----------------------------------------------------------------------------------------------------
-
     def _load_full(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         loaded: set[int] = set()
         others: dict[str, torch.Tensor] = {}
@@ -379,8 +374,6 @@ class HfSampler:
         _check_names("an adapter", sorted(expected.keys() - arrived.keys()), sorted(arrived.keys() - expected.keys()))
         set_peft_model_state_dict(self._adapted, arrived)
         self.use_adapter(True)
-
-    # -- refusals ----------------------------------------------------------------------------------------------------
 
     def _ready(self, verb: str, *parts: str) -> None:
         if self.model is None:
