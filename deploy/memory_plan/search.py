@@ -46,8 +46,8 @@ def settings(config: Config, gpu: bool, of_sampler: Sequence[OptionValues]) -> I
         smaller = itertools.takewhile(lambda size: size >= least, (value >> step for step in itertools.count(1)))
         return [Option(((f"{section}.{name}", size),), cost, is_series=True) for size in smaller]
 
-    def single(cost: str, **values: Any) -> Option:
-        return Option(tuple((key.replace("__", "."), value) for key, value in values.items()), cost)
+    def single(cost: str, *changes: tuple[str, Any]) -> Option:
+        return Option(changes, cost)
 
     lora, optimizer = config.model.lora_rank > 0, config.optimizer
     yield halved("learner", "microbatch_tokens", 128, "same result, smaller passes")
@@ -55,32 +55,32 @@ def settings(config: Config, gpu: bool, of_sampler: Sequence[OptionValues]) -> I
     for option in of_sampler:
         yield [Option(((SAMPLER + option.name, value),), option.cost, option.is_series) for value in option.values]
     if gpu and config.cluster.mode == "local" and not config.memory.offload_while_sampling:
-        yield [single("same result, copies each step", memory__offload_while_sampling=True)]
+        yield [single("same result, copies each step", ("memory.offload_while_sampling", True))]
     if not config.learner.gradient_checkpointing:
-        yield [single("same result, a third more time", learner__gradient_checkpointing=True)]
+        yield [single("same result, a third more time", ("learner.gradient_checkpointing", True))]
     if gpu and not lora and not optimizer.offload and optimizer.master == "float32":
-        yield [single("same result, steps on the host", optimizer__offload=True)]
+        yield [single("same result, steps on the host", ("optimizer.offload", True))]
     small = optimizer.name == "adamw" and not optimizer.offload
     if small:
         yield [
-            single("coarser moments", optimizer__name="adamw_8bit"),
-            single("coarser moments still", optimizer__name="adamw_4bit"),
-            single("no float32 masters", optimizer__name="adamw_8bit", optimizer__master="stochastic"),
-            single("no float32 masters", optimizer__name="adamw_4bit", optimizer__master="stochastic"),
+            single("coarser moments", ("optimizer.name", "adamw_8bit")),
+            single("coarser moments still", ("optimizer.name", "adamw_4bit")),
+            single("no float32 masters", ("optimizer.name", "adamw_8bit"), ("optimizer.master", "stochastic")),
+            single("no float32 masters", ("optimizer.name", "adamw_4bit"), ("optimizer.master", "stochastic")),
         ]
     if config.model.dtype == "float32" and quick_dtype("gpu" if gpu else "cpu") == "bfloat16":
-        yield [single("coarser numbers, faster", model__dtype="bfloat16")]
+        yield [single("coarser numbers, faster", ("model.dtype", "bfloat16"))]
     if lora:
         yield halved("model", "lora_rank", 4, "a smaller adapter")
     if lora and config.model.quantize == "off":
-        yield [single("the base in 4 bits, slower", model__quantize="nf4")]
+        yield [single("the base in 4 bits, slower", ("model.quantize", "nf4"))]
     if not lora:
         yield [
-            single("an adapter instead of every weight", model__lora_rank=16),
-            single("an adapter on a base in 4 bits", model__lora_rank=16, model__quantize="nf4"),
+            single("an adapter instead of every weight", ("model.lora_rank", 16)),
+            single("an adapter on a base in 4 bits", ("model.lora_rank", 16), ("model.quantize", "nf4")),
         ]
     if small:
-        yield [single("another optimizer", optimizer__name="adafactor")]
+        yield [single("another optimizer", ("optimizer.name", "adafactor"))]
     yield halved("sampler", "max_tokens", 16, "shorter answers")
     yield halved("train", "group_size", 2, "smaller groups")
     yield halved("train", "prompts_per_step", 1, "smaller batches")
