@@ -161,7 +161,7 @@ class Lora:
     def tensors(self, seed: int) -> dict[str, torch.Tensor]:
         """Random A and B under peft's names; their product is about as large as half the weights of a tiny model."""
         generator = torch.Generator().manual_seed(seed)
-        pairs = {}
+        pairs: dict[str, torch.Tensor] = {}
         for name, (outs, ins) in self.shapes.items():
             a = torch.randn(self.rank, ins, generator=generator) / ins**0.5
             b = torch.randn(outs, self.rank, generator=generator) * 0.2
