@@ -124,24 +124,24 @@ def test_a_built_in_by_module():
     assert find("task", "common.tasks.warmup:Warmup") is Warmup
 
 
-def test_missing_file(tmp_path):
-    text = message("task", f"{tmp_path}/none.py:Task")
-    assert "there is no file" in text
-    assert "none.py" in text
+WHOLE = "your own as path/file.py:NAME or module:NAME"
 
 
-def test_half_a_name_is_told_how_to_write_a_whole_one(good):
-    for name in (good, ":Task", "module:"):
-        assert "your own as path/file.py:NAME or module:NAME" in message("task", name)
-
-
-def test_attribute_missing(good):
-    assert "did you mean 'Right'?" in message("task", f"{good}:Rihgt")
-    assert "its classes are Note, Right" in message("task", f"{good}:Zzz")
-
-
-def test_not_callable(good):
-    assert "is a int" in message("task", f"{good}:number")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my_file.py:Rihgt", "did you mean 'Right'?"),
+        ("my_file.py:Zzz", "its classes are Note, Right"),
+        ("my_file.py:number", "is a int"),
+        ("none.py:Task", "none.py'; give its path from"),
+        ("my_file.py", WHOLE),
+        (":Task", WHOLE),
+        ("module:", WHOLE),
+    ],
+)
+def test_a_wrong_name_is_one_sentence_with_its_cure(good, monkeypatch, name, words):
+    monkeypatch.chdir(Path(good).parent)
+    assert words in message("task", name)
 
 
 @pytest.mark.parametrize(

@@ -393,15 +393,10 @@ def test_overhead(task):
 
 
 def test_ctrl_c_is_not_held_up_by_a_reward_that_hangs(task):
-    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        _interrupt_a_hanging_reward(task)
-    finally:
-        signal.signal(signal.SIGINT, kept)
-
-
-def _interrupt_a_hanging_reward(task):
-    with Scorer(config(task, reward_timeout_s=60)) as scorer:
+    with contextlib.ExitStack() as stack:
+        kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        stack.callback(signal.signal, signal.SIGINT, kept)
+        scorer = stack.enter_context(Scorer(config(task, reward_timeout_s=60)))
         scorer.score([group("return 1")])
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         started = time.monotonic()
