@@ -62,26 +62,20 @@ def set_threads(threads: int) -> int:
     first product, because it also sees to the memory of a process that computes on a CPU."""
     count = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
-    _keep_large_blocks()
-    _keep_few_kernels()
+    # glibc keeps freed tensors for the next ones: by default the kernel maps and zeroes every large one again, which
+    # took a quarter of a training step.
+    _libc("mallopt", -3, 1 << 30)  # M_MMAP_THRESHOLD
+    _libc("mallopt", -1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    # By default torch and oneDNN keep 1024 compiled products each, about 0.6 GiB, and they fragment the heap (a learner
+    # of SmolLM2-135M grew by 30 MiB a step). A pass needs some hundred, and making one takes a millisecond.
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
     return count
 
 
-def _keep_few_kernels() -> None:
-    """By default torch and oneDNN keep 1024 compiled products each, about 0.6 GiB, and they fragment the heap:
-    a learner of SmolLM2-135M grew by 30 MiB a step for it, and its peak from 4.1 to 5.0 GiB within 16 steps. A pass
-    needs some hundred, each once a layer, and making one takes a millisecond. What the user has set stays."""
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KERNELS))
-
-
-def _keep_large_blocks() -> None:
-    """Tells glibc to keep freed tensors for the next ones: by default every large one is mapped and zeroed again by
-    the kernel, which took a quarter of a training step on a CPU."""
+def _libc(function: str, *values: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # another C library: no harm, only slower
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        getattr(ctypes.CDLL("libc.so.6"), function)(*values)
 
 
 def peak_memory_gib(device: str) -> float:
@@ -113,18 +107,16 @@ class _Heap:
 
     def release(self, resident_bytes: int) -> None:
         self._calls += 1
-        if resident_bytes <= 1.1 * self.allowed_bytes:
-            return
-        if self._calls <= 4:  # about two steps on a fresh heap: the work itself needs this much
-            self.allowed_bytes = resident_bytes
-            return
-        self._calls = 0
-        self._trim()
+        if resident_bytes > 1.1 * self.allowed_bytes:
+            if self._calls <= 4:  # about two steps on a fresh heap: the work itself needs this much
+                self.allowed_bytes = resident_bytes
+            else:
+                self._calls = 0
+                self._trim()
 
 
 def _trim() -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _libc("malloc_trim", 0)
 
 
 _HEAP = _Heap(_trim)
@@ -141,12 +133,14 @@ def bind_collectives(ip: str) -> None:
 
     Raises ``UserError`` when no interface here has that address.
     """
-    every = {
-        one.address.partition("%")[0]: name for name, addresses in psutil.net_if_addrs().items() for one in addresses
+    names = {
+        address.address.partition("%")[0]: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
     }
-    if ip not in every:
+    if ip not in names:
         raise UserError(
             f"no network interface of this machine has the address {ip!r}; give the cluster one that it has"
         )
-    os.environ["GLOO_SOCKET_IFNAME"] = every[ip]
-    os.environ["NCCL_SOCKET_IFNAME"] = f"={every[ip]}"  # without the sign eth1 would stand for eth10 too
+    os.environ["GLOO_SOCKET_IFNAME"] = names[ip]
+    os.environ["NCCL_SOCKET_IFNAME"] = f"={names[ip]}"  # without the sign eth1 would stand for eth10 too

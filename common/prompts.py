@@ -1,9 +1,8 @@
 """The endless, seeded, resumable order in which a run goes through a task's prompts.
 
 Every epoch shows each prompt once, in a fresh order that depends only on the seed and the epoch's number, so the
-stream's whole state is a position. Used by the training loop; evaluation goes through its prompts in their own order.
-A task may have millions of prompts: each is made and rendered when it is taken, and of many only some are looked at
-before the run (``looked_at``).
+stream's whole state is a position. A task may have millions of prompts: each is made and rendered when it is taken, and
+of many only some are looked at before the run (``looked_at``).
 """
 
 from __future__ import annotations

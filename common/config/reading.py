@@ -30,8 +30,7 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, drop_unused: bool 
         _override(values, word)
     if drop_unused:
         list(second_names(values))  # of a run written before
-        said = {word.partition("=")[0].strip() for word in overrides}
-        _drop_unused(values, said)
+        _drop_unused(values, keep={word.partition("=")[0].strip() for word in overrides})
     return build(values)
 
 
@@ -64,16 +63,16 @@ def reread(text: str) -> Config:
         for section, part in written.items()
         if section in Config.model_fields
     }
-    _drop_unused(values, set())
+    _drop_unused(values, keep=set())
     return build(values)
 
 
-def _drop_unused(values: dict[str, Any], said: set[str]) -> None:
+def _drop_unused(values: dict[str, Any], keep: set[str]) -> None:
     try:
         unused = unused_settings(Config.model_validate(values))
     except ValidationError:
         return  # ``build`` says what is wrong
-    for key in unused.keys() - said:
+    for key in unused.keys() - keep:
         section, name = key.split(".")
         values.get(section, {}).pop(name, None)
 
@@ -86,9 +85,13 @@ def build(values: dict[str, Any]) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(_sentence(item) for item in error.errors())) from None
-    without_effect = {key: why for key, why in unused_settings(config).items() if _is_set(config, key)}
-    if without_effect:
-        listed = "; ".join(f"{key}={_get(config, key)!r} has no effect: {why}" for key, why in without_effect.items())
+    given = {
+        f"{section}.{name}": value
+        for section, part in config.model_dump(exclude_unset=True).items()
+        for name, value in part.items()
+    }
+    if unused := {key: why for key, why in unused_settings(config).items() if key in given}:
+        listed = "; ".join(f"{key}={given[key]!r} has no effect: {why}" for key, why in unused.items())
         raise UserError(f"{listed}. Remove it or change what it depends on")
     for sentence in conflicts(config):
         raise UserError(sentence)
@@ -168,8 +171,8 @@ def _override(values: dict[str, Any], word: str) -> None:
     key, equals, text = word.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        meant = meant_by(key.strip()) if equals else ""
-        hint = f"; did you mean {meant}={text.strip()}?" if meant else ", for example train.steps=10"
+        nearest = meant_by(key.strip()) if equals else ""
+        hint = f"; did you mean {nearest}={text.strip()}?" if nearest else ", for example train.steps=10"
         raise UserError(f"{word!r} is not of the form section.key=value{hint}")
     try:  # a TOML value where it is one ("1e-5", "true", "[1, 2]"), plain text otherwise
         value = tomllib.loads(f"v = {text.strip()}")["v"]
@@ -186,7 +189,9 @@ def _override(values: dict[str, Any], word: str) -> None:
 def _sentence(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(key)}"
+        nearest = meant_by(key)
+        cure = f"did you mean {nearest!r}?" if nearest else "`nanogrpo config` lists every key"
+        return f"unknown key {key!r}; {cure}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     field = dict(fields()).get(".".join(key.split(".")[:2]))
@@ -205,18 +210,3 @@ def _shortened(value: Any) -> str:
 def meant_by(key: str) -> str:
     """The key or section that somebody who wrote ``key`` most likely meant; empty when it is like none."""
     return meant(key, [name for name, _ in fields()])
-
-
-def _nearest(key: str) -> str:
-    meant = meant_by(key)
-    return f"; did you mean {meant!r}?" if meant else "; `nanogrpo config` lists every key"
-
-
-def _is_set(config: Config, key: str) -> bool:
-    section, name = key.split(".")
-    return section in config.model_fields_set and name in getattr(config, section).model_fields_set
-
-
-def _get(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)

@@ -11,75 +11,68 @@ from common.config.schema import ClusterConfig, Config
 
 def unused_settings(config: Config) -> dict[str, str]:
     """The keys that change nothing in this run, each with the reason."""
-    found: dict[str, str] = {}
-
-    def check(when: bool, why: str, *keys: str) -> None:
-        if when:
-            found.update(dict.fromkeys(keys, why))
-
-    model, learner, optimizer = config.model, config.learner, config.optimizer
-    local = Path(model.name).expanduser().exists() or model.name.startswith("package:")
-    check(local, "model.name is a local file, which has no revisions", "model.revision")
-    check(model.lora_rank == 0, "model.lora_rank is 0, so no adapter is trained",
-          "model.lora_alpha", "model.lora_dropout", "model.lora_targets", "model.lora_variant",
-          "run.export_merged")  # fmt: skip
-    check(not model.name.endswith(".gguf") and model.quantize == "off", "only GGUF and 4-bit models are converted",
-          "model.cache_folder")  # fmt: skip
-    check(config.task.prompt_format == "plain" and not config.task.system_prompt,
-          "an empty system prompt adds nothing to a plain prompt", "task.system_prompt")  # fmt: skip
-    check(config.task.prompt_format == "plain", "a plain prompt goes through no template", "task.template_options")
-    check(config.task.sandbox == "none", "task.sandbox is none", "task.reward_memory_gib", "task.sandbox_paths",
-          "task.sandbox_environment")  # fmt: skip
-    check(learner.kl_coef == 0, "learner.kl_coef is 0, so no KL is computed", "learner.kl_estimator")
-    check(
-        learner.importance == "off", "learner.importance is off", "learner.importance_level", "learner.importance_cap"
-    )
-    check(learner.truncated != "penalize", "learner.truncated is not penalize", "learner.overlong_tokens")
-    same_weights = learner.importance == "off" or learner.importance_level == "sequence"
-    check(learner.inner_updates == 1 and same_weights and learner.kl_coef == 0 and learner.ratio == "sequence",
-          "with one update a batch the sequence's gradient is the tokens'", "learner.ratio")  # fmt: skip
-    check(learner.loss != "sapo", "learner.loss is not sapo", "learner.sapo_tau_positive", "learner.sapo_tau_negative")
-    clips = ("learner.clip_low", "learner.delta")
-    check(learner.loss == "sapo", "sapo gates softly and never clips", "learner.clip_high", *clips)
-    check(learner.loss == "cispo", "cispo caps the ratio at clip_high only", *clips)
-    on_policy = "learner.inner_updates is 1, so the policy ratio is always 1 and nothing is clipped"
-    check(learner.inner_updates == 1, on_policy, "learner.sapo_tau_positive", "learner.sapo_tau_negative", *clips)
-    check(learner.inner_updates == 1 and learner.loss != "cispo", on_policy, "learner.clip_high")
-    if config.train.group_size == 1 and learner.advantage in ("zscore", "batch_std", "no_std"):
-        found["train.group_size"] = (
-            f"a group of 1 has no spread, so learner.advantage={learner.advantage} gives 0 and nothing is learned; "
-            "use at least 2"
-        )
-    if config.train.group_size == 1 and learner.advantage == "leave_one_out":
-        found["train.group_size"] = "leave_one_out needs the mean of the others; use at least 2"
-    check(model.lora_rank > 0 or model.dtype == "float32", "the weights that are trained are float32 already",
-          "optimizer.master")  # fmt: skip
-    check(optimizer.name == "muon" and model.lora_rank > 0 and model.lora_variant != "dora",
-          "muon steps all of the adapter's matrices", "optimizer.betas", "optimizer.eps")  # fmt: skip
-    check(optimizer.name == "adafactor", "adafactor has no such setting", "optimizer.betas", "optimizer.eps")
-    check(optimizer.schedule == "constant", "optimizer.schedule is constant", "optimizer.min_lr_ratio")
-    check(not config.sync.proof, "sync.proof is off", "sync.challenge", "sync.probe_tokens", "sync.tolerance")
-    check(config.eval.questions == 0, "eval.questions is 0, so nothing is evaluated",
-          "eval.every", "eval.samples", "eval.k")  # fmt: skip
-    check(config.eval.samples == 0, "eval.samples is 0, so pass@k is not measured", "eval.k")
-    check(not learner.drop_zero_variance and config.train.dynamic_sampling_rounds > 0,
-          "learner.drop_zero_variance is off, so no group is replaced", "train.dynamic_sampling_rounds")  # fmt: skip
-    check(config.eval.every >= config.train.steps, "the end of the run is evaluated anyway", "eval.every")
-    check(config.run.rollouts_every == 0, "run.rollouts_every is 0, so no rollouts are written", "run.rollouts_gzip")
-    alone = "cluster.mode is local: sampler and learner share this process"
-    services = [f"cluster.{name}" for name in ClusterConfig.model_fields if name != "mode"]
-    services += ["sampler.tensor_parallel", "sampler.in_flight_updates", "sync.transport", "sync.bucket_mib"]
-    check(config.cluster.mode == "local", alone, *services, "timeouts.start_s", "timeouts.pulse_s")
-    check(config.cluster.mode == "ray", "each side has devices of its own", "memory.offload_while_sampling")
-    check(config.memory.plan == "off", "memory.plan is off", "memory.device_gib")
-    check(config.cluster.address == "private", "a private cluster has one node", "cluster.spread",
-          "cluster.on_lost_node")  # fmt: skip
-    adapter = model.lora_rank > 0 and model.lora_variant != "dora"
-    check(adapter and config.cluster.mode == "ray", "an adapter travels with the call, not by a transport",
-          "sync.transport", "sync.bucket_mib")  # fmt: skip
-    check(config.train.max_staleness == 0, "train.max_staleness is 0, so nothing is in flight at a sync",
-          "sampler.in_flight_updates")  # fmt: skip
-    return found
+    model, learner, optimizer, train, cluster = (
+        config.model, config.learner, config.optimizer, config.train, config.cluster
+    )  # fmt: skip
+    plain, one_update = config.task.prompt_format == "plain", learner.inner_updates == 1
+    sends_adapter = model.lora_rank > 0 and model.lora_variant != "dora"
+    local_model = Path(model.name).expanduser().exists() or model.name.startswith("package:")
+    weights_are_the_tokens = learner.importance == "off" or learner.importance_level == "sequence"
+    never_clips = "learner.inner_updates is 1, so the policy ratio is always 1 and nothing is clipped"
+    clips = "learner.clip_low learner.delta"
+    sapo = "learner.sapo_tau_positive learner.sapo_tau_negative"
+    transport = "sync.transport sync.bucket_mib"
+    services = " ".join(f"cluster.{name}" for name in ClusterConfig.model_fields if name != "mode")
+    rules = [  # when, keys, reason
+        (local_model, "model.revision", "model.name is a local file, which has no revisions"),
+        (model.lora_rank == 0, "model.lora_alpha model.lora_dropout model.lora_targets model.lora_variant "
+         "run.export_merged", "model.lora_rank is 0, so no adapter is trained"),
+        (not model.name.endswith(".gguf") and model.quantize == "off", "model.cache_folder",
+         "only GGUF and 4-bit models are converted"),
+        (plain and not config.task.system_prompt, "task.system_prompt",
+         "an empty system prompt adds nothing to a plain prompt"),
+        (plain, "task.template_options", "a plain prompt goes through no template"),
+        (config.task.sandbox == "none", "task.reward_memory_gib task.sandbox_paths task.sandbox_environment",
+         "task.sandbox is none"),
+        (learner.kl_coef == 0, "learner.kl_estimator", "learner.kl_coef is 0, so no KL is computed"),
+        (learner.importance == "off", "learner.importance_level learner.importance_cap", "learner.importance is off"),
+        (learner.truncated != "penalize", "learner.overlong_tokens", "learner.truncated is not penalize"),
+        (one_update and weights_are_the_tokens and learner.kl_coef == 0 and learner.ratio == "sequence",
+         "learner.ratio", "with one update a batch the sequence's gradient is the tokens'"),
+        (learner.loss != "sapo", sapo, "learner.loss is not sapo"),
+        (learner.loss == "sapo", f"learner.clip_high {clips}", "sapo gates softly and never clips"),
+        (learner.loss == "cispo", clips, "cispo caps the ratio at clip_high only"),
+        (one_update, f"{sapo} {clips}", never_clips),
+        (one_update and learner.loss != "cispo", "learner.clip_high", never_clips),
+        (train.group_size == 1 and learner.advantage != "leave_one_out", "train.group_size",
+         f"a group of 1 has no spread, so learner.advantage={learner.advantage} gives 0 and nothing is learned; use at "
+         "least 2"),
+        (train.group_size == 1 and learner.advantage == "leave_one_out", "train.group_size",
+         "leave_one_out needs the mean of the others; use at least 2"),
+        (model.lora_rank > 0 or model.dtype == "float32", "optimizer.master",
+         "the weights that are trained are float32 already"),
+        (optimizer.name == "muon" and sends_adapter, "optimizer.betas optimizer.eps",
+         "muon steps all of the adapter's matrices"),
+        (optimizer.name == "adafactor", "optimizer.betas optimizer.eps", "adafactor has no such setting"),
+        (optimizer.schedule == "constant", "optimizer.min_lr_ratio", "optimizer.schedule is constant"),
+        (not config.sync.proof, "sync.challenge sync.probe_tokens sync.tolerance", "sync.proof is off"),
+        (config.eval.questions == 0, "eval.every eval.samples eval.k",
+         "eval.questions is 0, so nothing is evaluated"),
+        (config.eval.samples == 0, "eval.k", "eval.samples is 0, so pass@k is not measured"),
+        (not learner.drop_zero_variance and train.dynamic_sampling_rounds > 0, "train.dynamic_sampling_rounds",
+         "learner.drop_zero_variance is off, so no group is replaced"),
+        (config.eval.every >= train.steps, "eval.every", "the end of the run is evaluated anyway"),
+        (config.run.rollouts_every == 0, "run.rollouts_gzip", "run.rollouts_every is 0, so no rollouts are written"),
+        (cluster.mode == "local", f"{services} {transport} sampler.tensor_parallel sampler.in_flight_updates "
+         "timeouts.start_s timeouts.pulse_s", "cluster.mode is local: sampler and learner share this process"),
+        (cluster.mode == "ray", "memory.offload_while_sampling", "each side has devices of its own"),
+        (config.memory.plan == "off", "memory.device_gib", "memory.plan is off"),
+        (cluster.address == "private", "cluster.spread cluster.on_lost_node", "a private cluster has one node"),
+        (sends_adapter and cluster.mode == "ray", transport, "an adapter travels with the call, not by a transport"),
+        (train.max_staleness == 0, "sampler.in_flight_updates",
+         "train.max_staleness is 0, so nothing is in flight at a sync"),
+    ]  # fmt: skip
+    return {key: why for when, keys, why in rules if when for key in keys.split()}
 
 
 def second_names(values: dict[str, Any]) -> Iterator[str]:

@@ -1,8 +1,4 @@
-"""The run on the terminal: progress, the last numbers, a completion to look at.
-
-Left out: anything that is kept (common/tracking/metrics.py). Used by the training loop as one of its trackers, and by
-the command line for its few words about time and accuracy.
-"""
+"""The run on the terminal: progress, the last numbers, a completion to look at. Nothing here is kept."""
 
 from __future__ import annotations
 
@@ -101,8 +97,7 @@ class ConsoleTracker:
         parts = [f"step {self._step:{width}d}/{self._total}", *(f"{k} {v}" for k, v in _headline(self._metrics))]
         seconds = ", ".join(f"{name} {value:.1f}" for name, value in _seconds(self._metrics))
         parts.append(f"{self._metrics.get('seconds_step', math.nan):.1f} s ({seconds})")
-        eta_s = self._eta_s()
-        if eta_s is not None:
+        if (eta_s := self._eta_s()) is not None:
             parts.append(f"{duration(eta_s)} left")
         return "  ".join(parts)
 
@@ -112,11 +107,9 @@ class ConsoleTracker:
         top.add_column(no_wrap=True)
         top.add_column(ratio=1)
         top.add_column(no_wrap=True)
-        top.add_row(
-            Text(f"step {self._step}/{self._total}", style="bold"),
-            ProgressBar(total=self._total, completed=self._step),
-            Text(f"{duration(eta_s)} left" if eta_s is not None else ""),
-        )
+        progress = ProgressBar(total=self._total, completed=self._step)
+        left = Text("" if eta_s is None else f"{duration(eta_s)} left")
+        top.add_row(Text(f"step {self._step}/{self._total}", style="bold"), progress, left)
         rows: list[RenderableType] = [top]
         if self._phase:
             waited = duration(time.monotonic() - self._phase_since)
@@ -159,10 +152,7 @@ def duration(seconds: float) -> str:
 
 def _headline(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """What a person looks at first, named and rounded."""
-    names = {
-        "reward_mean": "reward",
-        **{key: key.removeprefix("reward/") for key in metrics if key.startswith("reward/")},
-    }
+    names = {"reward_mean": "reward"} | {key: key[7:] for key in metrics if key.startswith("reward/")}
     names |= {"loss": "loss", "grad_norm": "grad norm", "kl": "kl", "logprob_diff_mean": "logprob diff"}
     names |= {"completion_tokens_mean": "tokens"}
     for key, name in names.items():
