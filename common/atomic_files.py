@@ -56,8 +56,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Inside, an empty folder to fill; after it, the same folder under ``path``, in place of whatever stood there.
+    Without ``replace`` it is dropped where one with the same files stands there: another process has made it meanwhile.
 
     If the body raises, nothing of it stays, ``path`` is as it was, and the error goes on as it is; but a full disk is
     a ``RunFailure`` even where a library reported it in its own words (torch and safetensors do).
@@ -71,7 +72,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for folder, _, names in os.walk(partial):
                 for name in [*names, ""]:
                     _fsync(Path(folder, name))
-            _put(partial, path)
+            _put(partial, path, replace)
             _fsync(path.parent)
 
 
@@ -212,7 +213,7 @@ def remove_leftovers(folder: Path) -> None:
                 left.unlink()
 
 
-def _put(new: Path, place: Path) -> None:
+def _put(new: Path, place: Path, replace: bool) -> None:
     """Renames a folder into place, over one that stands there. Killed between the two renames that this takes,
     ``remove_leftovers`` puts the old one back."""
     try:
@@ -220,6 +221,8 @@ def _put(new: Path, place: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        if not replace and {file.name for file in new.iterdir()} <= {file.name for file in place.iterdir()}:
+            return
         old = _beside(place, "replaced")
         os.rename(place, old)
         os.rename(new, place)

@@ -47,6 +47,20 @@ def names(folder: Path) -> list[str]:
 # --- whole files ---
 
 
+def test_a_folder_made_twice_at_once_stays_the_first_ones(tmp_path: Path) -> None:
+    """Its reader never finds it gone. One that lacks a file is replaced."""
+    with atomic_files.atomic_folder(tmp_path / "a", replace=False) as late:
+        (late / "one").write_text("late")
+        with atomic_files.atomic_folder(tmp_path / "a", replace=False) as early:
+            (early / "one").write_text("early")
+    assert [file.read_text() for file in (tmp_path / "a").iterdir()] == ["early"]
+    with atomic_files.atomic_folder(tmp_path / "a", replace=False) as more:
+        (more / "one").write_text("late")
+        (more / "two").write_text("late")
+    assert [file.read_text() for file in (tmp_path / "a").iterdir()] == ["late", "late"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
     atomic_files.write_text(path, "one")

@@ -32,7 +32,7 @@ def dequantized(folder: Path, config: ModelConfig, device: str) -> Path:
         return target
     model = load(folder, config, device)
     state = {name: tensor.cpu().contiguous() for name, tensor in full_tensors(model, dtype_of(config.dtype))}
-    with atomic_folder(target) as made:
+    with atomic_folder(target, replace=False) as made:
         write_folder(model, folder, made, state)
     return target
 

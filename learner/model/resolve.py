@@ -133,7 +133,7 @@ def _convert_gguf(file: Path, config: ModelConfig) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except Exception as error:
         raise UserError(f"model.name={config.name!r} cannot be read as GGUF: {first_line(error)}") from error
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, replace=False) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return target
