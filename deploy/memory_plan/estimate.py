@@ -235,7 +235,7 @@ class Planner:
     def _challenge(self, config: Config, learner: LearnerMemory) -> int:
         return learner.trained_bytes if config.sync.proof and config.sync.challenge else 0
 
-    def _one_ranks(self, config: Config, parts: Parts) -> Parts:
+    def _one_ranks(self, config: Config, parts: dict[str, int]) -> dict[str, int]:
         """Ranks divide weights, masters, gradients and moments; a layer at a time is whole."""
         ranks, size = config.cluster.learner_ranks, self._size(config)
         if ranks == 1:

@@ -143,7 +143,8 @@ def solve(planner: Planner, config: Config, limit_s: float, say: Callable[[str],
         others = [other for other in chosen if other is not option]
         if not _excess(plan(others)):
             chosen = others
-    peaks, margin = [], 0
+    peaks: list[int] = []
+    margin = 0
     for count in range(len(chosen) + 1):
         found = plan(chosen[:count])
         # One that is allowed only with the next has saved nothing by itself.
