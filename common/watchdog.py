@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def bounded(side: str, doing: str, timeout_s: float, setting: str = "") -> Iterator[None]:
+def time_limit(side: str, doing: str, timeout_s: float, setting: str = "") -> Iterator[None]:
     """Ends the process if the block takes longer than ``timeout_s`` seconds. ``setting``: the key of that limit, if it
     has one."""
     timer = threading.Timer(timeout_s, _give_up, args=(side, doing, timeout_s, setting))
@@ -42,7 +42,7 @@ def result(future: Future[T], side: str, doing: str, timeout_s: float, setting: 
 
     A future that works inside ``result`` and hangs there is ended by the watchdog a twentieth later.
     """
-    with bounded(side, doing, 1.05 * timeout_s + 1, setting):
+    with time_limit(side, doing, 1.05 * timeout_s + 1, setting):
         try:
             return future.result(timeout=timeout_s)
         except TimeoutError:

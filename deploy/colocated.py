@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from common import device as devices
 from common.config import TimeoutConfig
 from common.protocols import Sampler
-from common.watchdog import bounded
+from common.watchdog import time_limit
 from deploy.components import Components, Prepared, closing, make_sampler
 from learner.torch_learner import TorchLearner
 
@@ -59,14 +59,14 @@ class SharedDevice:
         yield
 
     def _limit(self, side: str, doing: str) -> contextlib.AbstractContextManager[None]:
-        return bounded(side, doing, self.timeout_s, "timeouts.sync_s")
+        return time_limit(side, doing, self.timeout_s, "timeouts.sync_s")
 
 
 @contextlib.contextmanager
 def parts(ready: Prepared) -> Iterator[Components]:
     timeouts = ready.config.timeouts
     with closing(make_sampler(ready), ready.config) as sampler:
-        with bounded("learner", "loading its model", timeouts.load_s, "timeouts.load_s"):
+        with time_limit("learner", "loading its model", timeouts.load_s, "timeouts.load_s"):
             learner = TorchLearner(ready.config, ready.folder, ready.device)
         yield Components(
             sampler,

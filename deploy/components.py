@@ -26,13 +26,12 @@ from common.rewards.scorer import Scorer
 from common.tasks import Prompts
 from common.tokenizer import Renderer, Room, end_of_sequence_ids, load_tokenizer
 from common.types import AdapterSpec, Prompt, SamplerSetup
-from common.watchdog import bounded
+from common.watchdog import time_limit
 from common.weights.handles import FolderWeights
 from deploy import extras
 from deploy.cluster import connection
 from learner.evaluate import Evaluation, evaluate
 from learner.model import adapters, for_sampler, loading, resolve
-from learner.optimizer import check as check_optimizer
 from learner.train import sampling_params
 
 log = logging.getLogger("nanogrpo")
@@ -136,9 +135,7 @@ def prepare(config: Config, *, need_train: bool = True) -> Prepared:
         raise UserError(
             "memory.offload_while_sampling=true has no effect on a CPU, where everything is in host memory; remove it"
         )
-    check_optimizer(config, config.cluster.learner_ranks)
     sandbox.command(config.task)
-    loading.check(config.model, config.cluster.learner_ranks)
     back_end = plugins.check("sampler", config.sampler.name, config.sampler.options, 1)
     if hasattr(back_end, "check_sampling"):
         back_end.check_sampling(sampling_params(config))
@@ -361,7 +358,7 @@ def at_once(config: Config) -> int:
 def load_sampler(config: Config, setup: SamplerSetup, adapter_folder: Path | None = None) -> Sampler:
     """The back end of ``sampler.name`` made from this setup, in this process."""
     devices.set_threads(setup.threads)  # before vLLM, which fixes them
-    with bounded("sampler", "loading its model", config.timeouts.load_s, "timeouts.load_s"):
+    with time_limit("sampler", "loading its model", config.timeouts.load_s, "timeouts.load_s"):
         try:
             sampler: Sampler = plugins.make("sampler", config.sampler.name, config.sampler.options, setup)
         except (UserError, RunFailure):
@@ -395,5 +392,5 @@ def closing(sampler: Sampler, config: Config) -> Iterator[Sampler]:
     try:
         yield sampler
     finally:
-        with bounded("sampler", "closing", config.timeouts.sync_s, "timeouts.sync_s"):
+        with time_limit("sampler", "closing", config.timeouts.sync_s, "timeouts.sync_s"):
             sampler.close()

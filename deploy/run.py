@@ -26,7 +26,7 @@ from common.tracking import metrics
 from common.tracking.console import ConsoleTracker
 from common.tracking.health import HealthTracker
 from common.tracking.trackers import OwnTracker, TensorBoardTracker, Trackers
-from common.watchdog import bounded
+from common.watchdog import time_limit
 from deploy import colocated, components, disk, report
 from deploy.cluster import connection, separate
 from deploy.components import Components, Prepared
@@ -37,7 +37,7 @@ from deploy.resume import same_run as same_run
 from deploy.stopping import Stopping, on_stop_signals
 from learner.checkpoint import Checkpoints
 from learner.train import Loop, rehearse, train
-from learner.weight_sync import WeightSync, probe_of
+from learner.weight_sync import WeightSync, make_probe
 
 log = logging.getLogger("nanogrpo")
 _CONFIG, _LOG = "config.toml", "run.log"
@@ -119,13 +119,13 @@ def _train(
     stream = ready.stream()
     state = None
     if not begin:
-        with bounded("learner", "reading its checkpoint", config.timeouts.load_s, "timeouts.load_s"):
+        with time_limit("learner", "reading its checkpoint", config.timeouts.load_s, "timeouts.load_s"):
             state = checkpoints.restore_latest(learner)
         if state is None:
             _tell(console, "there is no checkpoint yet: the run begins again from its start")
         metrics.rewind(folder, learner.version)
 
-    probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
+    probe = make_probe(ready.train, config.sync.probe_tokens, ready.longest_prompt)
     sync = WeightSync(learner, sampler, placement, probe, config.sync, parts.sync_s, config.model.dtype)
     with contextlib.ExitStack() as stack:
         trackers: list[Tracker] = [metrics.JsonlTracker(folder, config.run, config.train.steps)]
@@ -166,7 +166,7 @@ def _train(
             measure(config.train.steps)
             tracker.phase("disk: writing the final model")
             limit_s = config.timeouts.load_s
-            with placement.learning(), bounded("learner", "writing the final model", limit_s, "timeouts.load_s"):
+            with placement.learning(), time_limit("learner", "writing the final model", limit_s, "timeouts.load_s"):
                 _export(learner, folder, config)
         unlearned = watched.finish() if finished else ""
     if config.run.report:

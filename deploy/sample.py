@@ -16,7 +16,7 @@ from common.protocols import Sampler
 from common.rewards.scorer import Scorer
 from common.tokenizer import check_room
 from common.types import Group, Prompt
-from common.watchdog import bounded, result
+from common.watchdog import result, time_limit
 from deploy import components
 from learner.model.resolve import context_tokens
 from learner.train import sampling_params
@@ -31,7 +31,7 @@ def sample(
     if greedy:
         params = dataclasses.replace(params, n=1, temperature=0.0)
     doing, limit_s = f"answering {len(prompts)} prompts", config.timeouts.generate_s
-    with bounded("sampler", doing, limit_s, "timeouts.generate_s"):
+    with time_limit("sampler", doing, limit_s, "timeouts.generate_s"):
         future = sampler.generate(prompts, params)
     return result(future, "sampler", doing, limit_s, "timeouts.generate_s")
 

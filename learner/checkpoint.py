@@ -18,7 +18,7 @@ from common.config import Config
 from common.device import dtype_of
 from common.errors import UserError
 from common.protocols import Learner
-from learner.distributed import Ranks, read_state, shapes_in
+from learner.distributed import RankGroup, read_state, shapes_in
 from learner.model import adapters, loading, saving
 
 log = logging.getLogger("nanogrpo.checkpoint")
@@ -135,7 +135,7 @@ def export(checkpoint: Path, config: Config, base: Path, out: Path, merged: bool
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value.to(parameter.dtype), requires_grad=False)
     loading.causal_of(model).tie_weights()
-    saving.export(model, base, out, merged, dtype_of(config.model.dtype), Ranks())
+    saving.export(model, base, out, merged, dtype_of(config.model.dtype), RankGroup())
 
 
 def _name(step: int) -> str:

@@ -2,8 +2,8 @@
 
 Each rank holds a slice of every weight and computes its own part of the batch; a layer's weights are gathered just
 before it computes and its gradients are summed, not averaged, just after. Each rank runs the same program in the same
-order, for a collective waits for all of them; none waits longer than the time limit given to ``Ranks.join``. Alone
-(``Ranks()``) there is no process group and nothing here does anything.
+order, for a collective waits for all of them; none waits longer than the time limit given to ``RankGroup.join``. Alone
+(``RankGroup()``) there is no process group and nothing here does anything.
 
 Here too: the files of sharded state, which any number of ranks can read. Who does which part of a batch is
 ``learner/batch/packing.py``; how processes are started and replaced is ``deploy/``. Used by
@@ -38,15 +38,15 @@ class RankLost(RunFailure):
     """Another rank of this learner is gone or silent: this one can do nothing more, and all must be started again."""
 
 
-class Ranks:
-    """The processes of one learner, and this one's place among them. ``Ranks()`` is one process alone."""
+class RankGroup:
+    """The processes of one learner, and this one's place among them. ``RankGroup()`` is one process alone."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.rank, self.size, self.device = 0, 1, device
         self._mesh: Any = None
 
     @classmethod
-    def join(cls, rank: int, size: int, url: str, device: str, timeout_s: float) -> Ranks:
+    def join(cls, rank: int, size: int, url: str, device: str, timeout_s: float) -> RankGroup:
         """Waits until all ``size`` ranks are here; no collective of theirs takes longer than ``timeout_s``.
 
         ``url`` is ``tcp://IP:PORT``, where rank 0 listens on that address alone, or ``file:///path`` for one host, a
@@ -89,7 +89,7 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def most(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the ranks' numbers."""
         return max(int(one) for one in self.gather(torch.tensor(number, device=self.device)))
 
@@ -120,7 +120,7 @@ class Ranks:
             parameter.grad = part.view_as(parameter)
 
     @contextlib.contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def raise_on_any(self, what: str) -> Iterator[None]:
         """If the body, which must hold no collective, fails on one rank, then every rank raises."""
         failure: Exception | None = None
         try:
@@ -176,7 +176,7 @@ def forward(model: Any, function: Callable[[], Result]) -> Result:
     return model.computed(function) if hasattr(model, "computed") else function()
 
 
-def whole(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A weight as one tensor on every rank, without gradient; a sliced one is cast to ``dtype`` before it is gathered,
     so that few bytes travel. A collective for a sliced one; any other comes back as it is."""
     tensor = tensor.detach()

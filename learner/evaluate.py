@@ -17,7 +17,7 @@ import numpy as np
 from common.errors import RunFailure
 from common.protocols import Sampler
 from common.types import Group, Prompt, SamplingParams
-from common.watchdog import bounded, result
+from common.watchdog import result, time_limit
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 CorrectFunction = Callable[[Sequence[Group]], Sequence[Sequence[bool]]]
@@ -176,7 +176,7 @@ def _ask(
         seeded = params if params.seed is None else replace(params, seed=params.seed + request)
         # A sampler in this process writes inside the call; another answers later.
         doing = f"answering an evaluation request of {len(part)} x {params.n} completions"
-        with bounded("sampler", doing, timeout_s, "timeouts.generate_s"):
+        with time_limit("sampler", doing, timeout_s, "timeouts.generate_s"):
             answer = sampler.generate(part, seeded)
         written = result(answer, "sampler", doing, timeout_s, "timeouts.generate_s")
         assert [group.prompt.id for group in written] == [prompt.id for prompt in part], "groups in another order"

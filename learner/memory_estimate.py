@@ -222,7 +222,7 @@ def _head_as_on(cpu: bool) -> Iterator[None]:
 
 
 def _probe(config: Config, prompt_tokens: int) -> list[tuple[int, ...]]:
-    """As ``learner.weight_sync.probe_of`` would make it of prompts of this length."""
+    """As ``learner.weight_sync.make_probe`` would make it of prompts of this length."""
     length = max(2, min(prompt_tokens, config.sync.probe_tokens))
     return [(1,) * length] * max(1, config.sync.probe_tokens // length)
 

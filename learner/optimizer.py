@@ -28,8 +28,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from common.config import Config, OptimizerConfig
-from common.errors import UserError
+from common.config import OptimizerConfig
 from learner.distributed import local
 
 QUANTIZED = ("codes", "scale")  # what changes of a torchao moment held in 8 or 4 bits
@@ -47,23 +46,6 @@ def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
     done = min((update - config.warmup_steps + 1) / max(end - config.warmup_steps, 1), 1.0)
     left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
-
-
-def check(config: Config, ranks: int) -> None:
-    """Raises ``UserError`` for settings of the optimizer that cannot stand together, on so many ranks."""
-    optimizer = config.optimizer
-    stochastic = optimizer.master == "stochastic"
-    if optimizer.offload and stochastic:
-        raise UserError(
-            "optimizer.offload=true keeps float32 masters in host memory, and optimizer.master='stochastic' has none; "
-            "set one of them back"
-        )
-    if ranks > 1 and config.model.lora_rank == 0 and (optimizer.name != "adamw" or stochastic):
-        wish = "master='stochastic'" if stochastic else f"name={optimizer.name!r}"
-        raise UserError(
-            f"optimizer.{wish} cannot step weights that are divided among cluster.learner_ranks={ranks}; use "
-            "optimizer.name='adamw' with master='float32' (ranks divide its memory), an adapter, or one rank"
-        )
 
 
 class MasterOptimizer:
@@ -304,7 +286,7 @@ def _adder(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
     return add
 
 
-class Parked:
+class HostOffload:
     """Tensors whose memory can wait on the host and come back under the same names, views and ties.
 
     Their storages are emptied in place, so every tensor on them, a tied weight's two names and an average's codes among
@@ -312,7 +294,7 @@ class Parked:
     What ``besides`` has charge of is left out.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor], besides: Parked | None = None) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], besides: HostOffload | None = None) -> None:
         self._device: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors:
             storage = local(tensor.detach()).untyped_storage()
@@ -321,8 +303,8 @@ class Parked:
         self._host: dict[int, torch.Tensor] = {}
         self.away = False
 
-    def park(self) -> None:
-        """To the host. Parking twice is allowed."""
+    def offload(self) -> None:
+        """To the host. Doing so twice is allowed."""
         if self.away:
             return
         for key, storage in self._device.items():
@@ -333,7 +315,7 @@ class Parked:
             storage.resize_(0)
         self.away = True
 
-    def unpark(self) -> None:
+    def onload(self) -> None:
         """Back to the device, with the bits they had."""
         if not self.away:
             return
@@ -343,7 +325,7 @@ class Parked:
         self.away = False
 
     def held(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor's values wherever they are now: on the host while parked, to be read only."""
+        """The tensor's values wherever they are now: on the host while offloaded, to be read only."""
         key = local(tensor.detach()).untyped_storage()._cdata
         if not self.away or key not in self._host:
             return tensor

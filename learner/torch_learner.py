@@ -33,7 +33,7 @@ from learner.attention import packed_cpu
 from learner.batch import packing_support
 from learner.batch.packing import Pack, Row, make_microbatches, shard
 from learner.distributed import (
-    Ranks,
+    RankGroup,
     collective,
     forward,
     lost_in_words,
@@ -43,12 +43,11 @@ from learner.distributed import (
 )
 from learner.loss import advantages, losses
 from learner.model import adapters, loading, nf4, noise, saving
-from learner.optimizer import MasterOptimizer, Parked, learning_rate
-from learner.optimizer import check as check_optimizer
+from learner.optimizer import HostOffload, MasterOptimizer, learning_rate
 from learner.token_logprobs import SamplingTransform, forward_backward, from_logits, token_logprobs
 
 log = logging.getLogger("nanogrpo.learner")
-ALONE = Ranks()
+ALONE = RankGroup()
 METRICS = {
     "loss": "loss", "ratio_mean": "ratio_mean", "clipped_mean": "clip_fraction", "kl_mean": "kl",
     "entropy_mean": "entropy", "importance_mean": "importance_mean", "importance_max": "importance_max",
@@ -67,14 +66,14 @@ class TorchLearner:
     ``blank`` reads no weights, checks nothing and steps nothing: for the memory estimate, on tensors of a shape alone.
     """
 
-    def __init__(self, config: Config, folder: Path, device: str, ranks: Ranks = ALONE, *, blank: bool = False) -> None:
+    def __init__(
+        self, config: Config, folder: Path, device: str, ranks: RankGroup = ALONE, *, blank: bool = False
+    ) -> None:
         packed_cpu.register()
         self.version = 0
         self._config, self._folder, self._device, self._ranks = config, folder, device, ranks
         self._dtype = dtype_of(config.model.dtype)
         self._lora, self._blank = config.model.lora_rank > 0, blank
-        loading.check(config.model, ranks.size)
-        check_optimizer(config, ranks.size)
         assert ranks.size == 1 or not config.optimizer.offload, "ranks divide the optimizer's memory already"
         sampler = config.sampler
         self._plain = SamplingTransform(chunk=config.learner.head_tokens)
@@ -135,7 +134,7 @@ class TorchLearner:
         if not why and not self._blank:
             with lost_in_words(self._ranks.rank, "loading"):
                 why = packing_support.wrong_when_packed(self._model, self._plainly, self._dtype)
-                if self._ranks.most(int(bool(why))):  # or ranks might choose differently
+                if self._ranks.all_reduce_max(int(bool(why))):  # or ranks might choose differently
                     why = why or "another rank's packed log-probs are wrong"
         if why and requested == "packed":
             family = loading.causal_of(self._model).config.model_type
@@ -233,7 +232,7 @@ class TorchLearner:
         packs = [pack.to(self._device) for pack in make_microbatches(own, budget, packed, self._kind_of)]
         if ranks.size == 1:
             return packs, packs
-        missing = ranks.most(len(packs)) - len(packs)
+        missing = ranks.all_reduce_max(len(packs)) - len(packs)
         (dummy,) = make_microbatches([Row(idle, rows[0].prompt[:1], rows[0].completion[:1])], budget, packed)
         return packs, packs + [dummy.to(self._device)] * missing
 
@@ -362,28 +361,28 @@ class TorchLearner:
 
     # -- the device, shared with a sampler ---------------------------------------------------------------------------
 
-    def _parts(self) -> tuple[Parked, Parked]:
+    def _parts(self) -> tuple[HostOffload, HostOffload]:
         """The device's tensors that can wait on the host: the weights, and what only the optimizer needs. None of them
         unless memory.offload_while_sampling asks for it."""
         if not self._config.memory.offload_while_sampling or self._blank:
-            return Parked(()), Parked(())
-        weights = Parked(t for model in (self._model, self._reference) if model for t in nf4.stored(model))
+            return HostOffload(()), HostOffload(())
+        weights = HostOffload(t for model in (self._model, self._reference) if model for t in nf4.stored(model))
         moments = (t for t in self._optimizer.state().values() if t.device.type == torch.device(self._device).type)
-        return weights, Parked(moments, besides=weights)
+        return weights, HostOffload(moments, besides=weights)
 
     def sleep(self, part: Literal["moments", "all"] = "all") -> None:
         """Gives unused device memory back while the sampler works; with memory.offload_while_sampling the optimizer's
         moments and masters, or all that is held, wait on the host until ``wake``."""
-        self._averages.park()
+        self._averages.offload()
         if part == "all":
-            self._weights.park()
+            self._weights.offload()
         release(self._device)
 
     def wake(self, part: Literal["weights", "all"] = "all") -> None:
         """Undo of ``sleep``, of the weights alone or of everything."""
-        self._weights.unpark()
+        self._weights.onload()
         if part == "all":
-            self._averages.unpark()
+            self._averages.onload()
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -402,7 +401,7 @@ class TorchLearner:
             raise RunFailure(
                 f"the checkpoint of step {self.version} cannot be written ({error}); free space on that disk"
             ) from error
-        with self._ranks.together("saving"):
+        with self._ranks.raise_on_any("saving"):
             if self._ranks.rank == 0:
                 atomic_files.write_json(folder / "learner.json", {"version": self.version, "ranks": self._ranks.size})
 

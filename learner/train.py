@@ -22,7 +22,7 @@ from common.prompts import PromptStream
 from common.protocols import GroupsFuture, Learner, Placement, Sampler
 from common.rewards.scorer import Scorer, Scoring
 from common.types import Completion, Group, Prompt, SamplingParams
-from common.watchdog import bounded, result
+from common.watchdog import result, time_limit
 from learner.checkpoint import Checkpoints
 from learner.loss import advantages
 from learner.selection import Selection
@@ -80,7 +80,7 @@ class Loop:
 
     def limit(self, side: str, doing: str, timeout: str) -> contextlib.AbstractContextManager[None]:
         """Ends the process, naming ``side``, if the block takes longer than this one of the timeouts."""
-        return bounded(side, doing, getattr(self.config.timeouts, timeout), f"timeouts.{timeout}")
+        return time_limit(side, doing, getattr(self.config.timeouts, timeout), f"timeouts.{timeout}")
 
     def ask(self, prompts: list[Prompt], params: SamplingParams, doing: str) -> Future[list[Group]]:
         with self.limit("sampler", doing, "generate_s"):

@@ -25,7 +25,7 @@ from common.config import SyncConfig
 from common.errors import RunFailure
 from common.protocols import Learner, Placement, Sampler, Transport
 from common.types import Prompt
-from common.watchdog import bounded
+from common.watchdog import time_limit
 
 EACH_TIME = 32  # probe tokens at each step's sync; half the time goes to reading the weights, so fewer save little
 _SETTING = "timeouts.sync_s"
@@ -33,14 +33,14 @@ TOLERANCE = {"float32": 0.005, "float16": 0.03, "bfloat16": 0.12}  # nats; where
 # Times the tolerance, in the challenge: under its noise bfloat16's rounding came to 0.06 to 0.14 nats on SmolLM2, one
 # stale layer to 0.6 to 0.9, all of them to 2.3 to 3.5.
 IN_CHALLENGE = 2
-MOVED = 0.002  # nats: a mean change of the learner's log-probs that no engine's arithmetic can swallow whole
+MIN_SHIFT_NATS = 0.002  # nats: a mean change of the learner's log-probs that no engine's arithmetic can swallow whole
 
 
 class SyncError(RunFailure):
     """The sampler does not hold the learner's weights."""
 
 
-def probe_of(prompts: Sequence[Prompt], tokens: int, longest: int) -> list[tuple[int, ...]]:
+def make_probe(prompts: Sequence[Prompt], tokens: int, longest: int) -> list[tuple[int, ...]]:
     """Fixed sequences of real text for the proof: the first prompts, ``tokens`` tokens together, each at least 2 and
     at most ``longest`` tokens; empty where no prompt has 2, which ``deploy.components.prepare`` refuses for a proof."""
     probe: list[tuple[int, ...]] = []
@@ -98,7 +98,7 @@ class WeightSync:
             return {}
         # The transfer and the probe have limits of their own; this one is for the noise.
         limit_s = 4 * self._timeout_s
-        with bounded("learner", "putting noise on its weights", limit_s, _SETTING), self._learner.perturbed(seed=7):
+        with time_limit("learner", "putting noise on its weights", limit_s, _SETTING), self._learner.perturbed(seed=7):
             return self._send("the challenge before the first step", IN_CHALLENGE * self._tolerance)
 
     def __call__(self) -> dict[str, float]:
@@ -113,7 +113,7 @@ class WeightSync:
     def _send(self, what: str, tolerance: float) -> dict[str, float]:
         started = time.perf_counter()
         with self._placement.syncing():
-            with bounded("sampler", f"taking the weights of {what}", self._timeout_s, _SETTING):
+            with time_limit("sampler", f"taking the weights of {what}", self._timeout_s, _SETTING):
                 handle = self._learner.publish_weights(merged=not self._sampler.takes_adapters)
                 arrived = self._sampler.load_weights(handle, self._learner.version)
             synced_s = time.perf_counter() - started
@@ -124,7 +124,7 @@ class WeightSync:
                 "sync_transport": float(get_args(Transport).index(handle.transport)),
             }
             if self._config.proof:
-                with bounded("sampler", f"answering the probe for {what}", self._timeout_s, _SETTING):
+                with time_limit("sampler", f"answering the probe for {what}", self._timeout_s, _SETTING):
                     metrics |= self._prove(sent, arrived, what, tolerance)
                 metrics["seconds_proof"] = time.perf_counter() - started - synced_s
         return metrics
@@ -178,7 +178,7 @@ class WeightSync:
         if last is not None:
             learner_before, sampler_before = last
             moved = _mean_difference(mine, learner_before)
-            if theirs == sampler_before and moved > MOVED:
+            if theirs == sampler_before and moved > MIN_SHIFT_NATS:
                 raise SyncError(
                     f"the {name} still serves old weights ({what}): its log-probs on the probe are bit for bit the "
                     f"old ones, while the learner's moved by {moved:.4f} nats a token"

@@ -12,7 +12,7 @@ from torch import nn
 
 from common.config import OptimizerConfig
 from common.errors import UserError
-from learner.optimizer import MasterOptimizer, Parked, check
+from learner.optimizer import HostOffload, MasterOptimizer
 from tests.making import config
 
 STOCHASTIC = {"master": "stochastic"}
@@ -267,16 +267,16 @@ def test_compiled_it_is_seeded_too():
     ("sections", "said"),
     [
         ({"optimizer": {"offload": True, "master": "stochastic"}}, r"optimizer\.offload=true keeps float32 masters"),
+        ({"optimizer": {"offload": True}}, r"optimizer\.offload=true works with one learner rank only"),
         ({"optimizer": {"name": "muon"}}, r"optimizer\.name='muon' cannot step .*learner_ranks=2"),
         ({"optimizer": {"name": "adamw_8bit"}}, r"optimizer\.name='adamw_8bit' cannot step"),
         ({"optimizer": {"master": "stochastic"}}, r"optimizer\.master='stochastic' cannot step"),
     ],
 )
 def test_what_cannot_stand_together_is_one_sentence(sections, said):
-    cluster = {} if "offload" in sections["optimizer"] else {"mode": "ray", "learner_ranks": 2}
-    spec = config(model={"name": "unused", "dtype": "bfloat16"}, cluster=cluster, **sections)
+    cluster = {"mode": "ray", "learner_ranks": 2}
     with pytest.raises(UserError, match=said):
-        check(spec, spec.cluster.learner_ranks)
+        config(model={"name": "unused", "dtype": "bfloat16"}, cluster=cluster, **sections)
 
 
 def test_parked_tensors_are_the_same_when_they_come_back():
@@ -285,20 +285,20 @@ def test_parked_tensors_are_the_same_when_they_come_back():
     codes = torch.randint(0, 255, (9,), dtype=torch.uint8)
     other = torch.randn(3)
     before = [t.detach().clone() for t in (base, view, weight, codes)]
-    first = Parked([base, tied, view, weight])
-    second = Parked([weight, codes, other], besides=first)
-    second.park()
+    first = HostOffload([base, tied, view, weight])
+    second = HostOffload([weight, codes, other], besides=first)
+    second.offload()
     assert codes.untyped_storage().size() == 0 and weight.untyped_storage().size() > 0
-    first.park()
-    first.park()
+    first.offload()
+    first.offload()
     for t in (base, view, weight):
         assert t.untyped_storage().size() == 0
     assert torch.equal(first.held(view), before[1])
     assert torch.equal(first.held(weight), before[2])
     assert torch.equal(second.held(codes), before[3])
-    first.unpark()
-    first.unpark()
-    second.unpark()
+    first.onload()
+    first.onload()
+    second.onload()
     for t, was in zip((base, view, weight, codes), before, strict=True):
         assert torch.equal(t, was)
         assert first.held(t) is t

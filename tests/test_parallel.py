@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from common.device import bind_collectives, collective_backend
 from common.errors import RunFailure, UserError
 from learner.batch.packing import Row, make_microbatches, shard
-from learner.distributed import RankLost, Ranks
+from learner.distributed import RankGroup, RankLost
 from learner.torch_learner import TorchLearner
 from tests.making import GROUPS, config, group
 from tests.tiny import make_tiny
@@ -67,7 +67,7 @@ def models_of(folder: Path) -> dict[bool | str, Path]:
     return {True: folder / "tied", False: folder / "untied", "experts": folder / "experts"}
 
 
-def made(folder: Path, name: str, ranks: Ranks | None = None) -> TorchLearner:
+def made(folder: Path, name: str, ranks: RankGroup | None = None) -> TorchLearner:
     tied, sections = CASES[name]
     return TorchLearner(config(**sections), models_of(folder)[tied], "cpu", *([ranks] if ranks else []))
 
@@ -123,7 +123,7 @@ def listening() -> list[str]:
 def two_ranks(rank: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     bind_collectives("127.0.0.1")
-    ranks = Ranks.join(rank, 2, f"file://{folder}/meet", "cpu", timeout_s=60)
+    ranks = RankGroup.join(rank, 2, f"file://{folder}/meet", "cpu", timeout_s=60)
     out = folder / f"two-{rank}"
     learners = {name: made(folder, name, ranks) for name in CASES}
     for name, learner in learners.items():
@@ -147,7 +147,6 @@ def two_ranks(rank: int, folder: Path, port: int) -> None:
         again.save(folder / f"state-one-two-{name}")
         notes[f"version {name}"] = again.version
     notes["other model"] = raised(lambda: learners["lora"].restore(folder / "state-one-plain"))
-    notes["offload"] = raised(lambda: made_offloaded(folder, ranks))
 
     learner, before = learners["inner"], taken(learners["inner"])
     notes["not finite"] = raised(lambda: learner.update([GROUPS[0], GROUPS[1], WRONG]))
@@ -163,7 +162,7 @@ def two_ranks(rank: int, folder: Path, port: int) -> None:
     (out / "notes.json").write_text(json.dumps(notes | {"gone on": going_on}))
 
     ranks.leave()
-    again, silent = Ranks.join(rank, 2, f"file://{folder}/meet-again", "cpu", timeout_s=5), folder / "silent-0.txt"
+    again, silent = RankGroup.join(rank, 2, f"file://{folder}/meet-again", "cpu", timeout_s=5), folder / "silent-0.txt"
     if rank == 0:
         silent.write_text(raised(lambda: made(folder, "plain", again)))
     else:
@@ -176,14 +175,10 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def made_offloaded(folder: Path, ranks: Ranks) -> None:
-    TorchLearner(config(optimizer={"offload": True}), models_of(folder)[True], "cpu", ranks)
-
-
 def three_ranks(rank: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     bind_collectives("127.0.0.1")
-    ranks = Ranks.join(rank, 3, f"tcp://127.0.0.1:{port}", "cpu", timeout_s=60)
+    ranks = RankGroup.join(rank, 3, f"tcp://127.0.0.1:{port}", "cpu", timeout_s=60)
     seen(made(folder, "plain", ranks), folder / f"three-{rank}" / "plain")
     again = made(folder, "plain", ranks)
     again.restore(folder / "state-two-plain")
@@ -370,7 +365,6 @@ def test_what_goes_wrong_on_one_rank_is_said_by_all(folder, rank):
     assert notes["full"].startswith("RunFailure: the checkpoint of step 5 cannot be written (rank 1: ")
     assert notes["full export"].startswith("RunFailure: ")
     assert notes["other model"].startswith("UserError: checkpoint")
-    assert notes["offload"].startswith("UserError: optimizer.offload=true")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -391,22 +385,22 @@ def test_ranks_listen_on_loopback_alone(folder, run):
 
 def test_who_waits_in_vain_says_so(tmp_path):
     with pytest.raises(RankLost, match=r"rank 0 waited 0\.5 s in vain for the other 1"):
-        Ranks.join(0, 2, f"file://{tmp_path}/meet", "cpu", timeout_s=0.5)
+        RankGroup.join(0, 2, f"file://{tmp_path}/meet", "cpu", timeout_s=0.5)
 
 
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         url = f"tcp://127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(RunFailure, match=f"rank 0 cannot listen on {url}") as caught:
-            Ranks.join(0, 2, url, "cpu", timeout_s=1)
+            RankGroup.join(0, 2, url, "cpu", timeout_s=1)
     assert not isinstance(caught.value, RankLost)
 
 
 def test_one_rank_needs_no_group():
-    ranks = Ranks.join(0, 1, "tcp://127.0.0.1:1", "cpu", timeout_s=1)
+    ranks = RankGroup.join(0, 1, "tcp://127.0.0.1:1", "cpu", timeout_s=1)
     assert (ranks.rank, ranks.size) == (0, 1)
     assert not torch.distributed.is_initialized()
-    with pytest.raises(RunFailure, match="mine"), ranks.together("trying"):
+    with pytest.raises(RunFailure, match="mine"), ranks.raise_on_any("trying"):
         raise RunFailure("mine")
     ranks.leave()
 

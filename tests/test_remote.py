@@ -28,7 +28,7 @@ from common.tokenizer import load_tokenizer
 from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from learner.model import adapters
 from learner.torch_learner import TorchLearner
-from learner.weight_sync import WeightSync, probe_of
+from learner.weight_sync import WeightSync, make_probe
 from sampler.conformance import CHECKS, Harness
 from sampler.server.client import RemoteSampler
 from sampler.server.command import server_command, shell_line
@@ -133,7 +133,7 @@ def test_the_server_follows_the_learner(server, folder, tmp_path, lora):
     adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict()) if lora else None
     sampler = make(server, setup_of(folder, adapter=adapter), weights_folder=str(tmp_path))
     try:
-        probe = probe_of([group.prompt for group in GROUPS], 32, 32)
+        probe = make_probe([group.prompt for group in GROUPS], 32, 32)
         sync = WeightSync(learner, sampler, Separate(), probe, spec.sync, 60)
         assert sync.challenge()["probe_diff"] < 0.01
         for _ in range(2):

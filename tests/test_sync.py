@@ -8,7 +8,7 @@ import pytest
 from common.types import AdapterSpec, Prompt, SamplerSetup
 from learner.model import adapters
 from learner.torch_learner import TorchLearner
-from learner.weight_sync import SyncError, WeightSync, beginning_of, probe_of, weighted_difference
+from learner.weight_sync import SyncError, WeightSync, beginning_of, make_probe, weighted_difference
 from sampler.hf import HfSampler
 from sampler.scripted import ScriptedSampler
 from tests.making import GROUPS, config
@@ -40,7 +40,7 @@ def make(folder, fault, lora=0, lr=1e-3, **sync):
         adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict())
     setup = SamplerSetup(str(folder), "float32", 64, 8, adapter=adapter)
     sampler = ScriptedSampler(setup, fault=fault)
-    probe = probe_of([group.prompt for group in GROUPS], 32, 32)
+    probe = make_probe([group.prompt for group in GROUPS], 32, 32)
     return learner, sampler, WeightSync(learner, sampler, Separate(), probe, spec.sync, 60)
 
 
@@ -180,7 +180,7 @@ def test_a_sampler_that_takes_no_adapters_gets_merged_weights(folder):
 
 def test_probe_is_real_text_of_the_asked_length():
     prompts = [Prompt(str(n), (), token_ids=tuple(range(n))) for n in (1, 5, 30)]
-    assert probe_of(prompts, 12, 10) == [tuple(range(5)), tuple(range(7))]
+    assert make_probe(prompts, 12, 10) == [tuple(range(5)), tuple(range(7))]
 
 
 # -- what the sampler stores -------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from common.tokenizer import Renderer, decode, load_tokenizer
 from common.types import Prompt
 from deploy import components
 from deploy.run import folder_of
-from learner.distributed import Ranks
+from learner.distributed import RankGroup
 from learner.model import resolve, saving
 from learner.torch_learner import TorchLearner
-from learner.weight_sync import probe_of
+from learner.weight_sync import make_probe
 from tests.making import config
 from tests.tiny import CHATML, SPECIAL, make_tiny, make_tokenizer
 
@@ -297,7 +297,7 @@ def test_prompts_of_one_token(tiny, tmp_path):
         prepared(tiny, tmp_path, "a", "b", task=plain)
     assert len(prepared(tiny, tmp_path, "a", "b c d", task=plain).train) == 2
     ready = prepared(tiny, tmp_path, "a", "b", task=plain, sync={"proof": False})
-    assert probe_of(ready.train, 16, ready.longest_prompt) == []
+    assert make_probe(ready.train, 16, ready.longest_prompt) == []
 
 
 def test_template_options_reach_the_prompts(copied, tmp_path):
@@ -506,13 +506,13 @@ def test_an_adapters_folder_is_not_taken_for_a_model(tiny, tmp_path):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_folder_that_could_not_be_written_is_found_out_without_writing_it(tiny, rank):
     learner = TorchLearner(config(model={"name": str(tiny), "dtype": "float32", "lora_rank": rank}), tiny, "cpu")
-    saving.try_export(learner._model, tiny, Ranks())
+    saving.try_export(learner._model, tiny, RankGroup())
     if rank:
         learner._model.peft_config["default"].lora_alpha = object()  # no JSON
     else:
         learner._model.config.odd = object()
     with pytest.raises(UserError, match=r"a model trained from .* could not be written"):
-        saving.try_export(learner._model, tiny, Ranks())
+        saving.try_export(learner._model, tiny, RankGroup())
 
 
 def test_long_prompts_are_refused_or_dropped(tiny, tmp_path, caplog):

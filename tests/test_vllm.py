@@ -20,7 +20,7 @@ from common.types import AdapterSpec, Prompt, SamplerSetup, SamplingParams
 from common.weights.handles import FolderWeights
 from learner.model import adapters
 from learner.torch_learner import TorchLearner
-from learner.weight_sync import SyncError, WeightSync, probe_of
+from learner.weight_sync import SyncError, WeightSync, make_probe
 from sampler.conformance.reference import ReferenceModel, handle_of, perturbed
 from sampler.engine.arguments import CPU_BLOCK, cache_bytes, engine_arguments
 from sampler.engine.cpu_patches import chosen_logprobs
@@ -44,7 +44,7 @@ def make(folder, kind=VllmSampler, lora=0, dtype="float32", tolerance=0.02, **op
     learner = TorchLearner(spec, folder, "cpu")
     adapter = AdapterSpec(lora, adapters.adapter_config(spec.model, folder).to_dict()) if lora else None
     sampler = kind(SamplerSetup(str(folder), dtype, 64, 16, adapter=adapter), **options)
-    probe = probe_of([group.prompt for group in GROUPS], 32, 32)
+    probe = make_probe([group.prompt for group in GROUPS], 32, 32)
     return learner, sampler, WeightSync(learner, sampler, Separate(), probe, spec.sync, 60, dtype)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import RunFailure
 from common.types import Prompt, SamplingParams
-from common.watchdog import bounded, result
+from common.watchdog import result, time_limit
 from deploy.colocated import SharedDevice
 from deploy.components import closing
 from deploy.sample import sample
@@ -184,5 +184,5 @@ def test_what_the_work_itself_raises_passes_through():
 def test_work_in_time_is_left_alone():
     done: Future = Future()
     done.set_result(5)
-    with bounded("sampler", "working", 5, "timeouts.x"):
+    with time_limit("sampler", "working", 5, "timeouts.x"):
         assert result(done, "sampler", "waiting", 5, "timeouts.x") == 5

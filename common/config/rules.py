@@ -139,6 +139,23 @@ def conflicts(config: Config) -> Iterator[str]:
             f"train.max_staleness={config.train.max_staleness} learns from older weights' completions, which "
             "learner.importance='off' would not correct; use truncate or mask"
         )
+    ranks, stochastic = config.cluster.learner_ranks, optimizer.master == "stochastic"
+    if optimizer.offload and stochastic:
+        yield (
+            "optimizer.offload=true keeps float32 masters in host memory, and optimizer.master='stochastic' has none; "
+            "set one of them back"
+        )
+    if ranks > 1 and config.model.lora_rank == 0 and (optimizer.name != "adamw" or stochastic):
+        asked = "master='stochastic'" if stochastic else f"name={optimizer.name!r}"
+        yield (
+            f"optimizer.{asked} cannot step weights that are divided among cluster.learner_ranks={ranks}; use "
+            "optimizer.name='adamw' with master='float32' (ranks divide its memory), an adapter, or one rank"
+        )
+    if ranks > 1 and config.model.quantize != "off":
+        yield (
+            f"model.quantize={config.model.quantize!r} cannot be divided among cluster.learner_ranks={ranks}; set it "
+            "to 'off', or learn with one rank"
+        )
     if optimizer.offload and config.cluster.learner_ranks > 1:
         yield (
             f"optimizer.offload=true works with one learner rank only, and cluster.learner_ranks="

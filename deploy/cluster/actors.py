@@ -30,7 +30,7 @@ from common.weights.broadcast import Broadcast, CollectiveWeights
 from common.weights.handles import InlineWeights, SharedMemoryWeights, shared_memory_folder
 from deploy import components
 from deploy.cluster.calls import ActorInfo
-from learner.distributed import Ranks
+from learner.distributed import RankGroup
 from learner.model import for_sampler, resolve
 from learner.torch_learner import TorchLearner
 
@@ -151,7 +151,7 @@ class LearnerService(_Service):
         folder = resolve.prepare(config.model)
         self._device, self._bucket_bytes = device, config.sync.bucket_mib << 20
         self._stack = contextlib.ExitStack()
-        self._ranks = Ranks.join(rank, size, url, device, timeout_s) if size > 1 else Ranks()
+        self._ranks = RankGroup.join(rank, size, url, device, timeout_s) if size > 1 else RankGroup()
         self._learner = TorchLearner(config, folder, device, self._ranks)
         return _info(
             parameters_trained=self._learner.parameters_trained,

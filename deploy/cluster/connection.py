@@ -19,7 +19,7 @@ from typing import Any
 from common import device as devices
 from common.config import Config
 from common.errors import UserError, brief
-from common.watchdog import bounded
+from common.watchdog import time_limit
 
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0 when ray is imported: a private cluster keeps to loopback
 Need = Mapping[str, float]
@@ -99,7 +99,7 @@ def _why(error: Exception, address: str) -> str:
 @contextlib.contextmanager
 def joined(config: Config) -> Iterator[None]:
     """In the run's cluster, and out of it again if this process was in none. Raises ``UserError`` as ``connect``."""
-    with bounded("cluster", "taking this process in", config.timeouts.start_s, "timeouts.start_s"):
+    with time_limit("cluster", "taking this process in", config.timeouts.start_s, "timeouts.start_s"):
         mine = connect(config.cluster.address)
     try:
         yield

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from common import device
 from common.errors import UserError
 from deploy.doctor.machine import Finding, judged, source_checksum, this_machine, versions
-from learner.distributed import Ranks
+from learner.distributed import RankGroup
 
 MIB = 2**20
 _ANSWER_S = 180.0  # a node's first answer: a worker starts there and imports torch
@@ -170,7 +170,7 @@ class Probe:
     def add_up(self, rank: int, size: int, url: str, limit_s: float) -> float:
         """One rank of an all-reduce; returns MiB a second sent. Raises what goes wrong."""
         device.bind_collectives(self._ip)
-        ranks = Ranks.join(rank, size, url, "cpu", limit_s)
+        ranks = RankGroup.join(rank, size, url, "cpu", limit_s)
         try:
             ranks.sum(torch.zeros(1))  # all are here
             ones = torch.full((_SUMMED_MIB * MIB // 4,), float(rank + 1))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from common.errors import UserError
-from common.watchdog import bounded
+from common.watchdog import time_limit
 from deploy.cluster import connection
 from deploy.doctor.machine import Finding, show, this_machine
 
@@ -28,7 +28,7 @@ def diagnose(console: Console, cluster: bool, address: str, folder: str = "") ->
 
 def _cluster(address: str, folder: str) -> Iterator[tuple[str, list[Finding]]]:
     try:
-        with bounded("cluster", "taking this process in", _JOIN_S):
+        with time_limit("cluster", "taking this process in", _JOIN_S):
             connection.connect(address)
     except UserError as error:
         yield "cluster", [Finding("connection", address, "wrong", str(error))]

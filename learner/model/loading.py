@@ -119,15 +119,6 @@ def on_shapes(folder: Path, config: ModelConfig) -> Any:
         return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
 
 
-def check(config: ModelConfig, ranks: int) -> None:
-    """Raises ``UserError`` for settings of the model that cannot stand together, on so many ranks."""
-    if ranks > 1 and config.quantize != "off":
-        raise UserError(
-            f"model.quantize={config.quantize!r} cannot be divided among cluster.learner_ranks={ranks}; set it "
-            "to 'off', or learn with one rank"
-        )
-
-
 def layer_matrices(model: Any) -> set[str]:
     """The names of the matrices inside the layers: those of numbered modules; no embedding, no output head."""
     causal = causal_of(model)

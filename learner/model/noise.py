@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from learner.distributed import local, own_slice, whole
+from learner.distributed import full_tensor, local, own_slice
 from learner.model import nf4
 
 # Of a weight's spread. An old output head alone then puts SmolLM2's log-probs 0.5 nats off (0.07 to 0.2 with half as
@@ -29,7 +29,7 @@ def perturbed(model: Any, dtype: torch.dtype, seed: int) -> Iterator[None]:
     kept = {name: local(p.detach()).to("cpu", copy=True) for name, p in trained.items()}
     with torch.no_grad():
         for name, parameter in trained.items():
-            full = whole(parameter, dtype)
+            full = full_tensor(parameter, dtype)
             noise = torch.randn(full.shape, generator=generator) * _scale(model, name, full)
             # Rounded as the model's own weights are, also where this rank keeps float32 ones of its own.
             local(parameter).copy_(own_slice(full + noise.to(full.device, full.dtype), parameter))
@@ -47,7 +47,7 @@ def _scale(model: Any, name: str, weight: torch.Tensor) -> float:
         down = layer.lora_A["default"].weight
         # The spread of scaling x B x A for B ~ 1.
         update = layer.scaling["default"] * math.sqrt(len(down)) * float(down.float().std())
-        base = float(whole(nf4.dense(layer.base_layer.weight)).float().std())
+        base = float(full_tensor(nf4.dense(layer.base_layer.weight)).float().std())
         return NOISE * base / max(update, 1e-12)
     if ".lora_magnitude_vector." in name:  # of rows of much the same length: their spread would be no noise
         return NOISE * float(weight.float().abs().mean())

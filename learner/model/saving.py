@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from common.errors import RunFailure, UserError, first_line
-from learner.distributed import Ranks, whole
+from learner.distributed import RankGroup, full_tensor
 from learner.model.loading import causal_of
 from learner.model.nf4 import dense
 
@@ -34,7 +34,7 @@ def full_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, to
     (``_as_in_files``), a tied output head once; what is sliced over ranks is gathered in ``dtype``, one tensor at a
     time, so that all ranks must iterate; what is held in 4 bits comes dense.
     """
-    return _as_in_files(model, ((name, whole(dense(tensor), dtype)) for name, tensor in held(model)))
+    return _as_in_files(model, ((name, full_tensor(dense(tensor), dtype)) for name, tensor in held(model)))
 
 
 def merged_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,7 +47,7 @@ def merged_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in held(base):
             owner, _, leaf = name.rpartition(".")
-            value = whole(dense(tensor), dtype)
+            value = full_tensor(dense(tensor), dtype)
             if owner in layers and leaf == "weight":
                 value = _merged(layers[owner], value.float()).to(value.dtype)
             yield name, value
@@ -137,7 +137,7 @@ def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     return weight * (magnitude / weight.norm(dim=1))[:, None]
 
 
-def export(model: Any, source: Path, folder: Path, merged: bool, dtype: torch.dtype, ranks: Ranks) -> None:
+def export(model: Any, source: Path, folder: Path, merged: bool, dtype: torch.dtype, ranks: RankGroup) -> None:
     """Writes a Hugging Face folder: the model with the source's tokenizer; under LoRA the adapter, or merged.
 
     All ranks gather, rank 0 writes.
@@ -149,7 +149,7 @@ def export(model: Any, source: Path, folder: Path, merged: bool, dtype: torch.dt
         for name, tensor in tensors:  # one at a time: a second whole model might not fit on the device
             if ranks.rank == 0:
                 state[name] = tensor.to("cpu").contiguous()
-    with ranks.together("exporting the model"):
+    with ranks.raise_on_any("exporting the model"):
         if ranks.rank == 0:
             write_folder(model, source, folder, state)
 
@@ -188,13 +188,13 @@ def _save(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
         settings.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
-def try_export(model: Any, source: Path, ranks: Ranks) -> None:
+def try_export(model: Any, source: Path, ranks: RankGroup) -> None:
     """Writes all of the final model's folder but the weights, and removes it again: what would keep it from being
     written ends a run before its first step, and not after the last.
 
     Raises ``UserError`` for a model whose folder cannot be written.
     """
-    with ranks.together("trying to write the model's folder"), tempfile.TemporaryDirectory() as folder:
+    with ranks.raise_on_any("trying to write the model's folder"), tempfile.TemporaryDirectory() as folder:
         if ranks.rank:
             return
         try:

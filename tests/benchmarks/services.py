@@ -25,7 +25,7 @@ from common.types import SamplingParams
 from deploy import components
 from deploy.cluster import separate
 from learner.model import resolve
-from learner.weight_sync import WeightSync, probe_of
+from learner.weight_sync import WeightSync, make_probe
 from tests.benchmarks.loads import Load, groups_of
 
 OUT = Path("runs/bench")
@@ -104,7 +104,7 @@ def sync() -> list[dict[str, Any]]:
                 continue  # two engines or two ranks of it do not fit in this machine's memory beside each other
             config = spec(folder, {"transport": transport}, samplers=samplers, learner_ranks=ranks)
             with parts_of(config) as (parts, ready):
-                probe = probe_of(ready.train, config.sync.probe_tokens, ready.longest_prompt)
+                probe = make_probe(ready.train, config.sync.probe_tokens, ready.longest_prompt)
                 send = WeightSync(
                     parts.learner, parts.sampler, parts.placement, probe, config.sync, 600, config.model.dtype
                 )

@@ -256,7 +256,7 @@ def loop_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
     from learner.checkpoint import Checkpoints
     from learner.torch_learner import TorchLearner
     from learner.train import Loop, train
-    from learner.weight_sync import WeightSync, probe_of
+    from learner.weight_sync import WeightSync, make_probe
     from sampler.engine.vllm import VllmSampler
 
     config, one, prompts = config_of(spec), Load(**spec.load), [group.prompt for group in groups]
@@ -271,7 +271,7 @@ def loop_side(spec: Spec, groups: Sequence[Group], pipe: Pipe) -> None:
         try:
             learner = TorchLearner(config, Path(spec.folder), "cpu")
             placement, watch = SharedDevice(sampler, learner), Watch()
-            probe = probe_of(prompts, config.sync.probe_tokens, one.prompt)
+            probe = make_probe(prompts, config.sync.probe_tokens, one.prompt)
             sync = WeightSync(learner, sampler, placement, probe, config.sync, config.timeouts.sync_s)
             loop = Loop(
                 config, learner, EndsAsLoad(sampler, groups), placement, scorer, PromptStream(prompts, 0), sync, watch,

@@ -14,7 +14,7 @@ _TABLE = (
     ("head", "learning", 180, 10, "output head, log-probs, entropies and their gradients"),
     ("updates", "learning", 300, 20, "a step with every loss"),
     ("bfloat16", "learning", 300, 20, "steps in bfloat16, compiled and not"),
-    ("optimizers", "learning", 600, 20, "every optimizer, offload, parked tensors"),
+    ("optimizers", "learning", 600, 20, "every optimizer, offload, tensors moved to the host"),
     ("memory", "learning", 600, 60, "planned peak against the measured one"),
     ("hf-contract", "sampling", 300, 20, "check_sampler on the hf sampler"),
     ("hf-run", "sampling", 300, 20, "a whole run with the hf sampler"),

@@ -18,7 +18,7 @@ from common.rewards.scorer import Scorer
 from deploy import colocated, components
 from learner.checkpoint import Checkpoints
 from learner.train import Loop, rehearse, train
-from learner.weight_sync import WeightSync, probe_of
+from learner.weight_sync import WeightSync, make_probe
 from tests.gpu.runner import ROOT
 
 TOY = f"{ROOT / 'tests' / 'toy.py'}:Toy"
@@ -57,7 +57,7 @@ def made(config: Config) -> Iterator[Any]:
         ready = components.prepare(config)
         scorer = stack.enter_context(Scorer(ready.config.task))
         parts = stack.enter_context(colocated.parts(ready))
-        probe = probe_of(ready.train, ready.config.sync.probe_tokens, ready.longest_prompt)
+        probe = make_probe(ready.train, ready.config.sync.probe_tokens, ready.longest_prompt)
         sync = WeightSync(parts.learner, parts.sampler, parts.placement, probe, ready.config.sync, parts.sync_s)
         rows = _Rows()
         loop = Loop(

@@ -150,7 +150,7 @@ def bfloat16(report: Report) -> None:
 def optimizers(report: Report) -> None:
     """Every optimizer: the same steps here as on the CPU, the same with offload, and saved and restored bit for bit."""
     from common.config import OptimizerConfig
-    from learner.optimizer import MasterOptimizer, Parked
+    from learner.optimizer import HostOffload, MasterOptimizer
     from tests.test_optim import KINDS, MATRICES, named, parameters
 
     where = device()
@@ -206,16 +206,16 @@ def optimizers(report: Report) -> None:
         report.note(left_out=f"{', '.join(left_out)}: torchao is not installed")
 
     tensors = [torch.randn(1 << 20, device=where), torch.randn(1 << 10, device=where).bfloat16()]
-    before, parked = [one.clone() for one in tensors], Parked(tensors)
+    before, offloaded = [one.clone() for one in tensors], HostOffload(tensors)
     held = torch.cuda.memory_allocated() if where != "cpu" else 0
-    parked.park()
+    offloaded.offload()
     if where != "cpu":
-        report.note(parking_frees_mib=(held - torch.cuda.memory_allocated()) / 2**20)
-        assert held - torch.cuda.memory_allocated() >= 4 << 20, "parked tensors keep their memory"
-    assert torch.equal(parked.held(tensors[0]), before[0].cpu())
-    parked.unpark()
+        report.note(offload_frees_mib=(held - torch.cuda.memory_allocated()) / 2**20)
+        assert held - torch.cuda.memory_allocated() >= 4 << 20, "offloaded tensors keep their memory"
+    assert torch.equal(offloaded.held(tensors[0]), before[0].cpu())
+    offloaded.onload()
     assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True)), (
-        "parked tensors came back changed"
+        "offloaded tensors came back changed"
     )
     assert not wrong, "; ".join(wrong)
 

@@ -21,7 +21,7 @@ from common.device import collective_backend
 from common.weights import broadcast
 from common.weights.broadcast import Broadcast
 from common.weights.handles import fingerprint
-from learner.distributed import Ranks, read_state, shapes_in, write_state
+from learner.distributed import RankGroup, read_state, shapes_in, write_state
 from learner.torch_learner import TorchLearner
 from tests.gpu.place import GIB, device
 from tests.gpu.runner import Report, Skip
@@ -117,7 +117,7 @@ def broadcast_two(report: Report) -> None:
 
 def _rank(rank: int, size: int, folder: Path, url: str) -> None:
     where = _own_card(rank)
-    ranks = Ranks.join(rank, size, url, where, 120)
+    ranks = RankGroup.join(rank, size, url, where, 120)
     if size == 1:  # a group of one all the same
         options = {"backend": collective_backend(where), "rank": 0, "world_size": 1}
         dist.init_process_group(store=dist.HashStore(), **options)
