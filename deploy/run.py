@@ -64,7 +64,7 @@ def run(config: Config, folder: Path, console: Console, *, resume: bool = False)
         stack.enter_context(_run_folder(folder, resume))
         stack.enter_context(_logging_to(folder / _LOG))
         atomic_files.remove_leftovers(folder)
-        if not resume:  # over what one that was ended before its first step has left, which a guard would go on with
+        if not resume:  # replaces what a run ended before its first step left, which a supervisor would resume
             atomic_files.write_text(folder / _CONFIG, resolved_toml(config))
             metrics.rewind(folder, -1)
         if config.cluster.mode == "ray" and config.cluster.address != "private":

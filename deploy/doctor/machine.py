@@ -1,4 +1,4 @@
-"""What stands in the way of a run on this machine: software, devices, memory, disk, ports and token.
+"""What stands in the way of a run on this machine: software, devices, memory, disk, walls, ports and token.
 
 Each check is a plain function that returns a ``Finding``; whatever is not ``ok`` says in one sentence what to do. No
 check needs Ray: ``deploy/doctor/cluster.py`` runs them on every node of a cluster. Left out: whether a particular run

@@ -16,7 +16,7 @@ from typing import Any
 from tests.gpu.runner import Report
 
 HEAVY = (
-    "bitsandbytes", "datasets", "gguf", "math_verify", "matplotlib", "ray", "reasoning_gym",
+    "bitsandbytes", "datasets", "gguf", "matplotlib", "ray", "reasoning_gym",
     "tensorboard", "torchao", "trl", "vllm",
 )  # fmt: skip
 MODULES = (

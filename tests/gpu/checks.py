@@ -1,4 +1,4 @@
-"""The checks in the order of what they decide: what fails early makes what follows it mean little.
+"""The checks, the most telling first: where one fails, the later ones mean little.
 
 Attention first, because everything else goes through it; then the learner; then the sampler that needs nothing but
 transformers; then several processes; then vLLM. The seconds are a GPU's, with its compilers at work for the first time.
@@ -9,7 +9,7 @@ from tests.gpu.runner import Check
 # name (of its function, with hyphens), module, limit and usual seconds, what it looks at
 _TABLE = (
     ("imports", "bare", 240, 10, "learner, hf sampler and loop without the optional packages"),
-    ("kernels", "attention", 600, 30, "flex_attention and variable-length attention alone"),
+    ("kernels", "attention", 600, 30, "flex_attention alone"),
     ("families", "attention", 600, 30, "packed passes of nine families against padded float32"),
     ("head", "learning", 180, 10, "output head, log-probs, entropies and their gradients"),
     ("updates", "learning", 300, 20, "a step with every loss"),
