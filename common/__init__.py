@@ -1,1 +1,1 @@
-"""Words, contracts, configuration and plain plumbing that every other part shares; imports nothing of ours."""
+"""Types, contracts, configuration and helpers that every other part shares; imports nothing of ours."""

@@ -60,8 +60,8 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Inside, an empty folder to fill; after it, the same folder under ``path``, in place of whatever stood there.
     Without ``replace`` it is dropped where one with the same files stands there: another process has made it meanwhile.
 
-    If the body raises, nothing of it stays, ``path`` is as it was, and the error goes on as it is; but a full disk is
-    a ``RunFailure`` even where a library reported it in its own words (torch and safetensors do).
+    If the body raises, nothing of it stays, ``path`` is as it was, and the error is raised unchanged; but a full disk
+    is a ``RunFailure`` even where a library has an error of its own for it (torch and safetensors do).
     """
     with disk_errors(path):
         if path.exists() and not path.is_dir():
@@ -78,8 +78,8 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Inside, an empty folder beside ``path``, on the same disk; after it, gone with what is in it. Errors go on as
-    ``atomic_folder``'s do."""
+    """Inside, an empty folder beside ``path``, on the same disk; it is removed afterwards with its contents. Errors are
+    handled as in ``atomic_folder``."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = _beside(path, "partial")
@@ -108,7 +108,7 @@ def append_line(path: Path, text: str) -> None:
                 end = os.pread(file.fileno(), end, 0).rfind(b"\n") + 1
                 file.truncate(end)
             try:
-                while data:  # once, unless the disk fills up: then the second write says so
+                while data:  # once, unless the disk fills up: then the second write raises
                     data = data[file.write(data) :]
                 os.fsync(file.fileno())
             except OSError:
@@ -148,7 +148,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, key: str, value: float) -> None:
-    """Keeps only the whole lines whose ``key`` is at most ``value``: what a resumed run has not to say again."""
+    """Keeps only the whole lines whose ``key`` is at most ``value``: those that a resumed run does not write again."""
     rows = read_json_lines(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get(key), int | float):
@@ -162,7 +162,7 @@ def truncate_after(path: Path, key: str, value: float) -> None:
 def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
     """Strict JSON, readable in every language: numbers that are not finite become null, lone surrogates U+FFFD.
 
-    ``default`` says what to write for a value that JSON has no word for, as in ``json.dumps``.
+    ``default`` converts a value that JSON cannot hold, as in ``json.dumps``.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=default)
@@ -271,7 +271,7 @@ def _no_space(path: Path) -> RunFailure:
 
 
 def _is_no_space(error: BaseException, partial: Path) -> bool:
-    """Whether the error that came while filling the folder is a full disk, be it in a library's own words."""
+    """Whether an error raised while the folder was filled means a full disk, also where a library raised it."""
     if isinstance(error, OSError):
         return error.errno in _NO_SPACE
     if not isinstance(error, Exception) or isinstance(error, UserError | RunFailure):

@@ -30,14 +30,14 @@ def pick(device: Literal["auto", "cpu", "gpu"]) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of a configuration's ``model.dtype``, once ``auto`` is settled."""
+    """The torch dtype of a configuration's ``model.dtype``, once ``auto`` is resolved."""
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def quick_dtype(device: str) -> Literal["bfloat16", "float32"]:
-    """The format that ``model.dtype="auto"`` stands for on this device; for a GPU that is not here, bfloat16.
+    """The format that ``model.dtype="auto"`` means on this device; for a GPU that is not here, bfloat16.
 
-    A CPU without instructions for bfloat16 multiplies it by the way of others: on an EPYC with AVX2 alone the learner's
+    A CPU without instructions for bfloat16 emulates its products: on an EPYC with AVX2 alone the learner's
     backward products ran at a hundredth of float32's rate, and vLLM wrote a fifth of the tokens.
     """
     if device != "cpu":
@@ -54,19 +54,19 @@ def quick_dtype(device: str) -> Literal["bfloat16", "float32"]:
 
 
 KERNELS = 128
-"""Compiled products that torch's CPU library keeps. One is made for every new shape, and packs have ever new ones."""
+"""Compiled kernels that torch's CPU library keeps. Each new shape needs one, and packs keep having new shapes."""
 
 
 def set_threads(threads: int) -> int:
     """Sets torch's CPU threads (0: every core this process may use) and returns their number. To be called before the
-    first product, because it also sees to the memory of a process that computes on a CPU."""
+    first product, because it also configures the allocator of a process that computes on a CPU."""
     count = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
     # glibc keeps freed tensors for the next ones: by default the kernel maps and zeroes every large one again, which
     # took a quarter of a training step.
     _libc("mallopt", -3, 1 << 30)  # M_MMAP_THRESHOLD
     _libc("mallopt", -1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-    # By default torch and oneDNN keep 1024 compiled products each, about 0.6 GiB, and they fragment the heap (a learner
+    # By default torch and oneDNN keep 1024 compiled kernels each, about 0.6 GiB, and they fragment the heap (a learner
     # of SmolLM2-135M grew by 30 MiB a step). A pass needs some hundred, and making one takes a millisecond.
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KERNELS))
@@ -86,10 +86,10 @@ def peak_memory_gib(device: str) -> float:
 
 
 def release(device: str) -> None:
-    """Hands cached, unused memory back: to the driver on a GPU; on a CPU to the system, once the process has grown.
+    """Returns cached, unused memory: to the driver on a GPU; on a CPU to the system, once the process has grown.
 
-    Freed blocks are kept there (``set_threads``) and the next step uses them again: handing them back after every step
-    cost up to a third of it. But the heap fragments, and the process would grow a little with each step.
+    Freed blocks are kept there (``set_threads``) and the next step uses them again: returning them after every step
+    cost up to a third of its time. But the heap fragments, so the process would grow a little every step.
     """
     if device != "cpu":
         torch.cuda.empty_cache()
@@ -129,7 +129,7 @@ def collective_backend(device: str) -> Literal["gloo", "nccl"]:
 
 def bind_collectives(ip: str) -> None:
     """Makes this process's collectives travel by the network interface that owns ``ip``; to be called before it joins
-    a group. Left to itself, gloo asks the host's name, which may stand for another interface or for none.
+    a group. By default gloo resolves the host's name, which may belong to another interface or to none.
 
     Raises ``UserError`` when no interface here has that address.
     """
@@ -143,4 +143,4 @@ def bind_collectives(ip: str) -> None:
             f"no network interface of this machine has the address {ip!r}; give the cluster one that it has"
         )
     os.environ["GLOO_SOCKET_IFNAME"] = names[ip]
-    os.environ["NCCL_SOCKET_IFNAME"] = f"={names[ip]}"  # without the sign eth1 would stand for eth10 too
+    os.environ["NCCL_SOCKET_IFNAME"] = f"={names[ip]}"  # without the sign eth1 would match eth10 too

@@ -21,7 +21,7 @@ class OutOfMemory(RunFailure):
 
 
 class LearnerLost(RunFailure):
-    """The learner is gone, and what it knew with it: its last checkpoint brings it back."""
+    """The learner and its state are lost; it goes on from its last checkpoint."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

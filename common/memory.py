@@ -1,4 +1,4 @@
-"""What a sampler back end is asked, and answers, about the memory that it will need.
+"""How a sampler back end estimates the memory that it will need.
 
 ``memory_needed(setup, options, model, room) -> SamplerMemory`` is an optional attribute of a back end
 (``common.protocols.Sampler``); the memory plan asks it. Sizes are in bytes.
@@ -17,7 +17,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model whose weights nobody has loaded, in its number format."""
+    """The size of a model in its number format, without loading its weights."""
 
     config: Mapping[str, Any]
     """The contents of its config.json."""
@@ -37,7 +37,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Room:
-    """What the sampler is to fit into; None where nobody knows."""
+    """The memory available to the sampler; None where it is unknown."""
 
     total: int | None
     """All of the device's memory."""
@@ -77,7 +77,7 @@ class SamplerMemory:
     """The key-value cache, which ``held`` contains."""
     cache_per_token: int = 0
     shortfall: int = 0
-    """What it lacks for the least that it starts with."""
+    """Bytes missing for the least that it starts with."""
     notes: tuple[str, ...] = ()
     """Sentences for people."""
     cheaper: tuple[OptionValues, ...] = ()

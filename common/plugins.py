@@ -74,7 +74,7 @@ def installed(kind: Kind) -> list[tuple[str, str]]:
 
 
 def make(kind: Kind, name: str, options: Mapping[str, Any], *args: Any) -> Any:
-    """Calls what ``check`` checks with ``args`` and ``options``, and sees that a sampler or tracker came of it.
+    """Calls what ``check`` checks with ``args`` and ``options``, and checks that the result is a sampler or tracker.
 
     Errors from inside the call pass through unchanged.
     """
@@ -247,7 +247,7 @@ def _check_methods(kind: Kind, name: str, thing: Any, what: str) -> None:
 def _check_options(kind: Kind, name: str, factory: Callable[..., Any], options: Mapping[str, Any], given: int) -> None:
     try:
         signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # some classes written in C have no signature; the call itself will tell
+    except (TypeError, ValueError):  # some classes written in C have no signature; the call itself will show
         return
     try:
         taken = signature.bind_partial(*range(given)).arguments

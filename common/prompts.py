@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.types import Prompt
 
 LOOKED_AT = 10_000
-"""Prompts of a task that are looked at before a run: all, or of more so many, evenly spaced."""
+"""Prompts of a task that are checked before a run: all, or at most this many, evenly spaced."""
 
 MOST_PROMPTS = 100_000_000
 """Prompts of a task at most: their order takes 8 bytes each."""
@@ -77,7 +77,7 @@ class PromptStream:
                     unfit = 0
                     continue
                 unfit += 1
-                if unfit >= 2 * len(self._prompts) - 1:  # as many hold a whole epoch, wherever they begin
+                if unfit >= 2 * len(self._prompts) - 1:  # as many include a whole epoch, wherever they start
                     raise UserError(
                         "none of the task's training prompts is short enough (task.long_prompts='drop'); raise "
                         "sampler.max_prompt_tokens, lower sampler.max_tokens or shorten them"
@@ -122,7 +122,7 @@ class PromptStream:
         digest = hashlib.sha256()
         for place in looked_at(len(self._asked)):
             prompt = self._asked[place]
-            # Of a value that JSON has no word for only the type: its text may hold an address in memory.
+            # Of a value that JSON cannot hold only the type: its text may hold an address in memory.
             whole = [prompt.id, [dict(message) for message in prompt.messages], dict(prompt.data)]
             text = json.dumps(whole, default=lambda value: type(value).__name__, skipkeys=True)
             digest.update(text.encode("ascii") + b"\n")

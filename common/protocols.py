@@ -48,7 +48,7 @@ class GroupsFuture(Future[list[Group]]):
 
 
 class WeightHandle(Protocol):
-    """An offer of one version of the weights. Opening it any number of times gives the same tensors."""
+    """One version of the weights, ready to be sent. Opening it any number of times gives the same tensors."""
 
     @property
     def kind(self) -> Literal["full", "adapter"]:
@@ -71,8 +71,8 @@ class WeightHandle(Protocol):
         ...
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields ``(name, tensor)``, a tensor at a time. A tensor is lent until ``load_weights`` returns; copy what is
-        kept beyond."""
+        """Yields ``(name, tensor)``, a tensor at a time. A tensor may be read until ``load_weights`` returns; copy what
+        is kept longer."""
         ...
 
 
@@ -84,10 +84,10 @@ class Sampler(Protocol):
     it has a ``check_options(options)``, that is called before anything is loaded, and so is a
     ``check_sampling(params)`` with the ``SamplingParams`` of a training step, for what it cannot draw by.
 
-    It may say how many completions it works on at once with these options, ``completions_at_once(options) -> int``:
-    what a request holds beyond waits. ``SamplerSetup.max_sequences`` is then no more than that. And how much memory it
-    takes, ``memory_needed(setup, options, model, room) -> SamplerMemory`` (``common.memory``), which the memory plan
-    asks: one that does not say is counted as nothing.
+    ``completions_at_once(options) -> int``, if there is one, is how many completions it works on at once with these
+    options; further ones of a request wait. ``SamplerSetup.max_sequences`` is then no more than that.
+    ``memory_needed(setup, options, model, room) -> SamplerMemory`` (``common.memory``), if there is one, is the memory
+    that it takes, for the memory plan; without it the plan counts nothing for the sampler.
 
     More members are a back end's own choice; the first two are for resumed runs and the proof of a sync, the others
     for many machines:
@@ -95,13 +95,13 @@ class Sampler(Protocol):
     - ``free_options: frozenset[str]``: its options that only move memory or time; a resumed run may have others.
     - ``check_weights(fingerprint: str) -> list[str]``: one sentence for each tensor of the last transfer, whose
       fingerprint is given, that is not stored as it arrived, and for each that changed without being sent. It compares
-      what the engine computes with now, and not what passed by on its way in: the probe cannot see a small part that
-      stayed old.
+      the tensors that the engine computes with, not those that passed through while loading: the probe cannot see a
+      small part that stayed old.
     - ``seeds_prompts: bool``: a seed fixes each prompt's completions by the prompt's place in the request alone
       (``SamplingParams.seed_offset``), so that they do not depend on how the request is split over replicas.
-    - ``pump() -> bool``: does a little of the work asked for and says whether any is left. A back end with it returns
-      from ``generate`` at once and works in ``pump``, which its futures' ``result`` calls too; new requests may join
-      at any time. One without it works inside ``generate``, or by itself.
+    - ``pump() -> bool``: does a little of the requested work and returns whether any is left. A back end with it
+      returns from ``generate`` at once and works in ``pump``, which its futures' ``result`` calls too; new requests may
+      join at any time. One without it works inside ``generate``, or by itself.
     - ``many_at_once: bool``: works by itself on any number of requests; ``pump`` implies as much.
     """
 
@@ -180,7 +180,7 @@ class Learner(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Everything needed to go on exactly, into an existing empty folder."""
+        """Everything needed to resume exactly, into an existing empty folder."""
         ...
 
     def restore(self, folder: Path) -> None:
@@ -211,7 +211,8 @@ class Task(Protocol):
 
 
 class Placement(Protocol):
-    """Who holds the device when. On a shared device each phase puts the other side to sleep; else nothing happens."""
+    """Which side holds the device when. On a shared device each phase puts the other side to sleep; else nothing
+    happens."""
 
     def sampling(self) -> AbstractContextManager[None]: ...
 

@@ -17,8 +17,8 @@ from jinja2 import meta
 from common.errors import UserError, brief
 from common.types import Prompt
 
-_DATE = datetime.date(2024, 7, 26)  # what Llama 3's template says when it is not told
-# Templates that tell the date would give a resumed run other prompts.
+_DATE = datetime.date(2024, 7, 26)  # Llama 3's template's own default
+# Templates that insert today's date would give a resumed run other prompts.
 _DATED: dict[str, Any] = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
 # What a chat template reads that is not for task.template_options to set.
 _NO_OPTIONS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
@@ -184,8 +184,8 @@ class Renderer:
 
 
 def _messages(prompt: Prompt) -> list[dict[str, str]]:
-    """The prompt's messages. Raises ``UserError`` where one is not text: a template would show Python's way of
-    writing it, or fail."""
+    """The prompt's messages. Raises ``UserError`` where one is not text: a template would insert its Python repr, or
+    fail."""
     if not prompt.messages:
         raise UserError(f"prompt {prompt.id!r} has no messages; give it at least one, with role and content")
     for number, message in enumerate(prompt.messages, start=1):

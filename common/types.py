@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 LARGEST_REWARD = 1e6
-"""Of a reward and of its weight, either sign: what is summed and squared of them stays far from overflowing."""
+"""Of a reward and of its weight, either sign: sums and squares of them stay far from overflowing."""
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
 
 
@@ -71,7 +71,7 @@ class Group:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn. The same words and meanings as vLLM's."""
+    """How completions are drawn. Names and meanings are vLLM's."""
 
     n: int = 1
     """Completions per prompt."""
@@ -127,7 +127,7 @@ class SamplerSetup:
     adapter: AdapterSpec | None = None
     quantize: str = "off"
     """``nf4``: hold the base under the adapter in 4 bits (bitsandbytes' NF4 with double quantization, made from the
-    files of ``model_folder`` as they are), so that it is the learner's base to the bit."""
+    files of ``model_folder`` as they are), so that it equals the learner's base bit for bit."""
     trust_remote_code: bool = False
     threads: int = 0
     """CPU threads; 0 leaves the library's choice."""
@@ -137,5 +137,5 @@ class SamplerSetup:
     """Tokens that end a completion besides those that the model folder names (its tokenizer's end-of-sequence token and
     generation_config.json's): the chat template's own end of a turn."""
     in_flight_updates: bool = False
-    """``load_weights`` does not wait for requests in flight: they go on under the new weights, and each completion says
-    which version wrote each token."""
+    """``load_weights`` does not wait for in-flight requests: they continue under the new weights, and each completion
+    records which version wrote each token."""

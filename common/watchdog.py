@@ -1,6 +1,6 @@
 """Every wait has a limit, and its end names the side that was waited for and the setting that raises the limit.
 
-Work in this process cannot be cut off from outside when it hangs inside a library's C code, so a watchdog thread says
+Work in this process cannot be cut off from outside when it hangs inside a library's C code, so a watchdog thread names
 what hung, writes every thread's stack to the error stream, and ends the process with exit code 1. The last checkpoint
 is whole (files are written whole or not at all).
 

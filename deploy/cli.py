@@ -90,7 +90,7 @@ def _exit(code: int, sentence: str) -> typer.Exit:
 
 
 def _command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function a command whose mistakes and failures end in sentences."""
+    """Makes a function a command that turns ``UserError`` and ``RunFailure`` into one sentence and an exit code."""
     return lambda function: app.command(name)(_in_sentences()(function))
 
 

@@ -24,8 +24,8 @@ class Sleeps(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SharedDevice:
-    """A ``Placement`` where sampler and learner take turns: the one that does not work gives its memory back, before
-    the other takes it, so that the peak is the larger need and not the sum. A sync needs both sides' weights."""
+    """A ``Placement`` where sampler and learner take turns: the idle one frees its memory before the other takes it, so
+    that the peak is the larger need and not the sum. A sync needs both sides' weights."""
 
     sampler: Sampler
     learner: Sleeps

@@ -1,7 +1,7 @@
 """What a run is made of: a configuration that was checked (``prepare``), its sampler, and its evaluation.
 
 What is wrong with configuration, options, task, data or model folder is found in ``prepare``, before a model is loaded;
-what only the loaded model can tell (an adapter's targets, say) before the first step. The parts of a whole run come
+what needs the loaded model (an adapter's targets, say) before the first step. The parts of a whole run come
 from ``deploy/colocated.py`` or ``deploy/cluster/separate.py``.
 """
 
@@ -55,7 +55,7 @@ class Components:
     restarts: Callable[[], int] = lambda: 0
     """Services replaced so far."""
     recover: Callable[[LearnerLost], None] | None = None
-    """Puts another learner, knowing nothing, in the place of a lost one; raises when that was once too often."""
+    """Replaces a lost learner by a fresh one; raises beyond ``cluster.max_restarts``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Prepared:
 
 
 def resolve_dtype(config: Config, device: str = "") -> Config:
-    """The same with the number format that ``model.dtype="auto"`` stands for on this device; without one, on what the
+    """The same with the number format that ``model.dtype="auto"`` means on this device; without one, on what the
     run computes on, for which a cluster may be asked.
 
     Raises ``UserError`` for a setting that has no effect in that format, and for a cluster that does not answer.
@@ -111,13 +111,13 @@ def resolve_dtype(config: Config, device: str = "") -> Config:
 
 
 def warn_if_slow(config: Config, device: str) -> None:
-    """Says that bfloat16 was asked for where nothing multiplies it quickly."""
+    """Warns where bfloat16 was requested and the device is slow in it."""
     if config.model.dtype == "bfloat16" and devices.quick_dtype(device) == "float32":
         log.warning("model.dtype='bfloat16' is many times slower here than 'float32': no instructions multiply it")
 
 
 def prepare(config: Config, *, need_train: bool = True) -> Prepared:
-    """Checks configuration, sampler, task, model and data, and settles ``model.dtype``. Raises ``UserError`` for the
+    """Checks configuration, sampler, task, model and data, and resolves ``model.dtype``. Raises ``UserError`` for the
     first thing that is wrong."""
     alone = config.cluster.mode == "local"
     # For a run on a cluster this process computes nothing; a model that is only asked is asked here.
@@ -257,8 +257,8 @@ def _end_tokens(folder: Path, tokenizer: Any, renderer: Renderer, rows: int) -> 
 
 
 def _questions(task: Task, config: Config, split: Split) -> Sequence[Prompt]:
-    """The split's prompts, each made and checked when it is looked at where the task makes them so. A task that fails
-    is the mistake of who wrote it."""
+    """The split's prompts, each made and checked when it is looked at where the task makes them so. An error in the
+    task is a ``UserError``."""
     label = f"task.name={config.task.name!r}: prompts({split!r})"
 
     def asked(call: Callable[[], Any]) -> Any:

@@ -1,5 +1,4 @@
-"""The room that a run takes on its disk: worked out before it begins, and looked at again once a checkpoint was written
-for trial.
+"""The disk space of a run: estimated before it starts, and checked again after a trial checkpoint.
 
 Left out: rollouts, logs and TensorBoard's events, megabytes beside it; and a model's download or conversion, which is
 done before. Used by ``deploy/memory_plan/output.py`` and ``deploy/run.py``.
@@ -32,7 +31,7 @@ def model_bytes(config: Config, learner: LearnerMemory) -> int:
 
 def lacking(config: Config, folder: Path, checkpoint: int, model: int) -> str:
     """What the disk of the run folder lacks, in a sentence; empty where it has room. What an earlier part of the run
-    has written there is counted as room, because it makes way."""
+    has written there counts as free, because it is replaced."""
     there = folder.absolute()
     while not there.exists():
         there = there.parent

@@ -1,7 +1,7 @@
-"""``nanogrpo train --dry-run``: all that can be found wrong with a run before a model is loaded; writes nothing.
+"""``nanogrpo train --dry-run``: every check of a run that needs no loaded model; writes nothing.
 
-Configuration, folder, task and data; the model's files by their headers; each reward once; memory and disk. What only
-the loaded model can tell is left to the run.
+Configuration, folder, task and data; the model's files by their headers; each reward once; memory and disk. What needs
+the loaded model is left to the run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _rewards(ready: components.Prepared) -> str:
         scored, errors = scorer.score([Group(ready.train[0], (answer,))])
         if ready.test:
             scorer.correct([Group(ready.test[0], (answer,))])
-    for error in errors:  # under task.on_reward_error=skip; the log has said it
+    for error in errors:  # under task.on_reward_error=skip; it is logged
         return f"nothing: {error.reward!r} failed, and such groups are left out"
     (completion,) = scored[0].completions
     return ", ".join(f"{name} {value:g}" for name, value in completion.rewards.items())

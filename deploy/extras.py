@@ -10,8 +10,8 @@ from common.errors import UserError
 
 
 def check(config: Config, *, training: bool) -> None:
-    """Raises ``UserError`` for a setting whose package is not installed; without ``training`` of those that a model
-    needs that is only asked."""
+    """Raises ``UserError`` for a setting whose package is not installed; without ``training`` only for those that
+    inference needs."""
     model, optimizer, run, task = config.model, config.optimizer, config.run, config.task
     low_bit = "bit" in optimizer.name or optimizer.master == "stochastic"
     stepping = f"optimizer.name={optimizer.name!r} with master={optimizer.master!r}"

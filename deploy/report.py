@@ -72,7 +72,7 @@ def build(folder: Path) -> list[Path]:
 
 
 def by_step(rows: Sequence[Row]) -> list[Row]:
-    """The rows in order of their step; of a step that a resumed run has logged twice the last."""
+    """The rows by step; deduplicated, the last wins (a resumed run may log a step twice)."""
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 

@@ -1,7 +1,8 @@
-"""Going on with a run: the configuration it may go on with, and what must be as it was for it to be the same run.
+"""Resuming a run: the configuration that it may have, and what must be unchanged for it to be the same run.
 
-What the run was begun with is read from its newest checkpoint, not from the folder's own ``config.toml``, which people
-edit. Used by ``deploy/cli.py`` before anything is loaded, and by ``deploy/run.py``, which writes what is read here.
+The run's former configuration is read from its newest checkpoint, not from the folder's own ``config.toml``, which
+people edit. Used by ``deploy/cli.py`` before anything is loaded, and by ``deploy/run.py``, which writes what is read
+here.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def same_run(folder: Path, config: Config) -> Config:
     if not checkpoints.steps():
         _check_none_is_lost(folder, before)
     config = anchored(config)
-    if config.model.dtype == "auto":  # it keeps what it began with
+    if config.model.dtype == "auto":  # it keeps its number format
         config = changed(config, {"model.dtype": before.model.dtype})
     moved = _moved(config, before, json.loads(checkpoints.text(_CONTENTS) or "{}"))
     for key, _ in fields():
@@ -145,8 +146,8 @@ def _compared(config: Config, key: str) -> Any:
 
 
 def _contents(config: Config) -> dict[str, str]:
-    """SHA-256 of the user's own code behind these settings, and of a local model's files: of their sizes and of what
-    they begin with, because all of them would take minutes."""
+    """SHA-256 of the user's own code behind these settings, and of a local model's files: of their sizes and first
+    bytes, because hashing all of them would take minutes."""
     found = {}
     for key in _FILES:
         place = Path(_get(config, key).rpartition(":")[0])

@@ -113,7 +113,7 @@ def _train(
     own: Sequence[Tracker], stopping: Callable[[], bool], planned: output.Plan | None, *, begin: bool,
 ) -> Outcome:  # fmt: skip
     """From the last checkpoint, or with ``begin`` from the start, to the end of the run or its stop. ``own``: the
-    user's trackers, which outlive a lost learner and are closed by who made them."""
+    user's trackers, which outlive a lost learner and are closed by the caller."""
     learner, sampler, placement = parts.learner, parts.sampler, parts.placement
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last, kept(config))
     stream = ready.stream()
@@ -147,7 +147,7 @@ def _train(
         tracker.phase("sampler: following perturbed weights (the proof's challenge)")
         sync.challenge()
         sync()
-        if begin and config.memory.rehearsal:  # a run that goes on has been through it
+        if begin and config.memory.rehearsal:  # a resumed run has been through it
             _rehearse(loop, ready, planned, console, folder)
 
         def measure(step: int) -> None:
@@ -198,7 +198,7 @@ def _own_tracker(name: str, folder: Path) -> Iterator[Tracker]:
     except (UserError, RunFailure):
         raise
     except (Exception, SystemExit) as error:
-        log.info("a tracker did not start", exc_info=True)  # where: for the log alone
+        log.info("a tracker did not start", exc_info=True)  # the traceback is for the log alone
         raise UserError(f"run.trackers: {name!r} raised {type(error).__name__}: {error}; fix it") from error
     with contextlib.closing(tracker):
         yield tracker

@@ -29,8 +29,8 @@ def on_stop_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator
 
 class Stopping:
     """Whether the run was asked to stop: the first signal asks it to save and stop after its step, or ends it at once
-    where no step was begun, because there is nothing to save yet; a second Ctrl-C ends it at once. Calling this for the
-    first time begins the steps."""
+    before the first step, because there is nothing to save yet; a second Ctrl-C ends it at once. The first call of this
+    marks the start of the steps."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._asked, self._begun = console, False, False
@@ -41,8 +41,8 @@ class Stopping:
         return self._asked
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        """Takes the signal."""
-        if number == signal.SIGHUP:  # the terminal is gone, and who writes to it fails
+        """Handles the signal."""
+        if number == signal.SIGHUP:  # the terminal is closed, and writing to it fails
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for fd in self._terminals:
                 os.dup2(nowhere, fd)

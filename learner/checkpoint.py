@@ -1,4 +1,4 @@
-"""Checkpoints: a folder a step, whole or not there, with checksums, the last few kept. Safetensors and JSON only."""
+"""Checkpoints: a folder a step, written atomically, with checksums, the last few kept. Safetensors and JSON only."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 class RankLost(RunFailure):
-    """Another rank of this learner is gone or silent: this one can do nothing more, and all must be started again."""
+    """Another rank of this learner died or does not answer: this one cannot go on, and all must be restarted."""
 
 
 class RankGroup:
@@ -75,7 +75,7 @@ class RankGroup:
         return ranks
 
     def leave(self) -> None:
-        """Ends the group, on this rank. Leaving twice is allowed. Whoever waits for it gets ``RankLost``: at once when
+        """Ends the group, on this rank. Leaving twice is allowed. Ranks that wait for it get ``RankLost``: at once when
         this process ends, at the time limit while it lives, for a learner's weights keep the connections."""
         if self._mesh is not None:
             self._mesh = None
@@ -273,7 +273,7 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def collective(what: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Marks a method that all ranks call together: it raises ``RankLost`` when one of them is gone or late."""
+    """Marks a method that all ranks call together: it raises ``RankLost`` when one of them died or is late."""
 
     def mark(method: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(method)
@@ -287,7 +287,7 @@ def collective(what: str) -> Callable[[Callable[..., Result]], Callable[..., Res
 
 
 def _store(url: str, rank: int, size: int, limit: timedelta) -> dist.Store:
-    """Where the ranks find one another. Left to itself, TCPStore listens on every address of the host."""
+    """Where the ranks find one another. By default TCPStore listens on every address of the host."""
     place = urlsplit(url)
     if place.scheme == "file":
         store: dist.Store = dist.FileStore(place.path, size)

@@ -1,7 +1,7 @@
 """How good the model is on questions it was not trained on: greedy accuracy and pass@k, with 95 % intervals.
 
-Left out: what a right answer is (the task says), and where results go (the trackers). Used by the training loop before,
-during and after training, and by the command line.
+Left out: what a right answer is (the task decides), and where results go (the trackers). Used by the training loop
+before, during and after training, and by the command line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Transcript:
-    """One question, what the model said, and whether that was right."""
+    """One question, the model's answer, and whether that was right."""
 
     prompt_id: str
     question: str
@@ -92,7 +92,7 @@ def evaluate(
 ) -> Evaluation:
     """Asks every prompt once greedily and, with ``sampled``, ``sampled.n`` times at its temperature.
 
-    ``correct`` tells for each completion of each group whether it is right; a group it could not judge (an empty row)
+    ``correct`` returns for each completion of each group whether it is right; a group it could not judge (an empty row)
     is left out. ``completions_at_once`` limits a request (0: one for all); each further request of a seeded one counts
     the seed up, so that no two draw alike. Raises ``RunFailure`` for a request that takes more than ``timeout_s``.
     """

@@ -4,8 +4,8 @@ The model is built on torch's meta device and rehearsed there: packing, forward 
 pass of the largest pack that the run can make. A ``MemoryTracker`` sees every operation and counts the storage alive,
 by category. The optimizer's step is counted, not run.
 
-Left out: the sampler, who is awake when and what a CPU's heap makes of it (``deploy/memory_plan/estimate.py``), and
-whatever lies outside torch's tensors.
+Left out: the sampler, which side is awake when, fragmentation on a CPU (all in ``deploy/memory_plan/estimate.py``), and
+memory outside torch's tensors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MemoryTracker(TorchDispatchMode):
     """Counts the storage of every shape-only tensor made while it is active, from its making to its end.
 
     Numbers asked of such a tensor are 1, and its copy on the host is an uninitialised one: losses and norms are read
-    that way, and no shape hangs on them. ``rows``: completions of the pack, as many as an index can tell apart;
+    that way, and no shape depends on them. ``rows``: completions of the pack, as many as an index can distinguish;
     ``offload``: float32 gradients are in host memory.
     """
 
@@ -203,7 +203,8 @@ def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool) -
 
 
 def _plain(config: Config) -> Config:
-    """Without what has no shape-only form: compiling, and tensors on another device (they are told apart instead)."""
+    """Without what has no shape-only form: compiling, and tensors on another device (they are counted separately
+    instead)."""
     learner = config.learner.model_copy(update={"compile": "off"})
     return config.model_copy(
         update={"learner": learner, "optimizer": config.optimizer.model_copy(update={"offload": False})}

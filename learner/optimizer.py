@@ -49,8 +49,8 @@ def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
 
 
 class MasterOptimizer:
-    """``config.name`` over named parameters. float32 ones are their own masters, as bfloat16 ones are with
-    ``config.master == "stochastic"``.
+    """``config.name`` over named parameters. float32 ones are stepped directly, as bfloat16 ones are with
+    ``config.master == "stochastic"``; other bfloat16 ones have float32 master weights.
 
     - adamw: arXiv 1711.05101, torch's fused one; adamw_8bit and adamw_4bit: its moments in blocks of 256 (arXiv
       2110.02861) or 128 (arXiv 2309.01507) values with a scale each, by torchao;
@@ -99,9 +99,9 @@ class MasterOptimizer:
             parameter.grad = master.grad = None
 
     def blank_gradients(self) -> None:
-        """Gradients of 0 for the passes to add to. Made in the middle of a backward pass they would lie scattered over
-        the room that it frees, and a CPU's next pass would not fit between them (5.9 GiB of heap in place of 4.6 for
-        LoRA on Qwen2.5-0.5B)."""
+        """Gradients of 0 for the passes to add to. Made in the middle of a backward pass they would fragment the memory
+        that it frees, and a CPU's next pass would not fit (5.9 GiB of heap in place of 4.6 for LoRA on
+        Qwen2.5-0.5B)."""
         for _, master in self._pairs.values():
             master.grad = torch.zeros_like(master)
 
@@ -127,7 +127,7 @@ class MasterOptimizer:
         return float(norm)
 
     def step(self, lr: float) -> None:
-        """One step at this rate; the model's weights become the masters' rounding."""
+        """One step at this rate; the model's weights become the rounded master weights."""
         with self._seeded(), torch.compiler.set_stance("default" if self._compiled else "force_eager"):
             for optimizer in self._optimizers:
                 for group in optimizer.param_groups:
@@ -159,7 +159,7 @@ class MasterOptimizer:
                     parameter.copy_(master)
 
     def reset(self) -> None:
-        """Moments and the count of steps as before the first step; masters and weights stay."""
+        """Moments and the count of steps as before the first step; master weights and weights stay."""
         self.zero_grad()
         self._steps = 0
         with torch.no_grad():
@@ -169,8 +169,8 @@ class MasterOptimizer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Of each parameter ``NAME/master`` (``NAME/weight`` where the model's own bfloat16 weight is stepped), its
-        moments and its count of steps, as flat named tensors, lent; a moment held in few bits is its codes and its
-        scales (``NAME/exp_avg.codes``, ``.scale``)."""
+        moments and its count of steps, as flat named tensors, not copied; a moment held in few bits is its codes and
+        its scales (``NAME/exp_avg.codes``, ``.scale``)."""
         tensors: dict[str, torch.Tensor] = {}
         for name, (_, master) in self._pairs.items():
             tensors[_master_key(name, master)] = master.detach()
@@ -198,7 +198,7 @@ class MasterOptimizer:
         self.round_to_model()
 
     def _kept(self, name: str) -> dict[str, torch.Tensor]:
-        """The plain tensors that the optimizer keeps for this parameter, lent."""
+        """The plain tensors that the optimizer keeps for this parameter, not copied."""
         master = self._pairs[name][1]
         found: dict[str, torch.Tensor] = {}
         for optimizer in self._optimizers:
@@ -289,9 +289,9 @@ def _adder(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
 class HostOffload:
     """Tensors whose memory can wait on the host and come back under the same names, views and ties.
 
-    Their storages are emptied in place, so every tensor on them, a tied weight's two names and an average's codes among
+    Their storages are emptied in place, so every tensor on them, a tied weight's two names and a moment's codes among
     them, is the same object before and after. On a GPU the host's copy is pinned, and kept from one time to the next.
-    What ``besides`` has charge of is left out.
+    Tensors that ``besides`` already manages are left out.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor], besides: HostOffload | None = None) -> None:

@@ -96,7 +96,7 @@ def _diverge_at(group: Group, at: int, number: int, vocabulary: int) -> Group:
 
 
 def repeated(pack: Sequence[Group], times: int, vocabulary: int) -> list[Group]:
-    """The pack so many times, no two with anything in common: the prompts of each begin with tokens of their own."""
+    """The pack that many times, no two with a shared prefix: the prompts of each start with tokens of their own."""
     return [_diverge_at(group, 0, again * len(pack), vocabulary) for again in range(times) for group in pack]
 
 

@@ -4,7 +4,7 @@ A group whose rewards are all equal teaches nothing, and late in a run most grou
 step's prompts from more than are needed, by how likely their groups are to disagree. It learns that from the groups
 themselves: of each kind that the task declares (``prompt.data["kind"]``), so that it works before a prompt is seen
 again, and of each prompt. What was seen loses half its weight every ``HALF_LIFE`` steps, because the policy moves, and
-is forgotten once it weighs little: there is no state for prompts that were not seen of late, however many there are.
+is forgotten once it weighs little: there is no state for prompts that were not seen recently, however many there are.
 
 Its bias: gradients come from the task's prompts weighted by their share of groups with signal. Groups without signal
 have no gradient, so that what changes is the weight of the others among themselves. Prioritised sampling of prompts:

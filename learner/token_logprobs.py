@@ -135,7 +135,7 @@ class _Chunk:
     target_P: torch.Tensor
     pair_K: torch.Tensor
     pairs_C: tuple[int, ...]
-    """Where each position's pairs begin, and P."""
+    """Where each position's pairs start, and P."""
 
 
 class _Head:
@@ -224,7 +224,7 @@ class _Head:
         p_CV, at_P, count = read.kept_CV, chunk.at_P, len(read.total_C)
         grad_P = _summed(logprob_grad_K, chunk.pair_K, len(at_P))
         grad_C = _summed(grad_P, at_P, count)
-        # The token's own g (1 - p) before anything is rounded: taken apart, the two cancel where p is near 1.
+        # The token's own g (1 - p) before anything is rounded: computed separately, the two cancel where p is near 1.
         own_P = -grad_P * torch.expm1(read.logprob_P) - read.logprob_P.exp() * (grad_C[at_P] - grad_P)
         if entropy_grad_K is None:
             p_CV.mul_((-grad_C / read.total_C)[:, None].to(p_CV.dtype))

@@ -60,7 +60,7 @@ class TorchLearner:
     """A ``Learner`` in this process, on one device; or one of several ranks that are a learner together.
 
     Among ranks every method is called on each of them with the same arguments, ends with the same results, and raises
-    ``distributed.RankLost`` when a rank is gone; what ``publish_weights`` offers is opened on each of them. Groups are
+    ``distributed.RankLost`` when a rank is lost; what ``publish_weights`` returns is opened on each of them. Groups are
     divided, everything computed from them is a sum over ranks, so the weights are those of one process.
 
     ``blank`` reads no weights, checks nothing and steps nothing: for the memory estimate, on tensors of a shape alone.
@@ -225,8 +225,8 @@ class TorchLearner:
         return named | {"grad_norm": norm, "lr": lr}
 
     def _passes(self, rows: Sequence[Row], idle: int, packed: bool) -> tuple[list[Pack], list[Pack]]:
-        """This rank's packs, and the passes it makes: the same, and dummies (row ``idle``, which counts for nothing)
-        until all ranks have as many, because each pass gathers weights from all."""
+        """This rank's packs, and the passes it makes: the same, and dummies (row ``idle``, whose loss is 0) until all
+        ranks have equally many, so that all issue the same collectives."""
         ranks, budget = self._ranks, self._config.learner.microbatch_tokens
         own = rows if ranks.size == 1 else shard(rows, ranks.size, packed)[ranks.rank]
         packs = [pack.to(self._device) for pack in make_microbatches(own, budget, packed, self._kind_of)]
@@ -237,8 +237,8 @@ class TorchLearner:
         return packs, packs + [dummy.to(self._device)] * missing
 
     def _batch(self, groups: Sequence[Group]) -> tuple[list[Row], losses.LossInputs]:
-        """What is computed of the step, and its tensors; B completions, T the longest. Among ranks a last row counts
-        for nothing, for dummy passes."""
+        """What is computed of the step, and its tensors; B completions, T the longest. Among ranks the last row is a
+        dummy with a mask of 0, for dummy passes."""
         pairs = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
         B, T = len(pairs), max((len(completion.token_ids) for _, completion in pairs), default=0)
         spec = self._config.learner
@@ -300,8 +300,8 @@ class TorchLearner:
             self._optimizer.reset()
 
     def tensors_by_category(self) -> dict[str, list[torch.Tensor]]:
-        """Every tensor that is held between steps, lent: ``weights`` and, of them, those ``trained``; the
-        ``reference``; what is ``stepped`` (float32 masters, or weights themselves) and its ``moments``."""
+        """Every tensor that is held between steps, not copied: ``weights`` and, of them, those ``trained``; the
+        ``reference``; what is ``stepped`` (float32 master weights, or weights themselves) and its ``moments``."""
         state = self._optimizer.state()
         return {
             "weights": [*nf4.stored(self._model), *self._model.buffers()],
@@ -314,7 +314,7 @@ class TorchLearner:
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def publish_weights(self, merged: bool = False) -> InProcessWeights:
-        """Lends the live tensors: the adapter under LoRA, unless ``merged`` or DoRA; every weight else.
+        """The live tensors, not copied: the adapter under LoRA, unless ``merged`` or DoRA; every weight else.
 
         Among ranks a full offer is opened by all, each of which gets every whole tensor in turn, gathered for it alone.
         """
@@ -352,7 +352,7 @@ class TorchLearner:
 
     @contextlib.contextmanager
     def perturbed(self, seed: int) -> Iterator[None]:
-        """Inside, seeded noise lies on every trained weight (``learner/model/noise.py``)."""
+        """Inside, every trained weight carries seeded noise (``learner/model/noise.py``)."""
         self.wake("weights")
         with contextlib.ExitStack() as stack:
             with lost_in_words(self._ranks.rank, "gathering weights"):
@@ -372,7 +372,7 @@ class TorchLearner:
 
     def sleep(self, part: Literal["moments", "all"] = "all") -> None:
         """Gives unused device memory back while the sampler works; with memory.offload_while_sampling the optimizer's
-        moments and masters, or all that is held, wait on the host until ``wake``."""
+        moments and float32 master weights, or all that is held, wait on the host until ``wake``."""
         self._averages.offload()
         if part == "all":
             self._weights.offload()
@@ -388,8 +388,8 @@ class TorchLearner:
 
     @collective("saving")
     def save(self, folder: Path) -> None:
-        """Masters (or weights) and moments in ``folder``: ``state.safetensors``, or each rank's slices in a file
-        of its own; the version in ``learner.json``. Any number of ranks can read them."""
+        """Float32 master weights (or weights) and moments in ``folder``: ``state.safetensors``, or each rank's slices
+        in a file of its own; the version in ``learner.json``. Any number of ranks can read them."""
         state = {name: self._weights.held(self._averages.held(t)) for name, t in self._optimizer.state().items()}
         try:
             if self._ranks.size == 1:  # the same as write_state would, without a second copy in memory

@@ -90,8 +90,8 @@ class Loop:
         return result(future, "sampler", doing, self.answer_s, "timeouts.generate_s")
 
     def state(self) -> dict[str, Any]:
-        """Where the data stand: the answers already there (after a sync, all, unless weights are swapped in flight),
-        and the first request that a resumed run must make again."""
+        """The position in the data: the answers already there (after a sync, all, unless weights are swapped in
+        flight), and the first request that a resumed run must make again."""
         answered = []
         unanswered = None
         for request in [*self.in_hand, *self.in_flight]:
@@ -177,7 +177,7 @@ def sampling_params(config: Config) -> SamplingParams:
 def batch_of(scored: Sequence[Group], size: int) -> list[Group]:
     """The groups that a step learns from, ``size`` where there are as many: first those with signal.
 
-    Groups without signal make up the rest. Their advantages are 0, but the step's averages count them, as TRL's do,
+    Groups without signal make up the rest. Their advantages are 0, but the step's means count them, as TRL's do,
     and their KL and entropy belong to the loss like any other's.
     """
     return sorted(scored, key=lambda group: not advantages.has_signal(group))[:size]
@@ -221,7 +221,7 @@ def rehearse(loop: Loop, prompts: Sequence[Prompt]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _memory_of(side: str) -> Iterator[None]:
-    """Running out of memory, in a sentence."""
+    """Turns running out of memory into an ``OutOfMemory`` that names the side."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # a service on another machine reports it in a ``RunFailure``
@@ -271,7 +271,7 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
 
 
 def _size_of_request(loop: Loop, scored: Sequence[Group]) -> int:
-    """Prompts to ask for: a whole batch at first, then as many as are likely to bring the groups that lack. With
+    """Prompts to ask for: a whole batch at first, then as many as are likely to yield the missing groups. With
     staleness the request is another step's."""
     wanted = loop.config.train.prompts_per_step
     if not scored or loop.config.train.max_staleness:
@@ -330,7 +330,7 @@ def _result(loop: Loop, request: Request) -> list[Group]:
 
 
 def _group_of(values: Mapping[str, Any]) -> Group:
-    """A group from the plain values that ``dataclasses.asdict`` made of it, by way of JSON."""
+    """A group from the values of ``dataclasses.asdict``, read back from JSON."""
 
     def made(kind: Any, fields: Mapping[str, Any]) -> Any:
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
@@ -340,7 +340,7 @@ def _group_of(values: Mapping[str, Any]) -> Group:
 
 
 def _batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the completions alone tell, over every group sampled for the step."""
+    """The metrics that need the completions alone, over every group sampled for the step."""
     completions = [completion for group in groups for completion in group.completions]
     if not completions:
         raise RunFailure(

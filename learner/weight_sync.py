@@ -1,11 +1,11 @@
-"""Handing the learner's weights to the sampler, with proof that the sampler holds them. After every sync:
+"""Weight transfer from learner to sampler, with proof that the sampler holds the weights. After every sync:
 
 - the bytes: the fingerprint of what was sent equals that of what arrived;
 - what is stored: the sampler compares every tensor that it computes with, bit for bit, with the one that arrived
   (``Sampler.check_weights``, where a back end has it);
 - what the engine computes: on a fixed probe its log-probs agree with the learner's within a tolerance. An engine may
   take the bytes and use old ones (packed copies, a tied output head, a cached adapter). Each token counts by its
-  probability: rounding moves the log-probs of tokens that nobody draws by up to a nat;
+  probability: rounding moves the log-probs of very unlikely tokens by up to a nat;
 - movement: once the learner's log-probs have moved, a sampler whose log-probs are bit for bit the old ones is stale.
   This sees a single small step that the tolerance does not.
 
@@ -160,7 +160,7 @@ class WeightSync:
         return {"probe_diff": difference}
 
     def _differ(self, probe: Sequence[Sequence[int]], what: str) -> tuple[float, str]:
-        """How far the answer furthest from the learner's is off, and whose it is. Raises ``SyncError`` when one is the
+        """The largest difference from the learner's log-probs, and whose it is. Raises ``SyncError`` when one is the
         old one."""
         mine = _flat(self._learner.logprobs(probe))
         # A pool answers for each of its replicas: every one proves what it holds.

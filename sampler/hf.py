@@ -72,7 +72,7 @@ def load_model(folder: str | Path, dtype: str, device: str = "cpu", trust_remote
 
 
 class HfSampler:
-    """A transformers model that serves the folder's weights as version 0 until ``load_weights`` brings others.
+    """A transformers model that serves the folder's weights as version 0 until ``load_weights`` loads others.
 
     ``batch_size``: completions computed at once; lower it when memory is short. Equal seeds give equal completions:
     each draws from its own row of uniform numbers, so that the batch size, the device and a split of the request
@@ -389,7 +389,7 @@ class HfSampler:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Without gradients; what goes wrong inside transformers is one sentence."""
+        """Without gradients; an error inside transformers becomes one sentence."""
         try:
             with torch.inference_mode():
                 yield

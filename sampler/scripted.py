@@ -1,8 +1,8 @@
-"""A sampler that says what it is told to: the readable fake for tests of everything around a sampler.
+"""A sampler that returns scripted answers: the readable fake for tests of everything around a sampler.
 
 Completions come from a table or a function, but weights and versions are real: it stamps the version it was given and,
 where the model folder exists, computes ``logprobs`` with the weights it holds (through ``HfSampler``): the proof of a
-sync runs on it. ``fault`` breaks that promise in one known way. Left out: drawing, and work in flight.
+sync runs on it. ``fault`` breaks that in one known way. Left out: drawing, and requests in flight.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Answer: TypeAlias = str | Sequence[int]
 """Text (encoded with the folder's tokenizer, its end-of-sequence token added; without one, as UTF-8 bytes), or tokens
 as they are."""
 Answers: TypeAlias = Mapping[str, Sequence[Answer]] | Callable[[Prompt, int], Answer]
-"""Completions by prompt id or text, taken in turn and then from the start again; or what to say for a prompt's k-th
-completion (k counts on over calls)."""
+"""Completions by prompt id or text, taken in turn and then from the start again; or a function that gives a prompt's
+k-th completion (k counts on over calls)."""
 Fault: TypeAlias = Literal["stale", "stale_head", "ignore_adapter", "corrupt"]
-"""``stale``: says that it loaded, and keeps the old weights. ``stale_head``: the output head stays the first one (a
+"""``stale``: reports that it loaded, and keeps the old weights. ``stale_head``: the output head stays the first one (a
 tied one becomes a copy). ``ignore_adapter``: takes the adapter and serves the base. ``corrupt``: the first tensor is
 altered in one number on its way."""
 
 
 class ScriptedSampler:
-    """Says ``answers``, or ``default`` for a prompt that the table lacks; the folder need not exist.
+    """Returns ``answers``, or ``default`` for a prompt that the table lacks; the folder need not exist.
 
     ``logprobs``: one number for every token, a function of prompt and tokens, or ``"model"`` for those of the weights
     held. ``calls`` lists what it was asked, in order: ``("generate", prompt ids, params)``,
@@ -143,7 +143,7 @@ class ScriptedSampler:
         )
 
     def _repeated(self, ids: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-        """An answer that is too short said over and over, then ended as it was."""
+        """An answer that is too short, repeated to the length and then ended as it was."""
         ends = self._engine.end_ids if self._engine is not None else ()
         words = tuple(token for token in ids if token not in ends) or (0,)
         return (words * tokens)[:tokens] + tuple(token for token in ids[-1:] if token in ends)

@@ -21,7 +21,7 @@ from common.errors import UserError
 def load(path: Path | None, overrides: Sequence[str] = (), *, drop_unused: bool = False) -> Config:
     """The configuration of a run: defaults, then the TOML file, then the ``section.key=value`` words.
 
-    ``drop_unused`` leaves out what stands in the file and has no effect any more because of the words.
+    ``drop_unused`` leaves out settings of the file that have no effect because of the words.
 
     Raises ``UserError`` for a file that cannot be read, an unknown key, a wrong value or a setting without effect.
     """

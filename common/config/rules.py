@@ -76,7 +76,7 @@ def unused_settings(config: Config) -> dict[str, str]:
 
 
 def second_names(values: dict[str, Any]) -> Iterator[str]:
-    """Settings whose second name has gone, as sentences; ``values`` has the first one afterwards."""
+    """Sentences for settings written under a removed second name; afterwards ``values`` has the first name."""
     learner = values.get("learner")
     if not isinstance(learner, dict):
         return
@@ -90,7 +90,7 @@ def second_names(values: dict[str, Any]) -> Iterator[str]:
 
 
 def conflicts(config: Config) -> Iterator[str]:
-    """Settings that are each right but cannot stand together."""
+    """Settings that are each valid but contradict each other."""
     learner, optimizer = config.learner, config.optimizer
     if "" in config.sampler.stop:
         yield (

@@ -46,10 +46,10 @@ class ModelConfig(Section):
     revision: str = "main"
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the weights in the forward pass, on both sides; the optimizer keeps float32 masters. auto:
-    bfloat16 where the device multiplies it quickly (GPUs since Ampere, CPUs with AVX-512 BF16, AMX or Arm's BF16),
-    else float32: without such instructions bfloat16 is many times slower. A Ray cluster with GPUs goes by the driver's
-    card, bfloat16 where it has none; one without by the driver's CPU. A run keeps what it began with."""
+    """Number format of the weights in the forward pass, on both sides; the optimizer keeps float32 master weights.
+    auto: bfloat16 where the device multiplies it quickly (GPUs since Ampere, CPUs with AVX-512 BF16, AMX or Arm's
+    BF16), else float32: without such instructions bfloat16 is many times slower. A Ray cluster with GPUs goes by the
+    driver's card, bfloat16 where it has none; one without by the driver's CPU. A resumed run keeps its format."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
     lora_rank: Whole = 0
@@ -62,7 +62,8 @@ class ModelConfig(Section):
     """Module names that get an adapter; ``all-linear`` is every linear layer but the output head."""
     lora_variant: Literal["lora", "rslora", "dora"] = "lora"
     """rslora: the update is multiplied by alpha / sqrt(rank) instead (arXiv 2312.03732); dora: magnitude and direction
-    are learned apart (arXiv 2402.09353), which vLLM does not serve as an adapter: merged weights are sent at each sync.
+    are learned separately (arXiv 2402.09353), which vLLM does not serve as an adapter: merged weights are sent at each
+    sync.
     """
     quantize: Literal["off", "nf4"] = "off"
     """nf4: the frozen base under the adapter is held in 4 bits (QLoRA, arXiv 2305.14314; bitsandbytes), on both sides:
@@ -98,8 +99,8 @@ class TaskConfig(Section):
     """A reward that raises or is not finite, which is a fault of its code: ``stop`` ends the run, ``skip`` leaves that
     completion's whole group out of the step. Both write the completion and the traceback to the log."""
     on_reward_timeout: Free[Literal["stop", "skip"]] = "skip"
-    """The same for one that runs past its time or memory or whose worker process dies, which a completion can bring
-    about where a reward runs what it reads (``9**9**9**9``)."""
+    """The same for one that exceeds its time or memory or whose worker process dies, which a completion can cause where
+    a reward runs what it reads (``9**9**9**9``)."""
     sandbox: Free[Literal["bubblewrap", "none"]] = "bubblewrap"
     """Walls around the reward workers: no network, no secrets, no writing but in ``/tmp``. ``none``: rewards, and model
     text that they run as code, have all your rights; for a judge in the network, a reward on a GPU, and machines
@@ -172,8 +173,8 @@ class LearnerConfig(Section):
     """Optimizer steps on each batch (the paper's mu)."""
     drop_zero_variance: bool = True
     """Compute no completion of zero advantage (all of a group whose rewards are all equal) where neither KL nor entropy
-    gives it a gradient; the averages count it all the same. false computes it for the metrics, and steps on a batch
-    in which nothing has a gradient."""
+    gives it a gradient; the step's means still count it. false computes it for the metrics, and steps on a batch in
+    which nothing has a gradient."""
     truncated: Literal["keep", "mask", "penalize"] = "keep"
     """Completions cut at max_tokens: trained on, left out of the loss (DAPO's overlong filtering), or their reward
     lowered as they near the limit (DAPO's soft overlong punishment)."""
@@ -183,8 +184,8 @@ class LearnerConfig(Section):
     """Tokens of a forward and backward pass at most; a longer single sequence still goes alone. Less memory, same
     gradient."""
     packing: Free[Literal["auto", "packed", "padded"]] = "auto"
-    """packed computes what prompts or completions of a pass begin with alike once; padded repeats it; auto packs where
-    the model can."""
+    """packed computes every prefix that prompts or completions of a pass share once; padded repeats it; auto packs
+    where the model can."""
     gradient_checkpointing: Free[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     head_tokens: Free[Count] = 512
@@ -212,8 +213,8 @@ class OptimizerConfig(Section):
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay; not on biases and norms."""
     offload: Free[bool] = False
-    """GPU only: keep the float32 masters, gradients and AdamW's moments (16 bytes a weight) in host memory and step
-    there; the card then holds little more than the weights and the activations."""
+    """GPU only: keep the float32 master weights, gradients and AdamW's moments (16 bytes a weight) in host memory and
+    step there; the card then holds little more than weights and activations."""
     max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this global norm. 0 is off."""
     warmup_steps: Whole = 0
@@ -269,16 +270,16 @@ class SyncConfig(Section):
 
 class MemoryConfig(Section):
     plan: Literal["refuse", "warn", "off"] = "refuse"
-    """Before the run its peak memory is worked out (as `nanogrpo plan` shows it): refuse stops a run that cannot fit,
-    warn says so and goes on."""
+    """Before the run its peak memory is estimated (as `nanogrpo plan` shows it): refuse stops a run that cannot fit,
+    warn logs a warning and goes on."""
     device_gib: NotNegative = 0.0
     """Memory of the device that the plan counts with (GiB); 0 asks the device."""
     rehearsal: bool = True
     """Before the first step the longest possible completions and the largest pack go through sampler, learner and sync,
     with nothing kept, so that memory runs out in the first minute or never."""
     offload_while_sampling: bool = False
-    """One GPU for both sides: the learner's weights, masters and moments wait in host memory while the sampler
-    works."""
+    """One GPU for both sides: the learner's weights, float32 master weights and moments wait in host memory while the
+    sampler works."""
 
 
 class ClusterConfig(Section):

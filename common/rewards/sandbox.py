@@ -1,9 +1,9 @@
-"""Walls around reward workers: what a reward makes of a model's text stays inside.
+"""The sandbox of reward workers ("walls"): code that a model's text makes a reward run stays inside.
 
 A reward may run a completion as code without meaning to (a scorer that calls ``eval``). Bubblewrap puts each worker
-into namespaces of its own: no network, no GPU, no other process, every file read-only but ``/tmp``, no privileges; what
-environment and files hold of secrets is left out (docs/tasks.md lists what is seen). Limits of memory, processes, file
-size and CPU time come on top. Left out: a completion's time limit and the killing (``common/rewards/worker.py``).
+into namespaces of its own: no network, no GPU, no other process, every file read-only but ``/tmp``, no privileges;
+secrets in the environment and in files are hidden (docs/tasks.md lists what is visible). Limits of memory, processes,
+file size and CPU time come on top. Left out: a completion's time limit and the killing (``common/rewards/worker.py``).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def environment(config: TaskConfig) -> dict[str, str]:
 
 
 def memory_bytes(config: TaskConfig) -> int | None:
-    """What a worker may take with all that it started; None without walls."""
+    """The limit for a worker and all that it started; None without walls."""
     return None if config.sandbox == "none" else round(config.reward_memory_gib * 2**30)
 
 
@@ -105,7 +105,7 @@ def _allowed(kind: int, value: int) -> int:
 
 
 def excess(config: TaskConfig, pid: int) -> str:
-    """Outside: what a worker and all that it started have too much of, in words, or nothing. The other limits are per
+    """Outside: which limit a worker and all that it started exceed, in words, or nothing. The other limits are per
     process, root is exempt from the one on processes, and the kernel has none on the memory of all together."""
     memory = memory_bytes(config)
     if memory is None:

@@ -1,8 +1,8 @@
 """Scores groups of completions in worker processes (``common/rewards/worker.py``), each completion under a time limit.
 
-A reward is somebody's code that reads whatever a model came to write, so it may raise, hang or take its process down.
-No score is ever made up: a completion that could not be scored stops the run or leaves its whole group out.
-Left out: advantages (``learner/loss/advantages.py``). Used by the training loop and by evaluation.
+A reward is user code that reads whatever a model wrote, so it may raise, hang or crash its process. No score is ever
+invented: a completion that could not be scored stops the run or leaves its whole group out. Left out: advantages
+(``learner/loss/advantages.py``). Used by the training loop and by evaluation.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Scorer:
 
 
 class Scoring:
-    """The scoring of one request's groups, which go to whichever worker is free, those added first first."""
+    """The scoring of one request's groups, which go to free workers in the order in which they were added."""
 
     def __init__(self, scorer: Scorer, job: Job) -> None:
         self._scorer, self._job = scorer, job
@@ -129,7 +129,7 @@ class Scoring:
         except BaseException:  # Ctrl-C here must not leave a thread waiting for a worker that hangs
             wait(self._stop())
             raise
-        if scorer._closed:  # whatever its workers still answered
+        if scorer._closed:  # also where its workers still answered
             raise RunFailure("the reward workers were ended before every completion was scored")
         if len(self._added) > len(groups) or [group for group, _ in added] != list(groups):
             raise RunFailure("the sampler reported other groups, while it was writing, than it then answered")
@@ -149,7 +149,7 @@ class Scoring:
         return [None if isinstance(answer, RewardError) else answer for answer in answers], errors
 
     def _ask(self, group: Group) -> list[Any] | RewardError | None:
-        """On a thread of the scorer's: a free worker's answer, or None once nobody wants it."""
+        """On a thread of the scorer's: a free worker's answer, or None once it is no longer needed."""
         scorer = self._scorer
         if self._stopped or scorer._closed:
             return None

@@ -1,8 +1,8 @@
 """A reward worker: a process that makes its own task, inside walls (``common/rewards/sandbox.py``), and scores groups.
 
 ``Worker`` is this process's side, ``serve`` the other's. It is a plain ``python -c`` process with a pipe: a fork would
-copy torch's threads, and multiprocessing's spawn and forkserver would run the user's ``__main__`` again. What comes
-from it is JSON, and doubted: a pickle would run as code here whatever a model's text had made of it there.
+copy torch's threads, and multiprocessing's spawn and forkserver would run the user's ``__main__`` again. Its messages
+are JSON and are checked: a pickle could run code of a model's text in this process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RewardError:
     reward: str
     """The reward that failed, or ``is_correct``."""
     error: str
-    """What it did, in a few words."""
+    """What happened, in a few words."""
     ran_over: bool = False
     """It ran past its time or memory, or its process died; else it raised."""
     traceback: str = ""
@@ -72,7 +72,7 @@ class RewardError:
 
 
 class _LostError(Exception):
-    """The worker is of no use any more and is to be killed; why, in a few words."""
+    """The worker is unusable and must be killed; the reason in a few words."""
 
 
 class Worker:
@@ -116,7 +116,7 @@ class Worker:
         answers: list[Any] = []
         reward: str = job
         try:
-            with contextlib.suppress(OSError):  # it died; the pipe's end says so below
+            with contextlib.suppress(OSError):  # it died; the pipe's end shows it below
                 self._pipe.send_bytes(question)
             while (index := len(answers)) < len(group.completions):
                 reward, deadline = job, time.monotonic() + self._config.reward_timeout_s
@@ -222,11 +222,11 @@ class Worker:
         self._last_lines.clear()
         self._reader = threading.Thread(target=self._log_lines, args=(self._process,), daemon=True)
         self._reader.start()
-        with contextlib.suppress(OSError):  # it died at once; whoever waits for it to be ready will say so
+        with contextlib.suppress(OSError):  # it died at once; the wait for its readiness reports it
             self._pipe.send((config.name, config.options, config.reward_timeout_s, sandbox.memory_bytes(config)))
 
     def _log_lines(self, process: subprocess.Popen[str]) -> None:
-        """What rewards print is for whoever wrote them: a line of the log each."""
+        """Logs each line that rewards print."""
         assert process.stdout is not None
         with process.stdout as lines:
             count = 0
@@ -241,7 +241,7 @@ class Worker:
 
 def serve() -> None:
     """The worker's life: make the task, then answer groups until the parent goes away."""
-    # Whoever stops a whole job, as Ray does, signals this process too; the run ends it once its step is done. A
+    # What stops a whole job, as Ray does, signals this process too; the run ends it once its step is done. A
     # function, because what a task starts would inherit that a signal is ignored.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     descriptor = int(sys.argv[1])

@@ -1,4 +1,4 @@
-"""What a run's own numbers say is going wrong, with likely causes: for the terminal, the log and the report.
+"""Signs in a run's own metrics that something is going wrong, with likely causes: for the terminal, log and report.
 
 Everything comes from the rows of ``metrics.jsonl``, so that a report of a killed run finds what the live run found. A
 sign must hold for ``LOOKED_AT`` steps in a row, or for the whole of a shorter run. Left out: what stops a run at once.
@@ -84,10 +84,10 @@ class Watch:
 
 
 class HealthTracker:
-    """Says once what the run's numbers show to go wrong, as soon as they do."""
+    """Reports each problem that the run's numbers show once, as soon as they do."""
 
     def __init__(self, rows: Sequence[Row], say: Callable[[str], None]) -> None:
-        """``rows``: the steps that a resumed run has behind it; what they show was said before."""
+        """``rows``: the steps that a resumed run has behind it; what they show was reported before."""
         self._rows, self._say, self._watch = list(rows), say, Watch()
         for row in rows:
             self._watch.add(row)
@@ -103,7 +103,7 @@ class HealthTracker:
         """Left out."""
 
     def finish(self) -> str:
-        """The run has come to its end: says what a short one showed. Returns why nothing was learned, if nothing."""
+        """The run has ended: reports what a short one showed. Returns why nothing was learned, if nothing was."""
         self._report(self._watch.finish())
         return unlearned(self._rows)
 

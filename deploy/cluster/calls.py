@@ -1,8 +1,8 @@
-"""Calls to services: what a service is to its owner, and the one way of waiting for its answers.
+"""Calls to services: the owner's handle of a service, and the one way of waiting for its answers.
 
-Every wait has a limit, and a service that died, hangs or failed is named in an ``ActorFailure``. An actor is never
-restarted behind our back (its state would be gone): who owns it decides. Used by ``resources.py``, ``learner_ranks.py``
-and ``sampler_pool.py``.
+Every wait has a limit, and a service that died, hangs or failed is named in an ``ActorFailure``. ``max_restarts=0``: a
+restarted actor would have lost its state, so its owner decides. Used by ``resources.py``, ``learner_ranks.py`` and
+``sampler_pool.py``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class ActorInfo:
-    """What a service says of itself once it has started."""
+    """What a service reports once it has started."""
 
     node: str
     """Ray's id of its node: the same for two services that share memory."""
@@ -73,14 +73,14 @@ class ActorRef:
 
 
 class ActorFailure(RunFailure):
-    """A service died or hangs (``died``), or failed at what it was asked, perhaps because another rank is gone."""
+    """A service died or hangs (``died``), or its call failed, perhaps because another rank died."""
 
     def __init__(self, actor: ActorRef, why: str, died: bool = True, caused_by_peer: bool = False) -> None:
         super().__init__(f"{actor.place} {why}")
         self.actor, self.died, self.caused_by_peer = actor, died, caused_by_peer
 
     def of_learner(self) -> RunFailure:
-        """What it is to the whole learner: lost, or failed by itself."""
+        """The same as an error of the whole learner: lost, or failed by itself."""
         return LearnerLost(str(self)) if self.died or self.caused_by_peer else RunFailure(str(self))
 
 
@@ -89,11 +89,11 @@ class NoRoom(RunFailure):
 
 
 class LearnerBusy(Exception):
-    """The learner cannot hand out these weights now; the next sync will bring newer ones."""
+    """The learner cannot send these weights now; the next sync sends newer ones."""
 
 
 class Restarts:
-    """How often services were replaced, all of them together, and how often they may be; ``say`` tells people."""
+    """How often services were replaced, all of them together, and how often they may be; ``say`` prints for people."""
 
     def __init__(self, limit: int, say: Callable[[str], None]) -> None:
         self.made, self.say = 0, say
@@ -110,7 +110,7 @@ class Restarts:
 
 def start_actor(service: type, **options: Any) -> Any:
     """Starts a service as an actor; ``options`` are Ray's. Calls run one after another in the order made; beside them
-    ``pulse`` answers at any time, so that a process that hangs whole is told from one at work."""
+    ``pulse`` answers at any time, which distinguishes a process that hangs from a busy one."""
     settings: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"pulse": 1}}
     return ray.remote(**settings)(service).options(runtime_env={"env_vars": _ENVIRONMENT}, **options).remote()
 
@@ -168,7 +168,7 @@ def answer(actor: ActorRef, ref: Any, doing: str) -> Any:
         cause = error.cause
         if isinstance(cause, UserError):
             raise UserError(str(cause)) from None
-        # A RunFailure says all there is to the terminal; anything else needs its traceback there, too.
+        # A RunFailure is complete in one sentence; anything else needs its traceback, too.
         level = logging.INFO if isinstance(cause, RunFailure) else logging.WARNING
         log.log(level, "%s failed while %s:\n%s", actor.place, doing, error)
         text = str(cause) if isinstance(cause, RunFailure) else f"{type(cause).__name__}: {cause}"
@@ -205,7 +205,7 @@ class Heartbeats:
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float, tell: Callable[[], None], every_s: float = 1.0) -> bool:
-    """Waits until the condition holds; False when it did not within ``limit_s``. ``tell`` is called once, when there is
+    """Waits until the condition holds; False when it did not within ``limit_s``. ``tell`` is called once, if there is
     something to wait for."""
     until, told = time.monotonic() + limit_s, False
     while not condition():

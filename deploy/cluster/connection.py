@@ -42,7 +42,7 @@ def connect(address: str) -> bool:
     one at this address: ``auto`` (the job's, or this machine's), ``HOST:PORT``, or ``private`` (one of this machine
     alone, on loopback). Raises ``UserError`` when there is none, it cannot be reached, or the token is not right."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # answers that nobody waits for any more
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # answers that are no longer waited for
     if address == "private":
         os.environ.setdefault(_LOOPBACK_ONLY, "0")
     try:
@@ -71,7 +71,7 @@ def connect(address: str) -> bool:
         raise UserError(f"cluster.address={address!r}: {_why(error, address)}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
-            # Ray's own would end a run that means to save first.
+            # Ray's own handler would end a run before it saves.
             signal.signal(signal.SIGTERM, on_terminate or signal.SIG_DFL)
     return True
 

@@ -1,8 +1,8 @@
-"""``LearnerRanks``: the learner's ranks behind the one ``Learner`` contract, and the way of their weights to samplers.
+"""``LearnerRanks``: the learner's ranks behind the one ``Learner`` contract, and weight transfer to the samplers.
 
 Every call goes to all ranks with the same arguments (learner/distributed.py shares the work among them). A rank that
 dies or hangs takes the others with it, because they wait for it: the whole learner is then lost (``LearnerLost``) and
-begins again from its last checkpoint, which deploy/run.py sees to.
+deploy/run.py restarts it from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Delivered = tuple[dict[ActorRef, str], dict[ActorRef, ActorFailure]]
 
 @dataclasses.dataclass(eq=False)
 class RankWeights:
-    """A ``WeightHandle`` on one version of the ranks' weights. ``LearnerRanks.deliver`` brings them to samplers; opened
-    here, or asked what it holds before that, it brings the tensors into this process."""
+    """A ``WeightHandle`` on one version of the ranks' weights. ``LearnerRanks.deliver`` sends them to samplers;
+    ``open`` here, or ``sent`` before that, fetches the tensors into this process."""
 
     fetch: Callable[[RankWeights], Written]
     version: int
@@ -68,7 +68,7 @@ class LearnerRanks:
         self._ranks: list[ActorRef] = []
         self._turn = threading.Lock()  # the ranks do one thing at a time; a new sampler asks from a thread of its own
         self._members: tuple[ActorRef, ...] = ()  # of the broadcast's group, the sender first
-        self._url = ""  # where they meet
+        self._url = ""  # their rendezvous
 
     def open(self) -> None:
         self._ranks = self._cluster.start_learner()
@@ -136,8 +136,8 @@ class LearnerRanks:
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def deliver(self, handle: RankWeights, samplers: Sequence[ActorRef], version: int) -> Delivered:
-        """Has these samplers load the weights. Raises ``LearnerLost`` when the learner is, and ``LearnerBusy`` when it
-        works on the next version."""
+        """Makes these samplers load the weights. Raises ``LearnerLost`` when the learner is lost, and ``LearnerBusy``
+        when it works on the next version."""
         if not self._ranks:
             raise LearnerLost("the learner is starting again")
         handle.transport = self._transport(handle.kind, samplers)
@@ -191,7 +191,7 @@ class LearnerRanks:
         fails."""
         members = (self._ranks[0], *samplers)
         if members != self._members:
-            # Whoever is dead by now would keep all the others waiting at the meeting place.
+            # A dead member would keep all the others waiting at the rendezvous.
             if failures := self._without_pulse(samplers):
                 _kill_dead(failures)
                 return {}, failures
@@ -228,13 +228,14 @@ class LearnerRanks:
         return {rank: rank.call(method, *arguments) for rank in self._ranks}
 
     def _finish(self, calls: Mapping[ActorRef, Any], doing: str, limit: str = "sync_s") -> dict[ActorRef, Any]:
-        """All ranks' answers. Raises ``LearnerLost`` when one died or hangs, ``RunFailure`` when one says so itself."""
+        """All ranks' answers. Raises ``LearnerLost`` when one died or hangs, ``RunFailure`` when one reports a failure
+        of its own."""
         doing = f"{doing} (timeouts.{limit})"
         answers, failures = self._call_all(calls, doing, limit, stop_on_failure=True)
         if not failures:
             return answers
         failure = next(iter(failures.values()))
-        # Who died is the cause, and what the others report follows from it.
+        # The rank that died is the cause; the others' errors follow from it.
         if not failure.died and (dead := self._without_pulse(self._ranks)):
             failure = ActorFailure(next(iter(dead)), f"died while {doing}")
         raise failure.of_learner()

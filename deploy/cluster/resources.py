@@ -1,8 +1,8 @@
-"""The run's place on the cluster: sees that the run fits, reserves the room, and starts services in it.
+"""The run's resources on the cluster: checks that the run fits, reserves a placement group, and starts services in it.
 
-Everything that can be wrong with the cluster is said before a model is loaded: too little of something (with what is
-missing, and not an endless wait), nodes with other versions. Where the parts sit is one placement group, which Ray
-fixes by itself when a node is lost and another has room. Import it once the cluster is joined; used by ``separate.py``.
+Problems of the cluster are reported before a model is loaded: missing resources (named, instead of an endless wait),
+nodes with other versions. All parts share one placement group, which Ray repairs itself when a node is lost and another
+has room. Import it once the cluster is joined; used by ``separate.py``.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Room:
     """Services that were closed and can be started again, by their place."""
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # the cluster may be gone
+        with contextlib.suppress(Exception):  # the cluster may be down
             for actor in self.idle.values():
                 ray.kill(actor)
             remove_placement_group(self.placement)
@@ -245,8 +245,8 @@ class Cluster:
         return home
 
     def _placed(self, place: int) -> bool:
-        """Whether that is a living node. Ray takes one for alive until some 15 s after its end, and would start
-        services on it that never come."""
+        """Whether that is a living node. Ray counts a node as alive until some 15 s after its end, and would start
+        services on it that never run."""
         home = self._home(place)
         return any(
             node["NodeID"] == home
@@ -260,7 +260,7 @@ class Cluster:
         assert self._room is not None, "services live in a room"
         idle = self._room.idle.pop(place, None)
         if idle is not None:
-            with contextlib.suppress(ray.exceptions.RayError):  # its node may be gone
+            with contextlib.suppress(ray.exceptions.RayError):  # its node may be down
                 ray.get(idle.pulse.remote(), timeout=self._config.timeouts.pulse_s)
                 return idle
             ray.kill(idle)
@@ -279,7 +279,7 @@ class Cluster:
         return answers
 
     def _note(self, infos: Mapping[ActorRef, ActorInfo]) -> None:
-        """Takes down what services said that have started."""
+        """Records what started services reported."""
         for actor, info in infos.items():
             actor.info = info
             with self._lock:  # replicas start side by side

@@ -1,10 +1,10 @@
 """``SamplerPool``: any number of sampler replicas behind the one ``Sampler`` contract.
 
-A request is cut into items that the replica with the least to do takes next, and put together again in the order of
-its prompts. A replica that dies, hangs or answers garbage is replaced, given the current weights, and its items are
-asked again, so that no prompt is lost or answered twice; the number of replacements is bounded. A thread gives out the
-work and takes it in; the loop only waits for its futures. With one replica a request stays whole: it draws exactly as
-it would in the loop's own process.
+A request is cut into items that the replica with the least to do takes next, and put together again in the order of its
+prompts. A replica that dies, hangs or answers garbage is replaced, given the current weights, and its items are asked
+again, so that no prompt is lost or answered twice; the number of replacements is bounded. A thread schedules the items
+and collects the answers; the loop only waits for its futures. With one replica a request stays whole: it draws exactly
+as it would in the loop's own process.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class SamplerPool:
     # -- work --------------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        """The thread that gives out work and takes it in."""
+        """The scheduler thread."""
         heartbeats, limit_s = Heartbeats(self._config.timeouts.pulse_s), self._config.timeouts.generate_s
         while not self._closing:
             try:
@@ -222,7 +222,7 @@ class SamplerPool:
                     overdue = f"was still writing after {limit_s:g} s" if replica.overdue(limit_s) else ""
                     if why := overdue or heartbeats.missing(replica.actor, "writing completions"):
                         self._replace(replica, f"{replica.actor.place} {why}")
-            except Exception as error:  # a mistake here must not leave the loop waiting for ever
+            except Exception as error:  # a bug here must not leave the loop waiting for ever
                 log.exception("the sampler pool failed")
                 self._fail(error)
 
@@ -274,8 +274,8 @@ class SamplerPool:
             self._lock.notify_all()
 
     def _drain(self) -> None:
-        """Until nothing is in flight: weights never touch an earlier request. Items that no replica can work on, all
-        being without weights, wait for the new ones instead."""
+        """Blocks until in-flight requests finish, so new weights never affect an earlier request. Items that no replica
+        can work on, because all lack weights, wait for the new ones instead."""
         timeouts = self._config.timeouts
         # Every loss, and every item, has a limit of its own; this is their sum.
         again_s = timeouts.generate_s + timeouts.start_s + timeouts.load_s + timeouts.sync_s
@@ -346,7 +346,7 @@ class SamplerPool:
                 replica.actor, replica.state = actor, _State.LOADING
                 served = self._served
                 self._lock.notify_all()
-            if served is not None:  # else the next sync brings them
+            if served is not None:  # else the next sync sends them
                 self._supply(replica, actor, *served)
         except NoRoom as error:
             with self._lock:
@@ -360,9 +360,10 @@ class SamplerPool:
             replica.actor = failure.actor
             self._replace(replica, str(failure))
         except LearnerBusy:
-            pass  # the next sync brings newer weights
+            pass  # the next sync sends newer weights
         except LearnerLost as failure:
-            with self._lock:  # tells the loop, which waits for completions that nobody can write: it brings another
+            # Raised in the loop, which waits for completions that no replica can write.
+            with self._lock:
                 self._learner_failure = failure
                 self._end_requests(failure)
         except Exception as error:

@@ -18,7 +18,7 @@ from learner.model import resolve
 
 
 class SeparateDevices:
-    """A ``Placement`` where each side has devices of its own: nobody has to make room."""
+    """A ``Placement`` where each side has devices of its own: no side has to free memory."""
 
     def sampling(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -28,7 +28,7 @@ class SeparateDevices:
 
 @contextlib.contextmanager
 def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator[Components]:
-    """Sampler replicas and learner ranks as services; what is lost of them is replaced, and ``say`` tells people."""
+    """Sampler replicas and learner ranks as services; those that are lost are replaced; ``say`` prints for people."""
     config, timeouts = ready.config, ready.config.timeouts
     with contextlib.ExitStack() as stack:
         stack.enter_context(connection.joined(config))
@@ -82,7 +82,7 @@ def parts(ready: Prepared, folder: Path, say: Callable[[str], None]) -> Iterator
             f"{'packed' if facts['packed'] else 'padded'}, {config.model.dtype}, {facts['device']}: "
             f"{', '.join(learner.places())}",
             memory_gib=learner.memory_gib,
-            # Each wait inside has its own limit; these are the sums, should all of them be needed.
+            # Each wait inside has its own limit; these are their sums.
             answer_s=tries * (timeouts.generate_s + replaced_s),
             sync_s=timeouts.generate_s + tries * replaced_s,
             restarts=lambda: restarts.made,

@@ -1,8 +1,9 @@
 """The process above a run on a cluster: starts the one that does the work, and starts it again when it is killed.
 
-A run that ends by itself, well or badly, has said why and is left alone; one that was killed (no memory, a stray
-signal) or stopped and never continued goes on from its last checkpoint. It knows nothing of the run but its folder.
-What becomes of a submitted job whose whole node dies is up to who submitted it (``--auto-resume``; docs/cluster.md).
+A run that exits by itself, with or without an error, has reported why and is not restarted; one that was killed (no
+memory, a stray signal) or stopped and never continued goes on from its last checkpoint. It knows nothing of the run but
+its folder. What becomes of a submitted job whose whole node dies is up to who submitted it (``--auto-resume``;
+docs/cluster.md).
 """
 
 from __future__ import annotations

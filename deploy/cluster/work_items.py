@@ -48,7 +48,7 @@ class WorkItem:
     params: SamplingParams
     id: int = dataclasses.field(default_factory=lambda: next(_numbers))
     since: float = 0.0
-    """When its replica was told, on the monotonic clock; 0: not yet."""
+    """When it was sent to its replica, on the monotonic clock; 0: not yet."""
 
     def fault_of(self, groups: Sequence[Group], vocabulary: int) -> str:
         """What is wrong with these answers, or nothing. ``vocabulary``: how many tokens there are."""

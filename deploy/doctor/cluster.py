@@ -1,4 +1,4 @@
-"""What only several machines can get wrong: the nodes of a Ray cluster looked at from inside, and compared.
+"""Checks across machines: the nodes of a Ray cluster, each checked from inside, and compared.
 
 A small actor on every node runs the machine's checks there and is a rank of an all-reduce, as the learner's are, on the
 address that Ray uses. The actors take no core and no device, so this runs beside a training run. Left out: joining the
@@ -121,7 +121,7 @@ def shared_folder(probes: Mapping[str, Any], folder: Path) -> list[Finding]:
 
 def collective(probes: Mapping[str, Any], limit_s: float = _COLLECTIVE_S) -> list[Finding]:
     """An all-reduce over gloo by one process on each node, as the learner's ranks do it: each is connected to every
-    other one. Where it fails, each pair on its own, which says who does not reach whom."""
+    other one. Where it fails, each pair on its own, which shows who does not reach whom."""
     names = list(probes)
     what = f"collective of {', '.join(names)}"
     url, troubles = _ask({names[0]: probes[names[0]].rendezvous.remote()}, _TALK_S)
@@ -186,7 +186,7 @@ class Probe:
 
 
 def address_of(ip: str) -> Finding:
-    """Whether the address that Ray tells the other nodes is one of this machine's own."""
+    """Whether the address that Ray gives the other nodes is one of this machine's own."""
     try:
         device.bind_collectives(ip)
     except UserError:

@@ -33,7 +33,7 @@ def _cluster(address: str, folder: str) -> Iterator[tuple[str, list[Finding]]]:
     except UserError as error:
         yield "cluster", [Finding("connection", address, "wrong", str(error))]
         return
-    import ray  # only now: it is told above what to listen on
+    import ray  # only now: what it listens on is configured above
 
     from deploy.doctor.cluster import look
 

@@ -1,4 +1,4 @@
-"""What stands in the way of a run on this machine: software, devices, memory, disk, walls, ports and token.
+"""What could keep a run from working on this machine: software, devices, memory, disk, walls, ports and token.
 
 Each check is a plain function that returns a ``Finding``; whatever is not ``ok`` says in one sentence what to do. No
 check needs Ray: ``deploy/doctor/cluster.py`` runs them on every node of a cluster. Left out: whether a particular run
@@ -36,7 +36,7 @@ from common.rewards import sandbox
 
 PACKAGES = ("torch", "transformers", "vllm", "ray", "peft", "nanogrpo")
 RAY_PORTS = (6379, 8265, 10001)
-"""Of the cluster, of the dashboard and jobs, and of clients, where Ray is not told otherwise."""
+"""Ray's defaults: the cluster's, the dashboard's (and jobs'), and clients'."""
 GIB = 2**30
 Verdict = Literal["ok", "warn", "wrong"]
 _STYLE = {"ok": "green", "warn": "yellow", "wrong": "bold red"}
@@ -132,13 +132,13 @@ def vllm_fits(installed: Mapping[str, str], requirements: Sequence[str]) -> Find
 
 
 def broken_companions(names: Sequence[str] = ("torchvision", "torchaudio", "torchcodec")) -> list[Finding]:
-    """torchvision and its kin come along with vLLM as builds for another torch; beside this one they break the import
-    of models. Each that is installed is imported, in a process of its own."""
+    """torchvision, torchaudio and torchcodec come with vLLM as builds for another torch; with this one they break the
+    import of models. Each that is installed is imported, in a process of its own."""
     findings = []
     for name in names:
         if distribution := _distribution(name):
             trouble = _import_trouble(name)
-            # transformers imports torchvision with every model, its kin only for sound and video.
+            # transformers imports torchvision with every model, the others only for audio and video.
             verdict: Verdict = "wrong" if name == "torchvision" else "warn"
             cure = f"nothing here needs it and it does not load ({trouble}); pip uninstall -y {name}"
             findings.append(judged(name, distribution.version, (trouble, verdict, cure)))

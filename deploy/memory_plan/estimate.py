@@ -1,10 +1,10 @@
 """What a run takes of its device's memory, phase by phase, without loading a weight.
 
 Puts together the learner's measured memory (``learner/memory_estimate.py``), what the sampler says of its own
-(``common/memory.py``), and who is awake when. The constants below are neither measured on the run nor counted, and each
-says where it comes from.
+(``common/memory.py``), and which side is awake when. The constants below are neither measured on the run nor counted;
+each gives its source.
 
-Left out: what would make a run fit (``search.py``), and telling anybody (``output.py``).
+Left out: what would make a run fit (``search.py``), and the output (``output.py``).
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class DeviceSpec:
     name: str
     gpu: bool
     bytes: int | None
-    """What this run can have of it; None where nobody knows: a device of another machine."""
+    """What this run can have of it; None where it is unknown: a device of another machine."""
     whole: int | None = None
     """All of it, of which vLLM takes its share; None: the same as ``bytes``."""
     host: int | None = None
-    """Of a GPU: the memory of its host that this run can have; None where nobody knows."""
+    """Of a GPU: the memory of its host that this run can have; None where it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Planner:
     def _phases(
         self, config: Config, sampler: SamplerMemory, load: Parts, learn: Parts, sync_buffers: int
     ) -> dict[str, Parts]:
-        """Who holds what when, the learner ``load`` from its start on. On a shared GPU the one that does not work
+        """Memory by phase; the learner holds ``load`` from its start on. On a shared GPU the one that does not work
         sleeps; on a CPU both are there all the time, and across machines neither sleeps."""
         gpu = self.device.gpu
         base = {"CUDA context": CONTEXT} if gpu else {"process and libraries": PROCESS_CPU}
@@ -169,7 +169,7 @@ class Planner:
         """The memory of the host beside a GPU that both share: what waits there."""
         base = {"process and libraries": PROCESS_GPU}
         if config.optimizer.offload:
-            trained = learner.parameters_trained  # a master, a gradient and two moments, float32 each
+            trained = learner.parameters_trained  # a master weight, a gradient and two moments, float32 each
             base |= {"float32 masters": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
         # The copies are kept from one time to the next.
         parked = summed(base, {"the learner's copies": config.memory.offload_while_sampling * _total(load)})
@@ -236,7 +236,7 @@ class Planner:
         return learner.trained_bytes if config.sync.proof and config.sync.challenge else 0
 
     def _one_ranks(self, config: Config, parts: dict[str, int]) -> dict[str, int]:
-        """Ranks divide weights, masters, gradients and moments; a layer at a time is whole."""
+        """Ranks divide weights, float32 master weights, gradients and moments; a layer at a time is whole."""
         ranks, size = config.cluster.learner_ranks, self._size(config)
         if ranks == 1:
             return parts
@@ -245,7 +245,7 @@ class Planner:
 
 
 def parts_of(learner: LearnerMemory, phase: str, gpu: bool) -> dict[str, int]:
-    """On a CPU with what the heap keeps beyond the tensors alive."""
+    """On a CPU with what fragmentation adds to the tensors alive."""
     parts = summed(learner.phases[phase])
     passing = sum(size for name, size in parts.items() if name not in RESIDENT)
     return parts if gpu else summed(parts, {"gaps in the heap": int(HEAP_GAPS * passing)})
@@ -277,7 +277,7 @@ def size_of(words: str) -> int:
 
 
 def device_of(config: Config, device_memory: str = "") -> DeviceSpec:
-    """The device that the run would take, and its memory: as said, as configured, or as it is."""
+    """The device that the run would take, and its memory: as given, as configured, or as detected."""
     said = size_of(device_memory) if device_memory else int(config.memory.device_gib * GIB)
     there = torch.accelerator.is_available()
     gpu = config.train.device == "gpu" or (config.train.device == "auto" and (there or bool(device_memory)))

@@ -1,7 +1,7 @@
-"""``nanogrpo plan``, and the plan that every run begins with: whether it fits its device, before anything is loaded.
+"""``nanogrpo plan``, and the plan that every run starts with: whether it fits its device, before anything is loaded.
 
-Asks the planner (``estimate.py``) and, where that helps, the search (``search.py``), and tells people and programs what
-they found. Used by ``deploy/cli.py`` and, for the verdict alone, by ``deploy/run.py``.
+Asks the planner (``estimate.py``) and, where that helps, the search (``search.py``), and prints the results for people
+and programs. Used by ``deploy/cli.py`` and, for the verdict alone, by ``deploy/run.py``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ log = logging.getLogger("nanogrpo.plan")
 def answer(
     config: Config, device_memory: str, say: Callable[[str], None], *, limit_s: float = 45.0
 ) -> tuple[Plan, Proposal | None, dict[str, int]]:
-    """The whole of ``nanogrpo plan``: the plan, changes that would make it fit, how far it can grow. ``say`` is told
-    what is waited for; the search ends at about ``limit_s`` seconds."""
+    """The whole of ``nanogrpo plan``: the plan, changes that would make it fit, how far it can grow. ``say`` prints
+    progress; the search ends at about ``limit_s`` seconds."""
     say("reading the model's shape and the task's longest prompt")
     planner = planner_of(config, device_memory)
     say("running the learner on shapes")
@@ -68,7 +68,7 @@ def verdict(plan: Plan) -> str:
 
 
 def before_run(ready: components.Prepared, console: Console, folder: Path) -> Plan | None:
-    """The plan of a run about to begin on its device. Raises ``UserError`` when it cannot fit there, or on the disk of
+    """The plan of a run about to start on its device. Raises ``UserError`` when it cannot fit there, or on the disk of
     its ``folder``, and ``memory.plan`` is ``refuse``."""
     config = ready.config
     if config.memory.plan == "off":
@@ -117,7 +117,7 @@ LESS = "Less learner.microbatch_tokens, or learner.gradient_checkpointing=true, 
 
 
 def _advice(planner: Planner, limit_s: float = 15.0) -> str:
-    """What would make it fit, in a sentence; a search that fails must not stand before what it is a cure for."""
+    """What would make it fit, in a sentence; an error of the search must not hide the out-of-memory error."""
     try:
         found = solve(planner, planner.config, limit_s, lambda text: None)
     except Exception as error:

@@ -24,12 +24,12 @@ SAMPLER = "sampler.options."
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One value of one setting, or of two that go together, and what it costs in words."""
+    """One candidate change, of one setting or of two that go together, and its cost in words."""
 
     changes: tuple[tuple[str, Any], ...]
     cost: str
     is_series: bool = False
-    """One of a row that goes further and further."""
+    """One of a series, each going further."""
 
     def words(self) -> str:
         return ", ".join(f"{key}={json.dumps(value)}" for key, value in self.changes)
@@ -109,8 +109,8 @@ class Proposal:
 def solve(planner: Planner, config: Config, limit_s: float, say: Callable[[str], None]) -> Proposal | None:
     """Changes that make the run fit, or None where no such were found within ``limit_s`` seconds.
 
-    Goes through the settings in the order of what they cost, and keeps of each the value that helps most, until the
-    run fits; then leaves out again what it can do without, dearest first.
+    Goes through the settings in the order of what they cost, and keeps of each the value that helps most, until the run
+    fits; then drops the changes that are not needed, most costly first.
     """
     end = time.monotonic() + limit_s
 
@@ -129,7 +129,7 @@ def solve(planner: Planner, config: Config, limit_s: float, say: Callable[[str],
             after = _excess(plan([*chosen, option]))
             if after < 0.98 * lack:
                 best, lack = option, after
-            elif option.is_series:  # further would be dearer and no better
+            elif option.is_series:  # further would cost more and be no better
                 break
         chosen += [best] if best is not None else []
     if lack:

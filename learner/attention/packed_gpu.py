@@ -44,8 +44,8 @@ def attend(
 
 @functools.cache
 def _compiled() -> Any:
-    # The whole graph or an error: where torch gives up compiling again for another kind of pack, it would go on with
-    # its reference without a word, and all scores of the pack would exist at once.
+    # The whole graph or an error: where torch stops recompiling for another kind of pack, it would silently run its
+    # reference, and all scores of the pack would exist at once.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
     return torch.compile(flex_attention, fullgraph=True)
 

@@ -1,9 +1,9 @@
-"""Rows into forward passes: packed, where each token stands once however many rows begin with it, or padded.
+"""Rows into forward passes: packed as a prefix trie, where every shared prefix is computed once, or padded.
 
-A pack is a prefix trie laid out in the order of its tokens: of every row only what the row before it does not begin
-with. So a prompt stands once for all its completions, and worked examples once for all prompts that begin with them
-(the idea is Hydragen's, arXiv 2402.05099). Positions go on from where a row branches off. The last token of a
-completion predicts nothing and is left out (but see ``make_microbatches``). Which token may see which is for
+A pack is the trie laid out in the order of its tokens: of every row only what follows the prefix that it shares with
+the row before it. So a prompt is there once for all its completions, and worked examples once for all prompts that
+start with them (the idea is Hydragen's, arXiv 2402.05099). Positions go on from where a row branches off. The last
+token of a completion predicts nothing and is left out (but see ``make_microbatches``). Which token may see which is for
 ``learner/attention``, from the index tensors made here. The padded batch is the slow truth that packs are tested
 against, and the path for models that cannot be packed.
 
@@ -72,9 +72,9 @@ class Pack:
     column_K: torch.Tensor
     """Its place in the completion."""
     pairs_U: tuple[int, ...]
-    """Where each position's pairs begin, and P."""
+    """Where each position's pairs start, and P."""
     tokens_P: tuple[int, ...]
-    """Where each pair's tokens begin, and K."""
+    """Where each pair's tokens start, and K."""
     prompt_tokens: int
     """Prompt tokens in it, counted as often as they are computed."""
 
@@ -139,13 +139,11 @@ def _to(value: Any, device: str) -> Any:
 def make_microbatches(
     rows: Sequence[Row], budget_tokens: int, packed: bool, kind_of: Callable[[int], Hashable] | None = None
 ) -> list[Pack]:
-    """The forward passes for these rows, each at most ``budget_tokens`` tokens.
-
-    A pass takes neighbours in the order of their tokens, which share most, all passes about even; or the largest groups
-    first where fewer passes hold them so. Rows of one prompt stay together where a pass can hold them; a single longer
-    row goes alone; rows without tokens are left out. ``kind_of`` is for models whose positions go by the longest row of
-    a pass: rows whose lengths it tells apart do not share one, and are computed whole, so that a pass is as long as
-    they are.
+    """The forward passes for these rows, each at most ``budget_tokens`` tokens. A pass takes neighbours in the order of
+    their tokens, which share most, all passes about equal; or the largest groups first where fewer passes hold them so.
+    Rows of one prompt stay together where a pass can hold them; a single longer row goes alone; rows without tokens are
+    left out. ``kind_of`` is for models whose positions go by the longest row of a pass: rows whose lengths it
+    distinguishes do not share one, and are computed whole, so that a pass is as long as they are.
     """
     if kind_of is not None:
         kinds: dict[Hashable, list[Row]] = {}
@@ -205,7 +203,7 @@ def _order(row: Row) -> tuple[tuple[int, ...], int]:
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many tokens the two begin with in common."""
+    """Length of the prefix that the two share, in tokens."""
     return bisect_left(range(min(len(one), len(other))), True, key=lambda n: one[: n + 1] != other[: n + 1])
 
 

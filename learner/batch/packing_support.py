@@ -48,7 +48,7 @@ REFUSED = {
     "rwkv": "its recurrent layers carry a state from token to token",
     "xlstm": "its recurrent layers carry a state from token to token",
 }
-"""``model_type``s known to go wrong where nothing in their configuration says so."""
+"""``model_type``s known to fail although nothing in their configuration shows it."""
 
 EXACT = 1e-3
 """Mean |difference| of log-probs, nats, that rounding explains in float32 (it shows 4e-6 on SmolLM2-135M)."""
@@ -147,7 +147,7 @@ def check(model: Any, logprobs: Logprobs, from_logits: FromLogits, dtype: torch.
     """What is wrong with the padded path, as half a sentence, on a made-up sequence and against the model's own way;
     empty when nothing is. So the first sync does not blame the sampler for a model that the learner computes wrongly.
 
-    ``logprobs`` and ``from_logits`` are ``learner.token_logprobs``'s, the first with device and ranks seen to. It finds
+    ``logprobs`` and ``from_logits`` are ``learner.token_logprobs``'s, the first with device and ranks handled. It finds
     passes that fail or change the weights, models that look ahead, a head not known to ``behind_head``, and log-probs
     that differ by more than rounding.
     """
@@ -224,7 +224,7 @@ def probe(model: Any, logprobs: Logprobs) -> float:
     """Mean |packed - padded| log-prob, nats, on a made-up pack of two groups; infinity when it is no number. Raises
     whatever a pass raises.
 
-    ``logprobs`` is ``learner.token_logprobs.token_logprobs`` with the device seen to. Compare with ``tolerance``. It
+    ``logprobs`` is ``learner.token_logprobs.token_logprobs`` with the device handled. Compare with ``tolerance``. It
     finds tokens that see what they must not (a neighbour's state, another group), wrong positions and a lost layout;
     it is too short to meet a sliding window or a chunk of thousands of tokens, which ``why_not_packed`` judges.
     """
@@ -272,9 +272,9 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def plain_attention(model: Any) -> str:
-    """transformers' attention for the padded path: ``sdpa``, or ``eager`` for models on which SDPA would leave
-    something out without a word (Gemma 2's soft-capping, gpt-oss's sinks), or that add a mask of their own to the
-    scores and take the boolean one made for SDPA for numbers (GPT-J, BLOOM, MPT)."""
+    """transformers' attention for the padded path: ``sdpa``, or ``eager`` for models on which SDPA would silently leave
+    something out (Gemma 2's soft-capping, gpt-oss's sinks), or that add a mask of their own to the scores and take the
+    boolean one made for SDPA for numbers (GPT-J, BLOOM, MPT)."""
     causal = causal_of(model)
     capped = getattr(causal.config, "attn_logit_softcapping", None)
     return "sdpa" if getattr(causal, "_supports_sdpa", False) and not capped else "eager"
@@ -282,7 +282,7 @@ def plain_attention(model: Any) -> str:
 
 def kind_of_length(config: Any) -> Callable[[int], Hashable] | None:
     """A number of tokens to its kind, where rotary embeddings are chosen by the longest row of a pass (``dynamic`` and
-    ``longrope``): rows of unlike kinds must not share a pass, or they would change each other. Else None."""
+    ``longrope``): rows of different kinds must not share a pass, or they would change each other. Else None."""
     bounds: list[tuple[bool, int]] = []
     for rope in ropes(getattr(config, "rope_parameters", None)):
         if rope.get("rope_type") == "longrope":  # one of two

@@ -20,7 +20,7 @@ EPSILON = 1e-4
 """Added to every standard deviation, as TRL does; keeps a nearly constant group from exploding."""
 
 ROUNDING = 1e-9
-"""Rewards of a group that lie no further apart are equal: relative to the largest, absolute below 1."""
+"""Rewards of a group that differ by no more count as equal: relative to the largest, absolute below 1."""
 
 
 def zscore(rewards: Sequence[float], batch_std: float) -> float:
@@ -72,7 +72,7 @@ def has_signal(group: Group) -> bool:
 
 
 def counts(completion: Completion, spec: LearnerConfig) -> bool:
-    """Whether the step's averages count the completion: it has tokens, and was not cut where that leaves it out."""
+    """Whether the step's means count the completion: it has tokens, and is not left out for being truncated."""
     return bool(completion.token_ids) and not (spec.truncated == "mask" and completion.finish_reason == "length")
 
 
@@ -99,7 +99,7 @@ def soft_overlong(group: Group, max_tokens: int, overlong_tokens: int) -> Group:
 
 
 def _rewards(group: Group) -> list[float]:
-    """The completions' rewards, all the same number where only rounding sets them apart."""
+    """The completions' rewards, all the same number where they differ only by rounding."""
     rewards: list[float] = []
     for completion in group.completions:
         reward = completion.reward

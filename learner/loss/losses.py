@@ -3,8 +3,8 @@
     B sequences    T completion tokens, padded to the longest    K tokens of a pass
 
 Log-probs are natural logs of the probability of the token that was written, in nats. ``mask_BT`` is 1 on the tokens
-that count and 0 elsewhere (padding, sequences left out); what stands under a 0 never matters. Every average over tokens
-or sequences is in ``LossInputs.coef_BT``, made once for the whole step, so micro-batches (and ranks, if gradients are
+that count and 0 elsewhere (padding, sequences left out); values under a 0 never matter. Every mean over tokens or
+sequences is in ``LossInputs.coef_BT``, made once for the whole step, so micro-batches (and ranks, if gradients are
 summed over them) add up to exactly the gradient of the one big batch. The conventions are TRL 1.16's, and tests compare
 with TRL's own code.
 """
@@ -40,7 +40,7 @@ class LossInputs:
     reference_BT: Tensor | None = None
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> LossInputs:
-        """Those of some rows, or of some tokens as rows of one: whatever ``pick`` takes of a [B, T]."""
+        """The inputs of some rows, or of some tokens as rows of one: whatever ``pick`` takes of a [B, T]."""
         tensors: dict[str, Any] = {name: pick(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
@@ -131,7 +131,7 @@ LOSSES = {
     "cispo": Loss(cispo_loss, token_mean),
     "sapo": Loss(sapo_loss, sequence_mean),
 }
-"""``learner.loss`` to what it is; its words stand in ``common/config/schema.py`` too."""
+"""``learner.loss`` to its functions, by the words of ``LearnerConfig.loss`` in ``common/config/schema.py``."""
 
 
 # -- the terms ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""What a model's files tell before they are loaded: pointers in place of files, and numbers that are not finite.
+"""Checks of a model's files before they are loaded: Git LFS pointers in place of files, and numbers that are not
+finite.
 
-That all weights are there, whole and in the right shapes, is ``learner.model.loading``'s to say, which can read the
-headers alone. Used by ``loading.py`` and ``resolve.py``.
+That all weights are there, complete and in the right shapes, is checked by ``learner.model.loading``, which can read
+the headers alone. Used by ``loading.py`` and ``resolve.py``.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def dense(weight: torch.Tensor) -> torch.Tensor:
 
 
 def weights_in(parameter: torch.Tensor) -> int:
-    """How many weights this parameter stands for."""
+    """How many weights this parameter holds."""
     about = getattr(parameter, "quant_state", None)
     return parameter.numel() if about is None else math.prod(about.shape)
 

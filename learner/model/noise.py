@@ -1,4 +1,5 @@
-"""Noise on the trained weights, for the sync's challenge: a sampler that holds the old ones is then far off.
+"""Noise on the trained weights, for the sync's challenge: a sampler with the old weights then has clearly other
+log-probs.
 
 Among ranks everything here is a collective.
 """
@@ -22,7 +23,7 @@ NOISE = 0.2
 
 @contextlib.contextmanager
 def perturbed(model: Any, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Inside, seeded noise lies on every trained weight: ``NOISE`` of each tensor's own spread, so each layer's part
+    """Inside, every trained weight carries seeded noise: ``NOISE`` of each tensor's own spread, so each layer's part
     shows in the log-probs; an adapter's zero half gets noise that makes its update as large."""
     generator = torch.Generator().manual_seed(seed)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

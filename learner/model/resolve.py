@@ -18,7 +18,7 @@ from learner.model import intact
 
 # Of a hub's model: all that tokenizers and templates are made of, and what the licence asks to be kept.
 _DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.codes", "vocab.*", "LICEN[CS]E*", "NOTICE*")
-# Where a config tells the longest sequence; the first is transformers' own name.
+# Where a config gives the longest sequence; the first is transformers' own name.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
             "seq_length", "seq_len", "n_ctx", "model_max_length", "max_target_positions")  # fmt: skip
 

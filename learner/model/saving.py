@@ -171,8 +171,8 @@ def write_folder(model: Any, source: Path, folder: Path, state: dict[str, torch.
 
 
 def _save(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """The model with these weights. transformers refuses to write generation settings that it read without a word
-    (a temperature without do_sample, as in most chat models of 2023), so they are written apart, as they are."""
+    """The model with these weights. transformers refuses to write generation settings that it read without complaint
+    (a temperature without do_sample, as in most chat models of 2023), so they are written separately, unchanged."""
     from transformers import GenerationConfig
 
     settings = getattr(model, "generation_config", None)

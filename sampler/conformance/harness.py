@@ -59,7 +59,8 @@ class Harness:
     """The sampler under test (made when first needed), the reference, and the folder's weights.
 
     ``make_handle(tensors, kind, adapter_config)`` makes the handle through which weights are sent; by default they are
-    lent in this process. A sampler elsewhere needs another. ``UserError`` for a folder that names no end of sequence.
+    shared within this process. A sampler elsewhere needs another. ``UserError`` for a folder that names no end of
+    sequence.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Harness:
         """The weights that are to be served now."""
         self.version = 0
         self.takes_adapters: bool | None = None
-        """As the sampler said; None until one was made."""
+        """As the sampler declares it; None until one was made."""
         self._make, self._make_handle = make, make_handle
         self._sampler: Sampler | None = None
 

@@ -23,7 +23,7 @@ Tensors: TypeAlias = Mapping[str, torch.Tensor]
 
 
 class ReferenceModel:
-    """The model in float32 on the CPU, one sequence at a time: slow, and nothing to get wrong."""
+    """The model in float32 on the CPU, one sequence at a time: slow and simple."""
 
     def __init__(self, folder: str) -> None:
         self.model: Any = load_model(folder, "float32")

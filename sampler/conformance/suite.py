@@ -78,7 +78,7 @@ def _check_output_head(harness: Harness) -> None:
 
 
 def _check_lent_tensors(harness: Harness) -> None:
-    """Tensors are only lent: what their owner does to them after ``load_weights`` changes nothing here."""
+    """The sampler keeps no reference: changes to the tensors after ``load_weights`` have no effect."""
     tensors = perturbed(harness.base, seed=3)
     lent = {name: tensor.clone() for name, tensor in tensors.items()}
     harness.load(lent, served=tensors)

@@ -16,7 +16,7 @@ from sampler.hf import is_tied
 if TYPE_CHECKING:
     import torch
 
-# Ours to set, because the loop depends on them; each with where the wish belongs instead.
+# Set by nanoGRPO, because the loop depends on them; each with the setting to use instead.
 OURS = {
     "model": "model.name",
     "dtype": "model.dtype",
@@ -73,7 +73,7 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
                 "model.lora_variant='dora' (merged weights are sent), model.lora_rank=0, or sampler.name='hf'"
             )
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(setup.adapter.rank)}
-        # Left to itself vLLM wraps the output head too, and on the CPU prompt log-probs then fail.
+        # By default vLLM wraps the output head too, and on the CPU prompt log-probs then fail.
         arguments["lora_target_modules"] = setup.adapter.layers
         if setup.quantize == "nf4" and not on_cpu:
             if importlib.util.find_spec("vllm_bnb_plugin") is None:

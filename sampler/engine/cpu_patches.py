@@ -65,7 +65,7 @@ def _unpack_embedding(model: torch.nn.Module) -> None:
             and type(layer.quant_method) is vocabulary.UnquantizedEmbeddingMethod
         ):
             layer.quant_method = LookUp()
-            # In place of the packed copy made at the start; right for whoever should ask for a product all the same.
+            # In place of the packed copy made at the start; still correct if a product is computed with it.
             vars(layer)["cpu_linear"] = torch.nn.functional.linear
 
 

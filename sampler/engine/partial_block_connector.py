@@ -1,9 +1,9 @@
-"""Each prompt of a group once, in vLLM on a CPU: what its prefix cache cannot share is copied.
+"""Computes a group's prompt once, in vLLM on a CPU: what the prefix cache cannot share is copied.
 
 vLLM shares whole blocks of a prompt, and a CPU's block is 32 tokens at the least: of each completion but a group's
-first the rest of the prompt, 16 tokens on the average, would be computed again, and of short prompts that is most of
-the work. Here the group's first sequence computes the prompt; the others wait for that one step, and begin with a copy
-of its last, partly filled block. Keys and values are those of the same tokens at the same places, so that nothing but
+first the rest of the prompt, 16 tokens on average, would be computed again, and of short prompts that is most of the
+work. Here the group's first sequence computes the prompt; the others wait for that one step, and start from a copy of
+its last, partly filled block. Keys and values are those of the same tokens at the same places, so that nothing but
 rounding changes.
 
 It is a connector, vLLM's interface for keys and values that come from elsewhere
@@ -47,7 +47,7 @@ class PartialBlockConnector(KVConnectorBase_V1, SupportsHMA):
         rest = self._end(request) - num_computed_tokens
         if not self._plain or rest <= 0 or request.skip_reading_prefix_cache:
             return 0, False
-        if request.num_tokens > request.num_prompt_tokens:  # it was interrupted, and begins again with what it wrote
+        if request.num_tokens > request.num_prompt_tokens:  # it was preempted, and starts again with what it wrote
             return 0, False
         first = self._first.get(self._key(request))
         if first is None or first is request or first.is_finished():

@@ -1,4 +1,4 @@
-"""What a request says to vLLM and how its answer is read, for the engine in this process and for a server alike."""
+"""A request's parameters for vLLM and how its answer is read, for the engine in this process and for a server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def prompt_seed(seed: int, place: int) -> int:
 def part_seed(seed: int, offset: int) -> int:
     """A seed for a part of a request, its own for every ``offset``; that of a whole request (offset 0) is its own.
 
-    torch's CPU generator uses 32 bits. Steps of the golden ratio of that range are all different, and far apart.
+    torch's CPU generator uses 32 bits. Multiples of the golden ratio of that range are all different and far from each
+    other.
     """
     return (seed + 0x9E3779B1 * offset) % 2**32
 

@@ -12,7 +12,7 @@ a tensor that was sent and fills no place was dropped.
 - What vLLM computes from a sent tensor (``_COMPUTED``) must change when that does, and only then.
 - An adapter is compared number by number in the slot it is served from, scaling included (vLLM folds it into B).
 
-Works alike on CPU and GPU, and on each shard. vLLM's own checker (``weight_checksum.py``) sees neither packed CPU
+Works the same on CPU and GPU, and on each shard. vLLM's own checker (``weight_checksum.py``) sees neither packed CPU
 layers nor adapters, and cannot say what a hash should be. Used by sampler/engine/vllm.py; the last functions are called
 in the engine's process by name.
 """
@@ -106,7 +106,7 @@ class _Place:
     start: int
     stop: int
     sources: list[Source]
-    """The sent tensors that may fill it: more than one as long as they are all alike. Empty: padding."""
+    """The sent tensors that may fill it: more than one as long as they are equal. Empty: padding."""
     bits: int
     """What it held after the load before."""
 

@@ -1,6 +1,6 @@
 """vLLM in this process, on a CPU or a GPU build: the sampler of every real run.
 
-The engine stays in this process, so that tensors are handed over as they are. It works in ``pump``, a step at a time,
+The engine stays in this process, so that tensors are passed without a copy. It works in ``pump``, a step at a time,
 and requests join and leave between steps; one thread makes every call, ``result`` of its futures included. Weights go
 in through ``reload_weights``: after loading, vLLM repacks its linear layers, and its model's own ``load_weights`` fails
 on them. Over several devices the shards live in worker processes, which read the weights from shared memory.
@@ -56,7 +56,7 @@ class Answer(GroupsFuture):
         self._sampler, self._finish = sampler, finish
         self._answers: list[Any] = [None] * size
         self._left = size
-        self.set_running_or_notify_cancel()  # or it could be cancelled, and the engine would go on with it
+        self.set_running_or_notify_cancel()  # or it could be cancelled, and the engine would still work on it
 
     def take(self, place: int, output: Any) -> None:
         """The engine's output for one of the prompts; with the last of them the future is done."""
@@ -118,7 +118,7 @@ class VllmSampler:
 
     @staticmethod
     def check_sampling(params: SamplingParams) -> None:
-        """Raises ``UserError`` for a temperature that vLLM refuses, or would replace without a word."""
+        """Raises ``UserError`` for a temperature that vLLM refuses, or would replace silently."""
         check_temperature(params.temperature)
 
     @staticmethod
@@ -348,14 +348,14 @@ class VllmSampler:
 
     def _forget(self, swapping: bool = False) -> None:
         """Empties the prefix cache. vLLM leaves it as it is, and only logs that, while a block is still in use: on a
-        GPU the engine is a step ahead of what it has told, and that step may hold some.
+        GPU the engine is a step ahead of the outputs it has returned, and that step may hold some.
 
         Raises ``RunFailure`` when blocks stay in use; what they hold may be by old weights.
         """
         for _ in range(4):
             if self._llm.reset_prefix_cache(reset_running_requests=swapping):
                 return
-            if not self._open:  # what is ahead belongs to nobody
+            if not self._open:  # the step ahead belongs to no request
                 self._llm.llm_engine.step()
         raise RunFailure("the vLLM sampler cannot empty its prefix cache: some of its blocks stay in use")
 

@@ -4,8 +4,8 @@ runs, or that lives where only a port is open.
 Token ids go in and come out, one request for each prompt. Full weights are written to a folder that both sides see, and
 the server reads them from there (``/collective_rpc``, which needs ``VLLM_SERVER_DEV_MODE=1``); an adapter is loaded
 from there under a name that was never used before. Left out: starting and stopping the server, several servers,
-sleeping. Whoever reaches the port of a server in developer mode commands it, key or not: keep the port on the host or
-behind a tunnel.
+sleeping. Anyone who reaches the port of a server in developer mode controls it, with or without the key: keep the port
+on the host or behind a tunnel.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class RemoteSampler:
         self._sends_head = needs_head(json.loads((Path(setup.model_folder) / "config.json").read_text()))
         self._pending: set[Future[list[Group]]] = set()
         self._calls, self._adapters = itertools.count(), itertools.count()
-        self._run = uuid.uuid4().hex[:12]  # tells this sampler's adapters and cache entries from all others'
+        self._run = uuid.uuid4().hex[:12]  # distinguishes this sampler's adapters and cache entries from all others'
         self._version = 0
         self._adapter: str | None = None
         self._http: VllmHttp | None = None

@@ -1,4 +1,4 @@
-"""HTTP to one vLLM server, on a thread of its own, and the sentences for what goes wrong on the way.
+"""HTTP to one vLLM server, on a thread of its own, and the error sentences for it.
 
 It knows addresses, keys and limits, and nothing of weights or completions. Used by ``sampler/server/client.py``.
 """
@@ -23,7 +23,7 @@ T = TypeVar("T")
 CONNECT_S = 10.0
 MEET_S = 60.0  # for each question asked while meeting the server
 _IDLE_S = 2.0  # a connection is not used again after this: the server hangs up after 5, at times in mid-request
-# A machine that vanishes without a word is noticed within half a minute.
+# A machine that disappears is noticed within half a minute.
 _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
@@ -94,7 +94,7 @@ class VllmHttp:
         return self.start(work).result().status_code != 404
 
     def leave(self, path: str, body: Any) -> None:
-        """A last word that nobody waits for long, nor minds if it is lost."""
+        """A best-effort request at shutdown with a short timeout; errors are ignored."""
         futures.wait([self.start(self._send(path, body, "being left", 5.0))], timeout=5.0)
 
     def close(self) -> None:
