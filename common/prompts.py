@@ -105,14 +105,14 @@ class PromptStream:
         for key, now in (("prompts", len(self._prompts)), ("seed", self._seed)):
             if state[key] != now:
                 raise UserError(
-                    f"the run was begun with {key}={state[key]} in its prompt stream and now has {now}; "
-                    "resume with the task and seed that it was begun with"
+                    f"the run was started with {key}={state[key]} in its prompt stream and now has {now}; "
+                    "resume with the task and seed that it was started with"
                 )
         hashed = len(looked_at(len(self._prompts)))
         if state.get("hashed", len(self._prompts)) == hashed and state.get("sha256", self._sha256) != self._sha256:
             raise UserError(
-                f"the task's {len(self._prompts)} training prompts are not those that the run was begun with (their "
-                "texts or answers have changed); give the task its former data, or begin another run"
+                f"the task's {len(self._prompts)} training prompts are not those that the run was started with (their "
+                "texts or answers have changed); give the task its former data, or start another run"
             )
 
     @functools.cached_property

@@ -115,7 +115,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check all that needs no loaded model, then stop")] = False,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN_DIR", help="go on with this run")] = None,
     auto_resume: Annotated[
-        bool, typer.Option("--auto-resume", help="go on with the run in run.folder if it is there, else begin it")
+        bool, typer.Option("--auto-resume", help="resume the run in run.folder if there is one, else start it")
     ] = False,
 ) -> None:
     """Train: sample, score, learn, sync, every step."""
@@ -252,7 +252,7 @@ def sample(
     prompts: Annotated[list[str] | None, typer.Argument(metavar='["prompt" | section.key=value]...')] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="completions of each prompt")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token at every place")] = False,
-    questions: Annotated[int, typer.Option(min=0, help="ask so many test questions of the task instead")] = 0,
+    questions: Annotated[int, typer.Option(min=0, help="ask this many test questions of the task instead")] = 0,
     step: Step = None,
 ) -> None:
     """Print completions; with task.name=... or --questions also their rewards."""

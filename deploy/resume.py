@@ -69,8 +69,8 @@ def same_run(folder: Path, config: Config) -> Config:
         why = "when a run is resumed, or it would not be the same run; `nanogrpo config` marks what can"
         if key == "train.steps":
             why = (
-                f"under optimizer.schedule={config.optimizer.schedule!r}, whose rates it would stretch; leave it, or "
-                "begin another run (a constant schedule can be extended)"
+                f"under optimizer.schedule={config.optimizer.schedule!r}, whose rates it would change; leave it, or "
+                "start another run (a constant schedule can be extended)"
             )
         raise UserError(f"{key}={new!r} cannot change from {old!r} {why}")
     done = max(checkpoints.steps(), default=0)
@@ -180,5 +180,5 @@ def _check_none_is_lost(folder: Path, before: Config) -> None:
         cure = f"its model is in {str(folder / 'final')!r}" if (folder / "final").is_dir() else "put them back"
         raise UserError(
             f"the run in {str(folder)!r} has done {done} steps, but none of its checkpoints is left in "
-            f"{str(folder / 'checkpoints')!r}, so it cannot go on; {cure}, or begin another run in another folder"
+            f"{str(folder / 'checkpoints')!r}, so it cannot go on; {cure}, or start another run in another folder"
         )

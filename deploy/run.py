@@ -122,7 +122,7 @@ def _train(
         with time_limit("learner", "reading its checkpoint", config.timeouts.load_s, "timeouts.load_s"):
             state = checkpoints.restore_latest(learner)
         if state is None:
-            _tell(console, "there is no checkpoint yet: the run begins again from its start")
+            _tell(console, "there is no checkpoint yet: the run starts again from the beginning")
         metrics.rewind(folder, learner.version)
 
     probe = make_probe(ready.train, config.sync.probe_tokens, ready.longest_prompt)

@@ -180,7 +180,7 @@ def measure(config: Config, folder: Path, prompt_tokens: int, *, on_cpu: bool) -
     tensors = learner.tensors_by_category()
     tracker.watch("weights", tensors["weights"])
     tracker.watch("reference", tensors["reference"])
-    tracker.watch(HOST if offload else "float32 masters", tensors["stepped"])
+    tracker.watch(HOST if offload else "float32 master weights", tensors["stepped"])
     tracker.watch(HOST if offload else "optimizer", tensors["moments"])
     with _head_as_on(on_cpu), _fused_attention(), tracker:
         tracker.phase = "learn"

@@ -356,7 +356,7 @@ class HfSampler:
         tensor = tensor.to(target)
         # A tied output head arrives once or twice; twice it must be the same, for only one can be kept.
         if id(target) in loaded and not torch.equal(target, tensor):
-            raise RunFailure(f"the hf sampler was sent {name!r} apart from the weight that the model ties it to")
+            raise RunFailure(f"the hf sampler was sent {name!r} unlike the weight that the model ties it to")
         target.copy_(tensor)
         loaded.add(id(target))
 

@@ -1,4 +1,4 @@
-"""The learner: the same gradient however the batch is cut, float32 masters, and nothing stepped that is not finite."""
+"""The learner: the same gradient however the batch is cut, float32 master weights, no step that is not finite."""
 
 import copy
 import dataclasses

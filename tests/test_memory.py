@@ -90,7 +90,7 @@ def test_weights_masters_and_moments_are_counted_to_the_byte(llama):
     assert planned.parameters_trained == planned.parameters_total == 1_235_814_400
     parts = planned.phases["load"]
     assert parts["weights"] == pytest.approx(2 * 1_235_814_400, rel=1e-4)
-    assert parts["float32 masters"] == 4 * 1_235_814_400
+    assert parts["float32 master weights"] == 4 * 1_235_814_400
     assert parts["optimizer"] == pytest.approx(8 * 1_235_814_400, rel=1e-4)
     assert planned.phases["learn"]["gradients"] >= 4 * 1_235_814_400
 

@@ -128,7 +128,7 @@ def test_muons_steps_are_of_adamws_size_and_orthogonal():
 
 @pytest.mark.parametrize("kind", [KINDS[1], KINDS[2], *KINDS[5:]], ids=named)
 def test_a_regression_is_learned_about_as_well_as_with_adamw(kind):
-    """Mean squared error of a two-layer net after 80 steps: at most twice AdamW's on float32 masters."""
+    """Mean squared error of a two-layer net after 80 steps: at most twice AdamW's on float32 master weights."""
 
     def error(**fields):
         torch.manual_seed(0)
@@ -266,7 +266,7 @@ def test_compiled_it_is_seeded_too():
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"optimizer": {"offload": True, "master": "stochastic"}}, r"optimizer\.offload=true keeps float32 masters"),
+        ({"optimizer": {"offload": True, "master": "stochastic"}}, r"optimizer\.offload=true keeps float32 master"),
         ({"optimizer": {"offload": True}}, r"optimizer\.offload=true works with one learner rank only"),
         ({"optimizer": {"name": "muon"}}, r"optimizer\.name='muon' cannot step .*learner_ranks=2"),
         ({"optimizer": {"name": "adamw_8bit"}}, r"optimizer\.name='adamw_8bit' cannot step"),

@@ -137,7 +137,7 @@ def test_of_very_many_prompts_some_are_looked_at():
     assert len(made) == LOOKED_AT
     assert all(0 <= second - first - 10 <= 1 for first, second in itertools.pairwise(made))
     PromptStream(many, 0).check(state)
-    with pytest.raises(UserError, match="are not those that the run was begun with"):
+    with pytest.raises(UserError, match="are not those that the run was started with"):
         PromptStream(Prompts(len(many), lambda place: Prompt(f"other-{place}", ())), 0).check(state)
     del state["hashed"]  # of a version that hashed them all
     PromptStream(many, 0).check(state | {"sha256": "of all"})

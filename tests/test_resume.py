@@ -129,10 +129,10 @@ def test_vllms_free_options_are_arguments_of_its_engine():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_schedule_that_more_steps_would_stretch_is_refused(tiny, tmp_path, schedule):
+def test_a_schedule_that_more_steps_would_change_is_refused(tiny, tmp_path, schedule):
     folder = made(tmp_path / "run", spec(tiny, f"optimizer.schedule={schedule}"))
     for steps in (3, 6):
-        with pytest.raises(UserError, match=rf"train\.steps={steps} cannot change from 4 .*'{schedule}'.*stretch"):
+        with pytest.raises(UserError, match=rf"train\.steps={steps} cannot change from 4 .*'{schedule}'.*whose rates"):
             runs.config_of(folder, [f"train.steps={steps}"])
     assert runs.config_of(folder, ["train.steps=4"]).train.steps == 4
     constant = made(tmp_path / "other", spec(tiny, "optimizer.warmup_steps=3"))

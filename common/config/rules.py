@@ -142,8 +142,8 @@ def conflicts(config: Config) -> Iterator[str]:
     ranks, stochastic = config.cluster.learner_ranks, optimizer.master == "stochastic"
     if optimizer.offload and stochastic:
         yield (
-            "optimizer.offload=true keeps float32 masters in host memory, and optimizer.master='stochastic' has none; "
-            "set one of them back"
+            "optimizer.offload=true keeps float32 master weights in host memory, and optimizer.master='stochastic' has "
+            "none; set one of them back"
         )
     if ranks > 1 and config.model.lora_rank == 0 and (optimizer.name != "adamw" or stochastic):
         asked = "master='stochastic'" if stochastic else f"name={optimizer.name!r}"

@@ -102,7 +102,7 @@ class ReasoningGym:
         questions: dict[str, Prompt] = {}
         for turn in range(_TRIES):
             # A new seed for each turn: some generators cannot make entries beyond their size. The seeds of two turns
-            # are a size apart because most generators draw entry i from seed + i.
+            # differ by a size because most generators draw entry i from seed + i.
             seed = _TEST_SEED + self._seed + turn * size
             for index in range(size):
                 prompt = self._prompt("test", len(questions), size, seed, index)

@@ -157,7 +157,7 @@ def _entropy(seen: Watch) -> str:
     if not last or max(last) >= min(FLAT_NATS, first / 10):
         return ""
     return (
-        f"the model's entropy has gone from {first:.3g} to {last[-1]:.3g} nats a token: it writes one answer and tries "
+        f"the model's entropy fell from {first:.3g} to {last[-1]:.3g} nats a token: it writes one answer and tries "
         "nothing new. Likely: optimizer.lr is too high; or the task is learned. Raise learner.clip_high or "
         "learner.entropy_coef, or stop earlier"
     )
@@ -186,8 +186,8 @@ _SIGNS: Mapping[str, Callable[[Watch], str]] = {
     "rewards all equal": _flat_rewards,
     "completions cut": _cut,
     "rewards failing": _failing_rewards,
-    "entropy gone": _entropy,
-    "sampler and learner apart": _apart,
+    "entropy near zero": _entropy,
+    "sampler and learner differ": _apart,
 }
 
 

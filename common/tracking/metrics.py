@@ -65,7 +65,7 @@ _METRICS = [
     Metric("tokens_completion", "", "completion tokens that went through the learner", _NO_UPDATE),
     Metric("tokens_computed", "", "tokens of the learner's passes (packed: shared prefixes once; padded: with padding)",
            _NO_UPDATE),
-    Metric("tokens_learned", "", "completion tokens that count in the step's averages", _NO_UPDATE),
+    Metric("tokens_learned", "", "completion tokens that count in the step's means", _NO_UPDATE),
     Metric("packed", "", "1 if each prompt was computed once for its completions, 0 if once for each", _NO_UPDATE),
     Metric("seconds_sample", "seconds", "waiting for completions"),
     Metric("seconds_score", "seconds", "waiting for their scores after the last completion"),

@@ -147,7 +147,7 @@ class LearnerRanks:
                 raise LearnerBusy("the learner is at work")
             try:
                 if self.version != handle.version:
-                    raise LearnerBusy("the learner has gone on to other weights")
+                    raise LearnerBusy("the learner has other weights by now")
                 if handle.transport == "collective":
                     return self._broadcast(handle, samplers, version, doing)
                 handle.written = self._write(handle, inline=handle.kind == "adapter")
@@ -163,7 +163,7 @@ class LearnerRanks:
         """The weights, into this process."""
         with self._turn:
             if self.version != handle.version:
-                raise RunFailure(f"the learner has gone on from version {handle.version} to {self.version}")
+                raise RunFailure(f"the learner has moved from version {handle.version} to {self.version}")
             return self._write(handle, inline=True)
 
     def _write(self, handle: RankWeights, inline: bool) -> Written:

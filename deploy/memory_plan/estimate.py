@@ -38,7 +38,7 @@ PROCESS_GPU = 3 * GIB
 """The same process on a GPU, in host memory, vLLM included: stated, 2 to 4 GiB by torch's build and driver."""
 CONTEXT = int(0.5 * GIB)
 """A process's CUDA context with torch's kernels loaded; stated, 0.3 to 0.6 GiB by card and driver."""
-RESIDENT = ("weights", "reference", "float32 masters", "optimizer")
+RESIDENT = ("weights", "reference", "float32 master weights", "optimizer")
 SHARDED = (*RESIDENT, "gradients")
 """What ranks divide among them."""
 
@@ -170,12 +170,12 @@ class Planner:
         base = {"process and libraries": PROCESS_GPU}
         if config.optimizer.offload:
             trained = learner.parameters_trained  # a master weight, a gradient and two moments, float32 each
-            base |= {"float32 masters": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
+            base |= {"float32 master weights": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
         # The copies are kept from one time to the next.
         parked = summed(base, {"the learner's copies": config.memory.offload_while_sampling * _total(load)})
         asleep = summed(parked, {"sleeping sampler's weights": sampler.asleep_on_host})
         dense = self._size(config).dense
-        saved = load.get("float32 masters", 0) + load.get("optimizer", 0)
+        saved = load.get("float32 master weights", 0) + load.get("optimizer", 0)
         if config.model.lora_rank == 0 or config.run.export_merged:
             saved = max(saved, dense)
         phases = {

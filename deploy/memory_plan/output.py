@@ -101,12 +101,12 @@ def check_disk(config: Config, folder: Path, checkpoint: int, model: int) -> Non
 
 def _refuse(config: Config, sentence: str) -> None:
     if config.memory.plan == "refuse":
-        raise UserError(f"{sentence}; memory.plan='warn' tries it all the same")
+        raise UserError(f"{sentence}; memory.plan='warn' runs it anyway")
     log.warning("%s", sentence)
 
 
 def cures(ready: components.Prepared, plan: Plan | None) -> str:
-    """After memory ran out all the same: the cheapest changes that take a fifth off the planned peak."""
+    """After memory ran out in the rehearsal: the cheapest changes that take a fifth off the planned peak."""
     if plan is None:
         return LESS
     device = replace(device_of(ready.config), bytes=int(0.8 * plan.peak), whole=None)

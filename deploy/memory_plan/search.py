@@ -63,8 +63,8 @@ def settings(config: Config, gpu: bool, of_sampler: Sequence[OptionValues]) -> I
         yield [
             single("coarser moments", ("optimizer.name", "adamw_8bit")),
             single("coarser moments still", ("optimizer.name", "adamw_4bit")),
-            single("no float32 masters", ("optimizer.name", "adamw_8bit"), ("optimizer.master", "stochastic")),
-            single("no float32 masters", ("optimizer.name", "adamw_4bit"), ("optimizer.master", "stochastic")),
+            single("no float32 master weights", ("optimizer.name", "adamw_8bit"), ("optimizer.master", "stochastic")),
+            single("no float32 master weights", ("optimizer.name", "adamw_4bit"), ("optimizer.master", "stochastic")),
         ]
     if config.model.dtype == "float32" and quick_dtype("gpu" if gpu else "cpu") == "bfloat16":
         yield [single("coarser numbers, faster", ("model.dtype", "bfloat16"))]

@@ -113,7 +113,7 @@ def left_out(model: Any, config: ModelConfig) -> list[str]:
     inside = [(name, p) for name, p in held(causal) if p.dim() > 1 and re.search(r"\.\d+\.", name)]
     every = sum(weights_in(p) for _, p in inside)
     said = []
-    for wish, missed, what in (
+    for requested, missed, what in (
         (config.lora_rank > 0 and list(config.lora_targets) == ["all-linear"],
          [(name, p) for name, p in inside if name.rpartition(".")[0] not in adapted],
          "model.lora_targets=['all-linear'] puts no adapter on {:.1%} of the weights in the layers (no linear layers, "
@@ -122,7 +122,7 @@ def left_out(model: Any, config: ModelConfig) -> list[str]:
          f"model.quantize={config.quantize!r} leaves {{:.1%}} of the weights in the layers as they are (no linear "
          "layers)"),
     ):  # fmt: skip
-        if wish and missed:
+        if requested and missed:
             kinds = dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name, _ in missed)
             share = sum(weights_in(p) for _, p in missed) / every
             said.append(f"{what.format(share)}: {', '.join(kinds)}")

@@ -131,12 +131,12 @@ def layer_matrices(model: Any) -> set[str]:
     }
 
 
-def compiles(wish: str, device: str) -> bool:
+def compiles(requested: str, device: str) -> bool:
     """Whether ``learner.compile`` is to be done. Raises ``UserError`` for ``on`` where a CPU has no C++ compiler."""
     able = device != "cpu" or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
-    if wish == "on" and not able:
+    if requested == "on" and not able:
         raise UserError("learner.compile='on' needs a C++ compiler on a CPU; install g++, or set it to 'auto' or 'off'")
-    return able and wish != "off"
+    return able and requested != "off"
 
 
 def compile_layers(model: Any) -> None:

@@ -167,8 +167,8 @@ def context_tokens(folder: Path) -> int:
 def check_rope(folder: Path, longest: int, max_tokens: int) -> None:
     """Raises ``UserError`` where a LongRoPE model would see prompt and completion of more tokens than the length that
     its factors change at. The learner goes by each sequence's own length, as transformers does; vLLM goes by the
-    longest it may be asked for (``max_model_len``), and the hf sampler by the longest of a batch. On the sequences
-    that they take for unlike kinds they are nats apart, so that no proof holds."""
+    longest it may be asked for (``max_model_len``), and the hf sampler by the longest of a batch. Where they choose
+    different factors their log-probs differ by nats, so that no proof passes."""
     config = _text_config(folder)
     for rope in ropes(config.get("rope_parameters") or config.get("rope_scaling")):
         if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):  # su: its older name

@@ -84,7 +84,7 @@ def _check_lent_tensors(harness: Harness) -> None:
     harness.load(lent, served=tensors)
     for tensor in lent.values():
         tensor.zero_()
-    harness.expect_logprobs("after the lent tensors were overwritten by their owner")
+    harness.expect_logprobs("after the tensors that it was sent were overwritten")
 
 
 def _check_check_weights(harness: Harness) -> None:

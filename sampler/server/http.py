@@ -181,7 +181,7 @@ async def in_order(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def follow(future: Future[T], work: Future[T]) -> None:
-    """``future``, which nobody else ends, ends as ``work`` does; cancelled, it cancels that."""
+    """``future``, which only this ends, gets the result of ``work``; cancelled, it cancels that."""
 
     def end(work: Future[T]) -> None:
         if work.cancelled():
