@@ -125,7 +125,7 @@ class RankGroup:
         failure: Exception | None = None
         try:
             yield
-        except Exception as error:  # handed on below, once the others know
+        except Exception as error:  # raised below, once the other ranks know
             if self.size == 1:
                 raise
             failure = error

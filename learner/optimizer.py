@@ -37,7 +37,7 @@ MUON_MOMENTUM = 0.95  # as in both papers; ``betas`` are AdamW's
 
 def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
     """The rate of optimizer step ``update`` (0 is the first) in a run of ``updates`` steps, never 0: a schedule that
-    falls to ``min_lr_ratio`` is there at the last step, and one that falls to nothing a step later."""
+    falls to ``min_lr_ratio`` reaches it at the last step, and one that falls to 0 a step after."""
     if update < config.warmup_steps:
         return config.lr * (update + 1) / config.warmup_steps
     if config.schedule == "constant":

@@ -19,8 +19,8 @@ def vocabulary_of(model: Any) -> int:
 
 
 def longest_groups(config: Config, prompt_tokens: int) -> list[Group]:
-    """A step's groups at their longest: every prompt ``prompt_tokens``, every completion ``max_tokens`` tokens, none
-    with a beginning that another has."""
+    """A step's groups at their longest: every prompt ``prompt_tokens``, every completion ``max_tokens`` tokens, no two
+    with a shared prefix."""
     length, size = config.sampler.max_tokens, config.train.group_size
     return [
         Group(

@@ -316,7 +316,7 @@ class TorchLearner:
     def publish_weights(self, merged: bool = False) -> InProcessWeights:
         """The live tensors, not copied: the adapter under LoRA, unless ``merged`` or DoRA; every weight else.
 
-        Among ranks a full offer is opened by all, each of which gets every whole tensor in turn, gathered for it alone.
+        With several ranks all of them open the handle, and each gathers every full tensor in turn.
         """
         self.wake("weights")
         if not self._lora:

@@ -124,7 +124,7 @@ class ScriptedSampler:
 
     def _completion(self, prompt: Prompt, params: SamplingParams) -> Completion:
         turns = self._turns.setdefault(prompt.id, count())
-        turn = next(turns) if params.min_tokens < params.max_tokens else 0  # a rehearsal takes no turn
+        turn = next(turns) if params.min_tokens < params.max_tokens else 0  # a rehearsal takes none of the answers
         if callable(self._answers):
             answer = self._answers(prompt, turn)
         else:

@@ -266,7 +266,7 @@ def _connect(url: str, rank: int, size: int, backend: str, device: str, timeout_
         return dist.ProcessGroupGloo(store, rank, size, limit), store
     assert backend == "nccl", backend
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = 2 * limit + timedelta(seconds=60)  # its own watchdog ends the process: ours must come first
+    options._timeout = 2 * limit + timedelta(seconds=60)  # its own watchdog ends the process: ours is earlier
     group = dist.ProcessGroupNCCL(store, rank, size, options)
     group.eager_connect_single_device(torch.device(device))
     return group, store

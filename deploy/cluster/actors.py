@@ -49,7 +49,7 @@ class _Service:
         return True
 
     def _join(self, url: str, rank: int, size: int, timeout_s: float) -> Broadcast:
-        """The group that meets at this url, entered if it is another than before."""
+        """The broadcast group at this url, joined if it is another than before."""
         if self._broadcast is None or self._url != url:
             self._leave()
             _bind()
@@ -134,7 +134,7 @@ class LearnerService(_Service):
         self._meetings: list[Path] = []
 
     def rendezvous(self, one_host: bool) -> str:
-        """Where the ranks, or a broadcast's members, find each other: a file where all are on one host, so that
+        """The rendezvous of the ranks, or of a broadcast's members: a file where all are on one host, so that
         nothing listens; else a free port of this node."""
         if one_host:
             self._meetings.append(shared_memory_folder("nanogrpo-meet"))
@@ -225,7 +225,7 @@ class LearnerService(_Service):
         self._stack.close()
         self._ranks.leave()
         del self._learner
-        gc.collect()  # what is left of the learner would keep the connections to the other ranks
+        gc.collect()  # references to the learner would keep the connections to the other ranks open
         for folder in self._meetings:
             shutil.rmtree(folder, ignore_errors=True)
         self._meetings = []

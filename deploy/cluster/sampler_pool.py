@@ -54,7 +54,7 @@ class _Replica:
     work: dict[int, WorkItem] = dataclasses.field(default_factory=dict)
     """By id."""
     call: Any = None
-    """Its turn under way."""
+    """Its call in flight."""
 
     def overdue(self, limit_s: float) -> bool:
         """Whether its process may answer, but its work does not end."""
@@ -227,7 +227,7 @@ class SamplerPool:
                 self._fail(error)
 
     def _give_out(self) -> None:
-        """Hands waiting items to those with the least to do, and starts a turn wherever there is work."""
+        """Assigns waiting items to the replicas with the least to do, and starts a call wherever there is work."""
         ready = [replica for replica in self._replicas if replica.state is _State.READY]
         while self._queue and ready:
             replica = min(ready, key=lambda replica: len(replica.work))

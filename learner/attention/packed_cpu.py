@@ -24,7 +24,7 @@ NAME = "packed"
 
 
 def register() -> None:
-    """Makes the name known to transformers. No mask function goes with it: none is made then."""
+    """Registers the name with transformers. It has no mask function, so that no mask is made."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)

@@ -79,7 +79,7 @@ class Pack:
     """Prompt tokens in it, counted as often as they are computed."""
 
     def to(self, device: str) -> Pack:
-        """This pack there; itself, with its cache, where it is there already."""
+        """This pack on that device; itself, with its cache, where it is there already."""
         here, there = self.token_ids.device, torch.device(device)
         same = here.type == there.type and there.index in (None, here.index)
         return self if same else _to(self, device)

@@ -21,7 +21,7 @@ from learner.model.saving import held
 
 
 def sends_adapter(config: ModelConfig) -> bool:
-    """Whether a sampler that takes adapters is handed one; else it gets whole weights, merged under an adapter."""
+    """Whether a sampler that takes adapters gets one; else it gets full weights, merged where there is an adapter."""
     return config.lora_rank > 0 and config.lora_variant != "dora"
 
 

@@ -23,7 +23,7 @@ def patch_worker(worker: Any, own_process: bool) -> None:
     _unpack_embedding(worker.model_runner.get_model())
     if own_process:  # as ``pump`` does in this one, and clean when killed
         torch.compiler.set_stance("force_eager")
-        # All have joined the shared memory that they talk through; without its name it goes with the last of them.
+        # All have opened the shared memory that they communicate through; unlinked, it is freed with the last of them.
         for line in Path("/proc/self/maps").read_text().splitlines() if Path("/proc/self/maps").exists() else []:
             if (file := line.split()[-1]).startswith("/dev/shm/vllm_dist_"):
                 Path(file).unlink(missing_ok=True)
