@@ -225,7 +225,11 @@ def _put(new: Path, place: Path, replace: bool) -> None:
             return
         old = _beside(place, "replaced")
         os.rename(place, old)
-        os.rename(new, place)
+        try:
+            os.rename(new, place)
+        except BaseException:
+            os.rename(old, place)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -178,6 +178,7 @@ def test_secrets_are_out_of_sight_and_data_are_not(walled, place):
         ("import os, time\ntry:\n  for _ in range(600):\n    if os.fork() == 0: time.sleep(60); os._exit(0)\n"
          "except OSError: raise MemoryError('processes')\ntime.sleep(20)", "processes"),
         ("import os, sys; os.write(int(sys.argv[1]), b'garbage' * 9)", "its worker process died"),
+        ("import os, sys, time; os.write(int(sys.argv[1]), b'\\0'); time.sleep(600)", "its worker process died"),
         ("import os, sys, pickle\nclass Code:\n  def __reduce__(self): return os.system, (f'touch {place}/new',)\n"
          "data = pickle.dumps(Code()); os.write(int(sys.argv[1]), len(data).to_bytes(4, 'big') + data)",
          "its worker process died"),
@@ -188,7 +189,8 @@ def test_secrets_are_out_of_sight_and_data_are_not(walled, place):
                                                       b'["failed", 0, 7]', b"[" * 50_000,
                                                       b'["answer", 0, {"value": 1e7}]',
                                                       b'["answer", 0, {"value": true}]',
-                                                      b'["began", 0, "other"]', b'["answer", 0, {"other": 1.0}]')),
+                                                      b'["began", 0, "value"]', b'["began", 0, "other"]',
+                                                      b'["answer", 0, {"other": 1.0}]')),
     ],
 )  # fmt: skip
 def test_too_much_costs_a_group_and_not_the_run(walled, place, text, words):

@@ -85,7 +85,7 @@ def second_names(values: dict[str, Any]) -> Iterator[str]:
         yield "learner.loss='bnpo' is the same as 'dapo' here; write learner.loss='dapo'"
     if "dual_clip" in learner:
         bound = learner.pop("dual_clip")
-        learner["delta"] = learner.get("delta") or bound
+        learner["delta"] = min((limit for limit in (learner.get("delta"), bound) if limit), default=0.0)  # both applied
         yield f"learner.dual_clip={bound!r} is learner.delta under another name; write learner.delta={bound!r}"
 
 

@@ -15,6 +15,8 @@ import math
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -44,6 +46,7 @@ _TRACEBACK_FRAMES = 50
 _TRACEBACK_CHARACTERS = 20_000
 _LOOK_S = 0.25
 """Seconds between two looks at what a worker uses while it scores."""
+_MESSAGE_S = 5  # that a message may stand still in its middle
 _MESSAGE_BYTES = 2**20
 """The longest message that a worker sends."""
 _PRINTED_LINES = 10_000
@@ -119,10 +122,11 @@ class Worker:
             with contextlib.suppress(OSError):  # it died; the pipe's end shows it below
                 self._pipe.send_bytes(question)
             while (index := len(answers)) < len(group.completions):
-                reward, deadline = job, time.monotonic() + self._config.reward_timeout_s
+                reward, deadline, to_begin = job, time.monotonic() + self._config.reward_timeout_s, set(names)
                 while index == len(answers):
                     match self._receive(index, deadline, f"task.reward_timeout_s={self._config.reward_timeout_s:g}"):
-                        case "began", str(name) if name in names:
+                        case "began", str(name) if name in to_begin:
+                            to_begin.remove(name)  # an endless stream of these would never be timed
                             reward = name
                         case "failed", [str(brief), bool(ran_over), str(trace)]:
                             return RewardError(group, index, reward, printable(brief, one_line=True), ran_over, trace)
@@ -204,6 +208,9 @@ class Worker:
         # It must find `common` and the user's modules wherever this process found them.
         code = f"import sys, json; sys.path[:] = json.loads(sys.argv[2]); from {__name__} import serve; serve()"
         self._pipe, theirs = Pipe()
+        with socket.socket(fileno=os.dup(self._pipe.fileno())) as ours:
+            # A message that stops in its middle is a worker's end: while it is read nothing looks at limits.
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _MESSAGE_S, 0))
         with theirs:
             words = [sys.executable, "-u", "-c", code, str(theirs.fileno()), json.dumps(sys.path)]
             try:

@@ -222,13 +222,13 @@ class LearnerService(_Service):
         """Lets go of everything; ``start`` may follow."""
         self._remove_shared()
         self._leave()
+        for folder in self._meetings:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._meetings = []
         self._stack.close()
         self._ranks.leave()
         del self._learner
         gc.collect()  # references to the learner would keep the connections to the other ranks open
-        for folder in self._meetings:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._meetings = []
 
 
 def _info(**facts: Any) -> ActorInfo:

@@ -146,7 +146,8 @@ def call_all(
     waiting = dict(calls)
     while waiting and not (stop_on_failure and failures):
         left = until - time.monotonic()
-        ready, _ = ray.wait(list(waiting.values()), num_returns=1, timeout=max(0.0, min(1.0, left)))
+        count = 1 if left > 0 else len(waiting)  # at the limit, every answer that is there counts
+        ready, _ = ray.wait(list(waiting.values()), num_returns=count, timeout=max(0.0, min(1.0, left)))
         for actor in [actor for actor, ref in waiting.items() if ref in ready]:
             try:
                 answers[actor] = answer(actor, waiting.pop(actor), doing)

@@ -225,6 +225,7 @@ class SamplerPool:
             except Exception as error:  # a bug here must not leave the loop waiting for ever
                 log.exception("the sampler pool failed")
                 self._fail(error)
+                time.sleep(0.5)  # one that repeats must not fill the log
 
     def _give_out(self) -> None:
         """Assigns waiting items to the replicas with the least to do, and starts a call wherever there is work."""
@@ -234,7 +235,9 @@ class SamplerPool:
             if len(replica.work) >= self._depth(replica, self._queue[0]):
                 break
             item = self._queue.popleft()
-            if not item.request.future.done():  # not forgotten meanwhile
+            if item.request.future.done():  # forgotten meanwhile; ``_drain`` may wait for just this
+                self._lock.notify_all()
+            else:
                 replica.work[item.id] = item
         for replica in self._replicas:
             if replica.call is None and replica.work:
@@ -254,6 +257,8 @@ class SamplerPool:
         try:
             done = answer(replica.actor, ref, "writing completions")
         except UserError as error:
+            with self._lock:
+                replica.call, replica.work = None, {}
             self._fail(error)
             return
         except ActorFailure as failure:

@@ -56,7 +56,7 @@ def engine_arguments(setup: SamplerSetup, model_config: Mapping[str, Any], untie
         "max_model_len": setup.max_model_tokens,
         "max_num_seqs": setup.max_sequences,
         "seed": setup.seed,
-        # On the CPU the logits of the distribution drawn from, of which _chosen_only takes the log-prob.
+        # On the CPU the logits of the distribution drawn from, of which chosen_logprobs takes the log-prob.
         "logprobs_mode": "processed_logits" if on_cpu else "processed_logprobs",
         "max_logprobs": 1,
         "enable_prefix_caching": True,

@@ -58,7 +58,8 @@ def made(config: Config) -> Iterator[Any]:
         scorer = stack.enter_context(Scorer(ready.config.task))
         parts = stack.enter_context(colocated.parts(ready))
         probe = make_probe(ready.train, ready.config.sync.probe_tokens, ready.longest_prompt)
-        sync = WeightSync(parts.learner, parts.sampler, parts.placement, probe, ready.config.sync, parts.sync_s)
+        sync = WeightSync(parts.learner, parts.sampler, parts.placement, probe, ready.config.sync, parts.sync_s,
+                          ready.config.model.dtype)  # fmt: skip
         rows = _Rows()
         loop = Loop(
             ready.config, parts.learner, parts.sampler, parts.placement, scorer,

@@ -30,14 +30,15 @@ from tests.making import GROUPS, config, group
 
 def head(report: Report) -> None:
     """The output head's log-probs, entropies and gradients against autograd over all logits in float32."""
-    from tests.test_logprobs import POSITIONS, D, K, OneLayer, V, made_up_pack, truth
+    from learner.token_logprobs import SamplingTransform
+    from tests.test_logprobs import POSITIONS, D, K, OneLayer, V, Weighted, made_up_pack, truth
 
     where = device()
     wrong = []
-    cases: list[tuple[token_logprobs.Drawn, dict[str, float]]] = [
-        (token_logprobs.Drawn(chunk=16), {}),
-        (token_logprobs.Drawn(temperature=0.7, top_k=9), {}),
-        (token_logprobs.Drawn(temperature=2.0), {"final_logit_softcapping": 5.0, "logit_scale": 0.5}),
+    cases: list[tuple[SamplingTransform, dict[str, float]]] = [
+        (SamplingTransform(chunk=16), {}),
+        (SamplingTransform(temperature=0.7, top_k=9), {}),
+        (SamplingTransform(temperature=2.0), {"final_logit_softcapping": 5.0, "logit_scale": 0.5}),
     ]
     for dtype in (torch.float32, torch.bfloat16):
         worst = 0.0
@@ -59,11 +60,10 @@ def head(report: Report) -> None:
                 if isinstance(value, torch.Tensor):
                     setattr(pack, name, value.to(where))
             layer, mine = layer.to(where), hidden.to(where).requires_grad_()
-            inner = token_logprobs._Head(OneLayer(layer, **settings), drawn)
-            got = token_logprobs._Score.apply(inner, inner.chunks(pack), mine[inner.positions(pack)], *inner.parameters)
-            weight = weight[order].to(where)
-            scored = (weight * got[0]).sum() + 0.3 * (weight * got[1]).sum()
-            gradients = torch.autograd.grad(scored, [mine, *layer.parameters()])
+            model = OneLayer(layer, mine, **settings)
+            got = token_logprobs.token_logprobs(model, pack, drawn)
+            token_logprobs.forward_backward(model, pack, Weighted(weight[order].to(where), 0.3, False), drawn)
+            gradients = [mine.grad, *(parameter.grad for parameter in layer.parameters())]
             back = torch.argsort(order)
             found = [*(one.cpu()[back] for one in got), *gradients]
             for one, other in zip(found, wanted, strict=True):
