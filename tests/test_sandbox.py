@@ -1,6 +1,7 @@
 """The walls around reward workers: what runs in them changes nothing outside and learns no secret."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import socket
@@ -314,6 +315,8 @@ BATCH = 50
 @given(texts=st.lists(HOSTILE, min_size=BATCH, max_size=BATCH))
 def test_hostile_text_changes_nothing_outside_and_ends_no_run(shipped, texts):
     """200 texts every day; 10,000 with NANOGRPO_TESTS=hostile, over every generator of reasoning-gym then."""
+    if FULL:
+        faulthandler.cancel_dump_traceback_later()  # pytest's limit for a hang; these take eight minutes
     scorer, folder = shipped
     texts = [text.replace("{{", "{").replace("}}", "}").replace("{0}", str(folder)) for text in texts]
     groups = [group(text) for text in texts]
