@@ -80,6 +80,7 @@ def objective(kind: str, ratio: float, advantage: float, s: dict[str, Any]) -> f
         tau = s["sapo_tau_positive"] if advantage > 0 else s["sapo_tau_negative"]
         value = 4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantage
         return value
+    assert kind in ("grpo", "dapo", "dr_grpo"), f"no truth is written for the loss {kind!r}"
     clipped = min(max(ratio, 1 - s["clip_low"]), 1 + s["clip_high"])
     first = min(ratio, s["delta"]) if s["delta"] else ratio
     return float(min(first * advantage, clipped * advantage))
