@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import socket
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -30,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.device import collective_backend
 from common.errors import RunFailure
+from common.weights.rendezvous import open_store
 
 Result = TypeVar("Result")
 
@@ -61,12 +60,12 @@ class RankGroup:
         limit, kind = timedelta(seconds=timeout_s), torch.device(device).type
         try:
             dist.init_process_group(
-                collective_backend(device), store=_store(url, rank, size, limit), rank=rank, world_size=size,
+                collective_backend(device), store=open_store(url, rank, size, limit), rank=rank, world_size=size,
                 timeout=limit,
             )  # fmt: skip
             ranks._mesh = dist.device_mesh.init_device_mesh(kind, (size,))
-        except RunFailure:  # ours already
-            raise
+        except OSError as error:
+            raise RunFailure(f"the learner's rank {rank} cannot listen on {url} ({error.strerror})") from error
         except RuntimeError as error:
             raise RankLost(
                 f"the learner's rank {rank} waited {timeout_s:g} s in vain for the other {size - 1} at {url} "
@@ -284,23 +283,3 @@ def collective(what: str) -> Callable[[Callable[..., Result]], Callable[..., Res
         return marked
 
     return mark
-
-
-def _store(url: str, rank: int, size: int, limit: timedelta) -> dist.Store:
-    """Where the ranks find one another. By default TCPStore listens on every address of the host."""
-    place = urlsplit(url)
-    if place.scheme == "file":
-        store: dist.Store = dist.FileStore(place.path, size)
-        store.set_timeout(limit)
-        return store
-    assert place.scheme == "tcp" and place.hostname and place.port, f"{url!r} is neither tcp://IP:PORT nor file:///path"
-    if rank:
-        return dist.TCPStore(place.hostname, place.port, size, False, limit)
-    family = socket.AF_INET6 if ":" in place.hostname else socket.AF_INET
-    try:
-        listener = socket.create_server((place.hostname, place.port), family=family, backlog=128)
-    except OSError as error:
-        raise RunFailure(f"the learner's rank 0 cannot listen on {url} ({error.strerror})") from error
-    return dist.TCPStore(
-        place.hostname, place.port, size, True, limit, wait_for_workers=False, master_listen_fd=listener.detach()
-    )

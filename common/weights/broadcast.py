@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from common.errors import RunFailure, brief
 from common.protocols import Transport
 from common.weights.handles import Fingerprint, Kind, Tensors, raw_bytes
+from common.weights.rendezvous import open_store
 
 _ALIGNED = 64  # bytes: the alignment of a tensor in a bucket, whatever its number format
 T = TypeVar("T")
@@ -249,19 +248,7 @@ class _Bucket:
 
 def _connect(url: str, rank: int, size: int, backend: str, device: str, timeout_s: float) -> tuple[Any, Any]:
     limit = timedelta(seconds=timeout_s)
-    parts = urlsplit(url)
-    if parts.scheme == "file":
-        store: Any = dist.FileStore(parts.path, size)
-        store.set_timeout(limit)
-    else:
-        assert parts.scheme == "tcp" and parts.hostname and parts.port, url
-        listening: int | None = None
-        if rank == 0:  # by default the store would listen on every address of the host
-            family = socket.AF_INET6 if ":" in parts.hostname else socket.AF_INET
-            listening = socket.create_server((parts.hostname, parts.port), family=family).detach()
-        store = dist.TCPStore(
-            parts.hostname, parts.port, size, rank == 0, limit, wait_for_workers=False, master_listen_fd=listening
-        )
+    store: Any = open_store(url, rank, size, limit)
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, size, limit), store
     assert backend == "nccl", backend
