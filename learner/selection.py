@@ -35,8 +35,6 @@ class Selection:
         self._stream, self._kind, self._seed = stream, kind, seed
         self._kinds: dict[str, list[float]] = {}  # groups with signal, groups; both decayed
         self._prompts: dict[str, list[float]] = {}
-        self.expected = 1.0
-        """Mean chance of signal of the prompts taken last, as it was estimated."""
 
     def take(self, n: int) -> list[Prompt]:
         """``n`` prompts for the next request. Raises what the stream raises."""
@@ -45,11 +43,9 @@ class Selection:
         draw = random.Random(f"selection {self._seed} {self._stream.state()['position']}")
         size = max(n, min(POOL * n, len(self._stream)))  # few prompts are not looked at twice for one request
         pool = self._stream.take(size)
-        chances = [self.chance(prompt) for prompt in pool]
         # Without replacement, by weight: Efraimidis and Spirakis 2006.
-        keys = [draw.random() ** (1 / max(chance, FLOOR)) for chance in chances]
+        keys = [draw.random() ** (1 / max(self.chance(prompt), FLOOR)) for prompt in pool]
         chosen = sorted(sorted(range(size), key=lambda place: -keys[place])[:n])
-        self.expected = sum(chances[place] for place in chosen) / n
         return [pool[place] for place in chosen]
 
     def chance(self, prompt: Prompt) -> float:

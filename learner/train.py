@@ -238,11 +238,12 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
     scored: list[Group] = []
     sample_s = score_s = 0.0
     skipped, passed_over = 0, loop.stream.passed_over
+    size = wanted
     for round_ in range(1 + rounds):
         started = time.perf_counter()
-        loop.tracker.phase(f"sampler: writing {wanted} x {config.train.group_size} completions for step {step}")
+        loop.tracker.phase(f"sampler: writing {size} x {config.train.group_size} completions for step {step}")
         with loop.placement.sampling():
-            _fill(loop, _size_of_request(loop, scored))
+            _fill(loop, size)
             request = loop.in_flight.popleft()
             groups = _result(loop, request)
         loop.in_hand.append(request)
@@ -260,6 +261,9 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
         useful = sum(advantages.has_signal(group) for group in scored)
         if useful >= wanted or round_ == rounds:
             break
+        if not config.train.max_staleness:  # with staleness the next request is another step's
+            # As many as are likely to yield the missing groups.
+            size = min(wanted, math.ceil((wanted - useful) * (len(scored) + 1) / (useful + 1)))
     loop.in_hand.clear()
     loop.selection.observe(scored)
     return advantages.assign(scored, config.learner.advantage), {
@@ -268,16 +272,6 @@ def _sample(loop: Loop, step: int) -> tuple[list[Group], dict[str, float]]:
         "groups_skipped_reward_error": float(skipped),
         "prompts_dropped": float(loop.stream.passed_over - passed_over),
     }
-
-
-def _size_of_request(loop: Loop, scored: Sequence[Group]) -> int:
-    """Prompts to ask for: a whole batch at first, then as many as are likely to yield the missing groups. With
-    staleness the request is another step's."""
-    wanted = loop.config.train.prompts_per_step
-    if not scored or loop.config.train.max_staleness:
-        return wanted
-    useful = sum(map(advantages.has_signal, scored))
-    return min(wanted, math.ceil((wanted - useful) * (len(scored) + 1) / (useful + 1)))
 
 
 def _fill(loop: Loop, size: int) -> None:
